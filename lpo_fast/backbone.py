@@ -1,0 +1,180 @@
+"""What differs between model families, as data: text conditioning, null rule, added conditions, pooled stages.
+
+SD1.5 and SD2.1 share a family (one CLIP text encoder, "" as the null text); SDXL has two encoders, pooled text and time
+ids, and zeros as the policy's null text. The family is read from the denoiser's config, never asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from lpo_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Family:
+    """encoders: (subfolder, class) of each text encoder; its tokenizer lies in the subfolder of the same suffix.
+
+    penultimate: the context is the hidden state before the last layer, else the final output. zero_null: the policy's
+    null text is zeros, not the encoding of "" (a reward model always encodes ""). time_ids: the denoiser is also given
+    pooled text and sizes; the pooled text is then a projection already and LRMs need no text projection of their own.
+    """
+
+    name: str
+    encoders: tuple[tuple[str, type[nn.Module]], ...]
+    penultimate: bool = False
+    zero_null: bool = False
+    time_ids: bool = False
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """Subfolders of the tokenizers, in the order of the encoders."""
+        return tuple(name.replace("text_encoder", "tokenizer") for name, _ in self.encoders)
+
+
+SD = Family("sd", (("text_encoder", CLIPTextModel),))
+SDXL = Family("sdxl", (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)),
+              penultimate=True, zero_null=True, time_ids=True)
+
+
+def family_of(unet_config: dict) -> Family:
+    """The family of a denoiser, from its config."""
+    return SDXL if unet_config.get("addition_embed_type") == "text_time" else SD
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text features of P prompts: context [P, L, D], pooled [P, E], and those of the null text, batch 1."""
+
+    context: Tensor
+    pooled: Tensor
+    null: Text | None = None
+
+    def __getitem__(self, index: Tensor | slice) -> Text:
+        """Features of some of the prompts; the null text comes along."""
+        return replace(self, context=self.context[index], pooled=self.pooled[index])
+
+    def __len__(self) -> int:
+        return len(self.context)
+
+    def to(self, *args, **kwargs) -> Text:
+        """Device and/or dtype."""
+        null = self.null and self.null.to(*args, **kwargs)
+        return Text(self.context.to(*args, **kwargs), self.pooled.to(*args, **kwargs), null)
+
+    def guided(self) -> Text:
+        """[null] * P + prompts: both branches of classifier-free guidance as one batch of 2P."""
+        null = Text(self.null.context.expand_as(self.context), self.null.pooled.expand_as(self.pooled))
+        return concatenate([null, self])
+
+
+def concatenate(texts: list[Text]) -> Text:
+    """One Text of many, null text of the last."""
+    return Text(torch.cat([t.context for t in texts]), torch.cat([t.pooled for t in texts]), texts[-1].null)
+
+
+def tokenize(tokenizers: list[CLIPTokenizer], prompts: list[str]) -> list[Tensor]:
+    """Token ids [P, L] for each tokenizer, truncated and padded to its model_max_length."""
+    return [tok(prompts, padding="max_length", truncation=True, max_length=tok.model_max_length,
+                return_tensors="pt").input_ids for tok in tokenizers]
+
+
+def encode(family: Family, encoders: list[nn.Module], ids: list[Tensor]) -> Text:
+    """Text features (without null) of token ids [P, L], one tensor an encoder."""
+    outputs = [encoder(i, output_hidden_states=family.penultimate) for encoder, i in zip(encoders, ids, strict=True)]
+    layers = [out.hidden_states[-2] if family.penultimate else out.last_hidden_state for out in outputs]
+    pooled = outputs[-1].text_embeds if family.time_ids else outputs[-1].pooler_output
+    return Text(torch.cat(layers, -1), pooled)
+
+
+@torch.no_grad()
+def encode_prompts(family: Family, tokenizers: list[CLIPTokenizer], encoders: list[nn.Module], prompts: list[str],
+                   *, zero_null: bool, batch: int = 64) -> Text:
+    """Text features of all prompts, in batches on the encoders' device, with the null text of a policy or an LRM."""
+    device = next(encoders[0].parameters()).device
+    texts = []
+    for first in range(0, len(prompts), batch):
+        ids = tokenize(tokenizers, prompts[first:first + batch])
+        texts.append(encode(family, encoders, [i.to(device) for i in ids]))
+    null = encode(family, encoders, [i.to(device) for i in tokenize(tokenizers, [""])])
+    if zero_null:
+        null = Text(torch.zeros_like(null.context), torch.zeros_like(null.pooled))
+    return replace(concatenate(texts), null=null)
+
+
+def time_ids(height: int, width: int) -> Tensor:
+    """SDXL's size conditions [1, 6]: original size, crop corner, target size, in pixels."""
+    return torch.tensor([[height, width, 0, 0, height, width]])
+
+
+def added_conditions(text: Text, sizes: Tensor | None) -> dict[str, Tensor] | None:
+    """The denoiser's added_cond_kwargs, or None for families without."""
+    return None if sizes is None else {"text_embeds": text.pooled, "time_ids": sizes.expand(len(text), -1)}
+
+
+def predict(unet: nn.Module, x_t: Tensor, t: Tensor, text: Text, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Network outputs (null, text) for latents x_t [B, C, H, W] at t [B], both branches in one batch."""
+    both = text.guided()
+    out = unet(torch.cat([x_t, x_t]), torch.cat([t, t]), both.context, return_dict=False,
+               added_cond_kwargs=added_conditions(both, sizes))[0]
+    return out.chunk(2)
+
+
+def down_mid(unet: nn.Module, x: Tensor, t: Tensor, text: Text, sizes: Tensor | None) -> tuple[list[Tensor], Tensor]:
+    """Run the down and mid blocks only. Each down block's last map before its down-sampler, and the mid map."""
+    emb = unet.time_embedding(unet.get_time_embed(sample=x, timestep=t))
+    added = unet.get_aug_embed(emb=emb, encoder_hidden_states=text.context,
+                               added_cond_kwargs=added_conditions(text, sizes))
+    emb = emb if added is None else emb + added
+    h, stages = unet.conv_in(x), []
+    for block in unet.down_blocks:
+        cross = {"encoder_hidden_states": text.context} if getattr(block, "has_cross_attention", False) else {}
+        h, residuals = block(hidden_states=h, temb=emb, **cross)
+        stages.append(residuals[len(block.resnets) - 1])
+    return stages, unet.mid_block(h, emb, encoder_hidden_states=text.context)
+
+
+def load_down_mid(folder: Path) -> UNet2DConditionModel:
+    """A denoiser without its up blocks, whose weights are never read from disk."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+    unet.up_blocks, unet.conv_norm_out, unet.conv_out = nn.ModuleList(), None, None
+    wanted, state = set(unet.state_dict()), {}
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as tensors:
+            state |= {name: tensors.get_tensor(name) for name in tensors.keys() if name in wanted}
+    if missing := wanted - state.keys():
+        raise InputError(str(folder), f"lacks {len(missing)} weights, the first {min(missing)!r}",
+                         "point to a whole diffusers U-Net")
+    unet.load_state_dict(state, assign=True)
+    return unet.float()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a diffusers model folder (all shards; full precision before an fp16 variant)."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [f for f in files if ".fp16." not in f.name] or files
+
+
+def load_text(path: Path, family: Family, folder: Path | None = None) -> list[nn.Module]:
+    """The family's text encoders below ``path``, or below ``folder`` where that has them (an LRM's own)."""
+    def source(name: str) -> Path:
+        return folder if folder is not None and (folder / name).is_dir() else path
+    return [cls.from_pretrained(source(name), subfolder=name) for name, cls in family.encoders]
+
+
+def load_tokenizers(path: Path, family: Family) -> list[CLIPTokenizer]:
+    """The family's tokenizers below ``path``."""
+    return [CLIPTokenizer.from_pretrained(path, subfolder=name) for name in family.tokenizers]
+
+
+def load_vae(path: Path) -> AutoencoderKL:
+    """The VAE below ``path``, frozen."""
+    return AutoencoderKL.from_pretrained(path, subfolder="vae").requires_grad_(False).eval()

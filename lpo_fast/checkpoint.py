@@ -1,0 +1,200 @@
+"""Reading and writing: LRM directories, LoRA files in the official and the diffusers form, resumable run states.
+
+Everything is written beside its target and renamed into place, so a killed run leaves no half file; pickles are read
+with ``weights_only`` and so cannot run code.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import _collate_lora_metadata
+from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from lpo_fast import backbone
+from lpo_fast.errors import InputError
+from lpo_fast.reward import LatentRewardModel
+
+LORA_OFFICIAL, LORA_DIFFUSERS = "unet_lora.pt", "pytorch_lora_weights.safetensors"
+STATE = "state.pt"
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A fresh path beside ``target`` (file or directory) that becomes ``target`` when the block succeeds."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    _remove(aside)
+    try:
+        yield aside
+        for file in [aside] if aside.is_file() else sorted(p for p in aside.rglob("*") if p.is_file()):
+            with open(file, "rb+") as f:
+                os.fsync(f.fileno())
+        if target.is_dir():
+            _remove(target)
+        os.replace(aside, target)
+    finally:
+        _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def read_pickle(file: Path, key: str = "") -> dict:
+    """A .pt file, read without running code. Raises InputError if it is damaged or holds anything but tensors."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for damaged or hostile files
+        raise InputError(str(file), f"cannot be read safely ({type(error).__name__})",
+                         "use a file written by the official code or by lpo_fast", key) from error
+
+
+# Latent reward models
+
+
+def new_lrm(base: Path, *, clip: str | None = None, generator: torch.Generator, **settings) -> LatentRewardModel:
+    """An LRM to be trained, from a diffusers model directory: W_v ~ N(0, 0.02²), logit_scale 2.6592.
+
+    clip: file or directory with the ``text_projection.weight`` that W_t starts from (SD1.5: CLIP ViT-L/14's); None is
+    the identity. Families whose pooled text is projected already have no W_t.
+    """
+    unet = backbone.load_down_mid(base / "unet")
+    family = backbone.family_of(unet.config)
+    encoders = backbone.load_text(base, family)
+    width = encoders[-1].config.hidden_size
+    if family.time_ids:
+        text_projection, dim = None, encoders[-1].config.projection_dim
+    else:
+        text_projection = torch.eye(width) if clip is None else read_text_projection(clip)
+        dim = len(text_projection)
+    multi_scale = settings.get("multi_scale", True)
+    visual = torch.randn(dim, sum(feature_widths(unet, multi_scale)), generator=generator) * 0.02
+    return LatentRewardModel(family, unet, encoders, visual, text_projection, torch.tensor(2.6592),
+                             sizes=size_conditions(base, family, unet), **settings)
+
+
+def load_lrm(path: Path, base: Path | None = None, **settings) -> LatentRewardModel:
+    """An LRM directory, official or ours. ``base`` supplies the text encoders that an official one lacks.
+
+    Settings that the directory does not record (guidance_scale, multi_scale_cfg) are taken from ``settings``.
+    Raises InputError if weights are missing or widths do not fit.
+    """
+    path = Path(path)
+    unet = backbone.load_down_mid(path / "unet")
+    family = backbone.family_of(unet.config)
+    heads = read_pickle(path / "state_dict.pt", "--lrm")
+    visual = heads["visual_projection"]["weight"]
+    widths = {multi: sum(feature_widths(unet, multi)) for multi in (True, False)}
+    if visual.shape[1] not in widths.values():
+        raise InputError(str(path), f"its visual projection takes {visual.shape[1]} features, its denoiser gives "
+                         f"{widths[True]} (multi-scale) or {widths[False]}", "use an LRM whose parts belong together", "--lrm")
+    text = heads["text_projection"]["weight"] if "text_projection" in heads else None
+    recorded = json.loads((path / "lrm.json").read_text()) if (path / "lrm.json").is_file() else {}
+    sizes = size_conditions(base or path, family, unet)
+    settings = {"guidance_scale": 7.5, **settings, **recorded, "multi_scale": visual.shape[1] == widths[True]}
+    return LatentRewardModel(family, unet, backbone.load_text(base or path, family, path), visual, text,
+                             heads["logit_scale"], sizes=sizes, **settings).requires_grad_(False).eval()
+
+
+def save_lrm(lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], path: Path) -> None:
+    """Write an LRM directory in the official layout, with its tokenizers and settings beside it."""
+    with replacing(path) as aside:
+        lrm.unet.save_pretrained(aside / "unet")
+        for (name, _), encoder in zip(lrm.family.encoders, lrm.text_encoders, strict=True):
+            encoder.save_pretrained(aside / name)
+        for name, tokenizer in zip(lrm.family.tokenizers, tokenizers, strict=True):
+            tokenizer.save_pretrained(aside / name)
+        heads = {"visual_projection": lrm.visual_projection.state_dict(), "logit_scale": lrm.logit_scale.data}
+        if lrm.text_projection is not None:
+            heads["text_projection"] = lrm.text_projection.state_dict()
+        torch.save(heads, aside / "state_dict.pt")
+        settings = {"guidance_scale": lrm.guidance_scale, "multi_scale_cfg": lrm.multi_scale_cfg}
+        (aside / "lrm.json").write_text(json.dumps(settings, indent=1))
+
+
+def feature_widths(unet: nn.Module, multi_scale: bool) -> list[int]:
+    """Channels of each pooled map."""
+    channels = list(unet.config.block_out_channels)
+    return [*(channels if multi_scale else []), channels[-1]]
+
+
+def size_conditions(base: Path, family: backbone.Family, unet: nn.Module) -> Tensor | None:
+    """Time ids [1, 6] for the denoiser's own resolution, or None for families without."""
+    if not family.time_ids:
+        return None
+    vae = base / "vae" / "config.json"
+    stages = len(json.loads(vae.read_text())["block_out_channels"]) if vae.is_file() else 4
+    pixels = unet.config.sample_size * 2 ** (stages - 1)
+    return backbone.time_ids(pixels, pixels)
+
+
+def read_text_projection(path: str) -> Tensor:
+    """``text_projection.weight`` [P, E] of a CLIP checkpoint: a .bin/.pt/.safetensors file or a directory with one."""
+    file = Path(path)
+    if file.is_dir():
+        file = next((file / n for n in ("model.safetensors", "pytorch_model.bin") if (file / n).is_file()), file)
+    if not file.is_file():
+        raise InputError(path, "no CLIP checkpoint there", "give model.safetensors or pytorch_model.bin of CLIP", "--clip")
+    tensors = load_file(file) if file.suffix == ".safetensors" else read_pickle(file, "--clip")
+    if "text_projection.weight" not in tensors:
+        raise InputError(path, "has no text_projection.weight", "use a CLIP model with projections", "--clip")
+    return tensors["text_projection.weight"].float()
+
+
+# LoRA
+
+
+def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float, targets: tuple[str, ...], seed: int) -> None:
+    """Attach a fresh LoRA: A Gaussian (std 1/rank), B zero; only its parameters will train."""
+    unet.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets)))
+
+
+def lora_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """Adapter tensors in the official form, on the CPU."""
+    return {name: tensor.detach().cpu() for name, tensor in get_peft_model_state_dict(unet).items()}
+
+
+def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Write pytorch_lora_weights.safetensors, which ``pipeline.load_lora_weights`` reads, alpha and rank included."""
+    with replacing(folder / LORA_DIFFUSERS) as aside:
+        StableDiffusionPipeline.save_lora_weights(
+            folder, unet_lora_layers=convert_state_dict_to_diffusers(lora_state(unet)), weight_name=aside.name,
+            **_collate_lora_metadata({"unet": unet}))
+
+
+def read_lora(path: Path) -> dict[str, Tensor]:
+    """Adapter tensors from an official or diffusers LoRA file, or a directory that holds one; official names."""
+    file = Path(path)
+    if file.is_dir():
+        file = next((file / n for n in (LORA_DIFFUSERS, LORA_OFFICIAL) if (file / n).is_file()), file)
+    if not file.is_file():
+        raise InputError(str(path), "no LoRA there", f"give {LORA_DIFFUSERS}, {LORA_OFFICIAL} or their folder", "--lora")
+    if file.suffix != ".safetensors":
+        return read_pickle(file, "--lora")
+    state = convert_unet_state_dict_to_peft(load_file(file))
+    return {name.removeprefix("unet."): tensor for name, tensor in state.items() if not name.endswith(".alpha")}
+
+
+def load_lora(unet: UNet2DConditionModel, path: Path) -> None:
+    """Put a LoRA's values into the attached adapter. Raises InputError unless names and shapes are the same."""
+    state, own = read_lora(path), lora_state(unet)
+    wrong = sorted(n for n in state.keys() | own.keys() if n not in own or n not in state or state[n].shape != own[n].shape)
+    if wrong:
+        name = wrong[0]
+        shapes = [str(tuple(s[name].shape)) if name in s else "absent" for s in (state, own)]
+        raise InputError(str(path), f"{len(wrong)} tensors differ from the adapter of this run, the first {name!r}: "
+                         f"{shapes[0]} in the file, {shapes[1]} wanted", "match --rank and --targets to the file", "--lora")
+    set_peft_model_state_dict(unet, state)

@@ -1,0 +1,89 @@
+"""The latent reward model (LRM): the diffusion model itself scores a noisy latent (arXiv 2502.01051, section 3.2).
+
+    S(x, t, prompt) = exp(logit_scale) · < V/|V| , T/|T| >
+
+V projects the average-pooled maps of the denoiser's down and mid blocks; the mid feature is guided (visual feature
+enhancement): V_mid = null + g·(text − null). T is the prompt's pooled embedding. Up blocks are never used nor loaded.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lpo_fast import backbone
+from lpo_fast.backbone import Family, Text
+from lpo_fast.loss import guide
+
+
+def pool(maps: Tensor) -> Tensor:
+    """Mean over H and W in fp32 or better: [B, C, H, W] → [B, C]."""
+    return maps.mean((2, 3), dtype=torch.promote_types(maps.dtype, torch.float32))
+
+
+class LatentRewardModel(nn.Module):
+    """Scores noisy latents. Parameters: denoiser (down and mid), text encoders, projections, logit_scale.
+
+    guidance_scale: g of the mid feature; at 1 or below the null pass is not run. multi_scale: pool every down block too.
+    multi_scale_cfg: guide the down features as well (SDXL leaves its first stage alone, as the official code does).
+    sizes: SDXL's time ids [1, 6].
+    """
+
+    def __init__(self, family: Family, unet: nn.Module, text_encoders: Sequence[nn.Module],
+                 visual_projection: Tensor, text_projection: Tensor | None, logit_scale: Tensor, *,
+                 multi_scale: bool = True, multi_scale_cfg: bool = False, guidance_scale: float = 7.5,
+                 sizes: Tensor | None = None):
+        super().__init__()
+        self.family, self.unet, self.text_encoders = family, unet, nn.ModuleList(text_encoders)
+        self.visual_projection = linear(visual_projection)
+        self.text_projection = None if text_projection is None else linear(text_projection)
+        self.logit_scale = nn.Parameter(torch.as_tensor(logit_scale, dtype=torch.float32))
+        self.multi_scale, self.multi_scale_cfg, self.guidance_scale = multi_scale, multi_scale_cfg, guidance_scale
+        self.register_buffer("sizes", sizes, persistent=False)
+
+    def encode(self, ids: list[Tensor], null_ids: list[Tensor]) -> Text:
+        """Text features with gradient, of ids [B, L] (one tensor an encoder) and of the null prompt's ids [1, L]."""
+        both = [torch.cat([i, n]) for i, n in zip(ids, null_ids, strict=True)]
+        text = backbone.encode(self.family, list(self.text_encoders), both)
+        return Text(text.context[:-1], text.pooled[:-1], text[-1:])
+
+    def image_features(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+        """V/|V| [B, P] of latents x [B, C, H, W] at timesteps t [B]; text: one prompt a latent."""
+        guided = self.guidance_scale > 1
+        if guided:
+            x, t, text = torch.cat([x, x]), torch.cat([t, t]), text.guided()
+        stages, mid = backbone.down_mid(self.unet, x, t, text, self.sizes)
+
+        def feature(maps: Tensor, guide_it: bool) -> Tensor:
+            if not guided:
+                return pool(maps)
+            null, with_text = maps.chunk(2)
+            return guide(pool(null), pool(with_text), self.guidance_scale) if guide_it else pool(with_text)
+
+        first_guided = 1 if self.family.time_ids else 0
+        down = [feature(maps, self.multi_scale_cfg and i >= first_guided) for i, maps in enumerate(stages)]
+        v = torch.cat([*(down if self.multi_scale else []), feature(mid, True)], -1)
+        return normalized(self.visual_projection, v)
+
+    def text_features(self, text: Text) -> Tensor:
+        """T/|T| [B, P]."""
+        return normalized(self.text_projection, text.pooled)
+
+    def score(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
+        """S(x, t, prompt), [B] in fp32. x: [B, C, H, W]; t: int64 [B]; text: features of B prompts."""
+        return self.logit_scale.exp() * (self.image_features(x, t, text) * self.text_features(text)).sum(-1)
+
+
+def normalized(projection: nn.Linear | None, features: Tensor) -> Tensor:
+    """Project (if there is a projection) and scale to unit length, in fp32: scores differ by little."""
+    with torch.autocast(features.device.type, enabled=False):
+        features = features.float()
+        return F.normalize(features if projection is None else projection(features), dim=-1, eps=0)
+
+
+def linear(weight: Tensor) -> nn.Linear:
+    """A layer without bias from its weight [out, in]."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.float().clone())
+    return layer

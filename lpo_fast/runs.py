@@ -1,0 +1,146 @@
+"""The run directory: settings, what ran where, metrics, timings, trackers, and a clean stop.
+
+metrics.jsonl holds what the seed determines (two equal runs write equal bytes); timings.jsonl holds what the machine does.
+"""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from lpo_fast.config import LPO, LRM
+from lpo_fast.errors import InputError
+
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "xformers")
+
+
+class Run:
+    """An open run directory; rows go to metrics.jsonl and, if asked, to a tracker."""
+
+    def __init__(self, config: LPO | LRM, name: str):
+        self.out, self.started = Path(config.out), time.perf_counter()
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_json(self.out / "config.json", asdict(config))
+        write_json(self.out / "environment.json", environment())
+        self.tracker = _tracker(config.log_with, self.out, name, asdict(config))
+        self.metrics = open(self.out / "metrics.jsonl", "a", encoding="utf-8")
+        self.timings = open(self.out / "timings.jsonl", "a", encoding="utf-8")
+
+    def log(self, kind: str, step: int, **row) -> None:
+        """A row of metrics."""
+        row = {"kind": kind, "global_step": step, **row}
+        self.metrics.write(json.dumps(row) + "\n")
+        self.metrics.flush()
+        if self.tracker:
+            self.tracker.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=step)
+
+    def time(self, **row) -> None:
+        """A row of timings."""
+        self.timings.write(json.dumps(row) + "\n")
+        self.timings.flush()
+
+    def truncate(self, size: int) -> None:
+        """Drop metrics written after the state that a resumed run starts from."""
+        self.metrics.truncate(size)
+        self.metrics.seek(size)
+
+    @property
+    def size(self) -> int:
+        """Bytes of metrics so far."""
+        return self.metrics.tell()
+
+    def close(self) -> None:
+        """End the trackers and close the files."""
+        if self.tracker:
+            self.tracker.end_training()
+        self.metrics.close()
+        self.timings.close()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Indented JSON."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def environment() -> dict[str, object]:
+    """Versions, hardware, commit, command and date."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+                            capture_output=True, text=True, check=False).stdout.strip()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"command": " ".join(["python", "-m", "lpo_fast.train", *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%d %H:%M:%S"), "commit": commit or None, "python": platform.python_version(),
+            **versions, "gpu": gpu, "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+
+
+def _tracker(name: str, out: Path, project: str, config: dict) -> Accelerator | None:
+    """accelerate's tracker, or None with a warning: a missing package or login must not cost the run."""
+    if not name:
+        return None
+    try:
+        accelerator = Accelerator(log_with=name, project_dir=out)
+        accelerator.init_trackers(project, config={k: str(v) for k, v in config.items()})
+        if not accelerator.trackers:
+            raise RuntimeError("its package is not installed")
+        return accelerator
+    except Exception as error:  # trackers raise whatever their service raises
+        print(f"warning: --log-with {name}: {error}; metrics are written to {out / 'metrics.jsonl'} alone",
+              file=sys.stderr)
+        return None
+
+
+def open_directory(config: LPO | LRM, state: str) -> None:
+    """Refuse a run directory that cannot be written, or that holds a run, or (to resume) holds none."""
+    out = Path(config.out)
+    existing = out
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(config.out, "cannot be written", "choose a directory of your own", "--out")
+    if config.resume and not (out / state).is_file():
+        raise InputError(config.out, f"holds no {state} to go on from", "drop --resume, or name the run", "--out")
+    if not config.resume and (out / "metrics.jsonl").exists():
+        raise InputError(config.out, "holds a run already", "choose another directory, or go on with --resume", "--out")
+
+
+def say(line: str) -> None:
+    """A line above the progress bar."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def memory() -> str:
+    """Peak memory of the device (of the process on a CPU)."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+    import resource
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"
+
+
+@contextmanager
+def stoppable() -> Iterator[list[int]]:
+    """Within the block SIGINT and SIGTERM only append their number to the list; the loop saves and stops at it."""
+    caught: list[int] = []
+    before = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,97 @@
+"""Sampling with a choice: at every denoising step K candidates, the best and the worst of which make a pair.
+
+Shapes are static and nothing is read back to the host inside a trajectory: every step makes B pairs, and a mask says
+which are valid. The trajectory goes on from a uniformly random candidate (arXiv 2502.01051, section 3.3).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lpo_fast import noise, schedule, select
+from lpo_fast.loss import guide
+from lpo_fast.schedule import SIGMA, Schedule
+
+Predict = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (x_t [B,C,H,W], t [B], prompts [B]) → null, text
+Score = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [N,C,H,W], t [N], prompts [N]) → scores [N]
+
+
+class Pairs(NamedTuple):
+    """N pairs: latents x_t, winner, loser [N, C, H, W] fp32; t, prompt: int64 [N]; valid: bool [N]."""
+
+    x_t: Tensor
+    winner: Tensor
+    loser: Tensor
+    t: Tensor
+    prompt: Tensor
+    valid: Tensor
+
+    def take(self, index: Tensor) -> "Pairs":
+        """Some of the pairs, by number or by mask."""
+        return Pairs(*(field[index] for field in self))
+
+
+@dataclass(frozen=True)
+class CounterNoise:
+    """All randomness of a trajectory, from counters (see noise.py). prompts: int64 [B]; shape: (C, H, W)."""
+
+    seed: int
+    epoch: int
+    prompts: Tensor
+    shape: tuple[int, int, int]
+
+    def initial(self) -> Tensor:
+        """x_T, [B, C, H, W]."""
+        return noise.normal(self.seed, self.epoch, self.prompts, noise.INITIAL, 1, self.shape)[0]
+
+    def normal(self, step: int, candidates: int) -> Tensor:
+        """z of the candidates, [K, B, C, H, W]."""
+        return noise.normal(self.seed, self.epoch, self.prompts, step, candidates, self.shape)
+
+    def choice(self, step: int, candidates: int) -> Tensor:
+        """The candidate to go on from, int64 [B]."""
+        return noise.integers(self.seed, self.epoch, self.prompts, step, candidates)
+
+
+def candidates(sched: Schedule, x_t: Tensor, model_output: Tensor, t: Tensor, z: Tensor) -> Tensor:
+    """x_p = mean + sigma·z for K candidates. x_t, model_output: [B, C, H, W]; t: [B]; z: [K, B, C, H, W]."""
+    return schedule.mean(sched, x_t, model_output, t) + sched.table[t, SIGMA][:, None, None, None] * z
+
+
+@torch.no_grad()
+def trajectory(predict: Predict, score: Score, sched: Schedule, gap: Tensor, draw: CounterNoise, prompts: Tensor, *,
+               guidance: float, num_candidates: int, start: int = 0, stop: int = 0) -> tuple[Pairs, Tensor]:
+    """Denoise B prompts; a pair a step. Returns the (steps · B) pairs, step-major, and the scores [steps, K, B].
+
+    gap: [N] smallest score gap of a valid pair by timestep (``select.gaps``). Before step ``start`` one unscored
+    candidate is drawn and no pair made; the trajectory ends before step ``stop`` if that is positive. All candidates
+    are scored at the current step's t.
+    """
+    x, rows = draw.initial(), torch.arange(len(prompts), device=prompts.device)
+    steps, all_scores = [], []
+    for step in range(stop if stop > 0 else len(sched.timesteps)):
+        t = sched.timesteps[step].expand(len(prompts))
+        k = num_candidates if step >= start else 1
+        x_p = candidates(sched, x, guide(*predict(x, t, prompts), guidance), t, draw.normal(step, k))
+        if step < start:
+            x = x_p[0]
+            continue
+        scores = score(x_p.flatten(0, 1), t.repeat(k), prompts.repeat(k)).view(k, -1)
+        pair = select.pairs(scores, gap[t])
+        steps.append(Pairs(x, x_p[pair.best, rows], x_p[pair.worst, rows], t, prompts, pair.valid))
+        all_scores.append(scores)
+        x = x_p[draw.choice(step, k), rows]
+    return Pairs(*(torch.cat(field) for field in zip(*steps, strict=True))), torch.stack(all_scores)
+
+
+@torch.no_grad()
+def generate(predict: Predict, sched: Schedule, draw: CounterNoise, prompts: Tensor, *, guidance: float) -> Tensor:
+    """Denoise B prompts all the way without candidates: latents x_0 [B, C, H, W]."""
+    x = draw.initial()
+    for step, timestep in enumerate(sched.timesteps):
+        t = timestep.expand(len(prompts))
+        x = candidates(sched, x, guide(*predict(x, t, prompts), guidance), t, draw.normal(step, 1))[0]
+    return x

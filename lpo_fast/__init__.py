@@ -1,12 +1,15 @@
 """lpo_fast: fast latent reward models (LRM) and latent preference optimization (LPO) for diffusion models.
 
->>> from lpo_fast.train_lpo import train                      # doctest: +SKIP
->>> train(replace(config.sd15().lpo, lrm="lrm_sd15", prompts="prompts.json"))   # doctest: +SKIP
+    from dataclasses import replace
+    from lpo_fast import config, train_lpo
+    train_lpo.train(replace(config.sd15().lpo, model="stable-diffusion-v1-5", lrm="lrm_sd15", prompts="prompts.json"))
 """
 
 import logging
 import os
 
-logging.getLogger("xformers").setLevel(logging.ERROR)  # it warns at import wherever it cannot run, a CPU for instance
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+for chatty in ("xformers", "bitsandbytes"):  # they warn at import wherever they cannot run, on a CPU for instance
+    logging.getLogger(chatty).setLevel(logging.ERROR)
+for library in ("TRANSFORMERS", "DIFFUSERS"):
+    os.environ.setdefault(f"{library}_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

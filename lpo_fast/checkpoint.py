@@ -83,27 +83,36 @@ def new_lrm(base: Path, *, clip: str | None = None, generator: torch.Generator, 
                              sizes=size_conditions(base, family, unet), **settings)
 
 
+def read_heads(path: Path, channels: list[int]) -> dict:
+    """state_dict.pt of an LRM directory, whose projection must fit the denoiser's channels."""
+    heads = read_pickle(path / "state_dict.pt", "--lrm")
+    if not isinstance(heads, dict) or not {"visual_projection", "logit_scale"} <= heads.keys():
+        raise InputError(str(path / "state_dict.pt"), "holds no visual_projection and logit_scale",
+                         "use an LRM's own file", "--lrm")
+    width, multi, mid = heads["visual_projection"]["weight"].shape[1], sum(channels) + channels[-1], channels[-1]
+    if width not in (multi, mid):
+        raise InputError(str(path), f"its visual projection takes {width} features, its denoiser gives {multi} "
+                         f"(multi-scale) or {mid}", "use an LRM whose parts belong together", "--lrm")
+    return heads
+
+
 def load_lrm(path: Path, base: Path | None = None, **settings) -> LatentRewardModel:
-    """An LRM directory, official or ours. ``base`` supplies the text encoders that an official one lacks.
+    """An LRM directory, official or ours. ``base`` supplies the text encoders that an official one may lack.
 
     Settings that the directory does not record (guidance_scale, multi_scale_cfg) are taken from ``settings``.
     Raises InputError if weights are missing or widths do not fit.
     """
-    path = Path(path)
     unet = backbone.load_down_mid(path / "unet")
     family = backbone.family_of(unet.config)
-    heads = read_pickle(path / "state_dict.pt", "--lrm")
+    heads = read_heads(path, list(unet.config.block_out_channels))
     visual = heads["visual_projection"]["weight"]
-    widths = {multi: sum(feature_widths(unet, multi)) for multi in (True, False)}
-    if visual.shape[1] not in widths.values():
-        raise InputError(str(path), f"its visual projection takes {visual.shape[1]} features, its denoiser gives "
-                         f"{widths[True]} (multi-scale) or {widths[False]}", "use an LRM whose parts belong together", "--lrm")
     text = heads["text_projection"]["weight"] if "text_projection" in heads else None
     recorded = json.loads((path / "lrm.json").read_text()) if (path / "lrm.json").is_file() else {}
-    sizes = size_conditions(base or path, family, unet)
-    settings = {"guidance_scale": 7.5, **settings, **recorded, "multi_scale": visual.shape[1] == widths[True]}
-    return LatentRewardModel(family, unet, backbone.load_text(base or path, family, path), visual, text,
-                             heads["logit_scale"], sizes=sizes, **settings).requires_grad_(False).eval()
+    multi_scale = visual.shape[1] == sum(feature_widths(unet, True))
+    settings = {"guidance_scale": 7.5, **settings, **recorded, "multi_scale": multi_scale}
+    lrm = LatentRewardModel(family, unet, backbone.load_text(base or path, family, path), visual, text,
+                            heads["logit_scale"], sizes=size_conditions(base or path, family, unet), **settings)
+    return lrm.requires_grad_(False).eval()
 
 
 def save_lrm(lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], path: Path) -> None:
@@ -144,7 +153,7 @@ def read_text_projection(path: str) -> Tensor:
     if file.is_dir():
         file = next((file / n for n in ("model.safetensors", "pytorch_model.bin") if (file / n).is_file()), file)
     if not file.is_file():
-        raise InputError(path, "no CLIP checkpoint there", "give model.safetensors or pytorch_model.bin of CLIP", "--clip")
+        raise InputError(path, "no CLIP checkpoint there", "give CLIP's model.safetensors or pytorch_model.bin", "--clip")
     tensors = load_file(file) if file.suffix == ".safetensors" else read_pickle(file, "--clip")
     if "text_projection.weight" not in tensors:
         raise InputError(path, "has no text_projection.weight", "use a CLIP model with projections", "--clip")
@@ -159,7 +168,8 @@ def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float, targets: tuple
     unet.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets)))
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian",
+                                    target_modules=list(targets)))
 
 
 def lora_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
@@ -181,7 +191,8 @@ def read_lora(path: Path) -> dict[str, Tensor]:
     if file.is_dir():
         file = next((file / n for n in (LORA_DIFFUSERS, LORA_OFFICIAL) if (file / n).is_file()), file)
     if not file.is_file():
-        raise InputError(str(path), "no LoRA there", f"give {LORA_DIFFUSERS}, {LORA_OFFICIAL} or their folder", "--lora")
+        raise InputError(str(path), "no LoRA there", f"give {LORA_DIFFUSERS}, {LORA_OFFICIAL} or their folder",
+                         "--lora")
     if file.suffix != ".safetensors":
         return read_pickle(file, "--lora")
     state = convert_unet_state_dict_to_peft(load_file(file))
@@ -191,7 +202,8 @@ def read_lora(path: Path) -> dict[str, Tensor]:
 def load_lora(unet: UNet2DConditionModel, path: Path) -> None:
     """Put a LoRA's values into the attached adapter. Raises InputError unless names and shapes are the same."""
     state, own = read_lora(path), lora_state(unet)
-    wrong = sorted(n for n in state.keys() | own.keys() if n not in own or n not in state or state[n].shape != own[n].shape)
+    wrong = sorted(n for n in state.keys() | own.keys()
+                   if n not in own or n not in state or state[n].shape != own[n].shape)
     if wrong:
         name = wrong[0]
         shapes = [str(tuple(s[name].shape)) if name in s else "absent" for s in (state, own)]

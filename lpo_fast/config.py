@@ -3,7 +3,7 @@
 ``check`` refuses, before anything is loaded or written, every value that cannot work, with its key and the remedy.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from lpo_fast.errors import InputError
@@ -207,6 +207,23 @@ class LRM:
             _refuse(self, "warmup_steps", f"the run ends at step {self.max_steps}", "use fewer than --max-steps")
 
 
+@dataclass(frozen=True)
+class Demo:
+    """Both stages on the embedded world: train an LRM, align the tiny pipeline with it, count the right pictures."""
+
+    out: str = "runs/demo"
+    """Run directory; an earlier demo there is replaced."""
+    seed: int = 0
+    """All randomness is a function of it."""
+    pictures: int = 200
+    """Pictures of held-out captions that are judged before and after."""
+
+    def check(self) -> None:
+        """Raise InputError for a setting that cannot work."""
+        _at_least(self, 0, "seed")
+        _at_least(self, 1, "pictures")
+
+
 class Recipe(NamedTuple):
     """The settings of both stages for one kind of model."""
 
@@ -249,28 +266,23 @@ def _flag(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
-def _refuse(config: LPO | LRM, key: str, problem: str, remedy: str) -> None:
+def _refuse(config: LPO | LRM | Demo, key: str, problem: str, remedy: str) -> None:
     raise InputError(str(getattr(config, key)), problem, remedy, _flag(key))
 
 
-def _at_least(config: LPO | LRM, bound: float, *keys: str) -> None:
+def _at_least(config: LPO | LRM | Demo, bound: float, *keys: str) -> None:
     for key in keys:
         if not getattr(config, key) >= bound:
             _refuse(config, key, f"below {bound}", f"use {bound} or more")
 
 
-def _above(config: LPO | LRM, bound: float, *keys: str) -> None:
+def _above(config: LPO | LRM | Demo, bound: float, *keys: str) -> None:
     for key in keys:
         if not getattr(config, key) > bound:
             _refuse(config, key, f"not above {bound}", f"use a number above {bound}")
 
 
-def _below(config: LPO | LRM, bound: float, *keys: str) -> None:
+def _below(config: LPO | LRM | Demo, bound: float, *keys: str) -> None:
     for key in keys:
         if not getattr(config, key) < bound:
             _refuse(config, key, f"not below {bound}", f"use a number below {bound}")
-
-
-def flags(config: LPO | LRM) -> list[str]:
-    """Every flag of a stage."""
-    return [_flag(field.name) for field in fields(config)]

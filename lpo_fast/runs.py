@@ -1,6 +1,6 @@
 """The run directory: settings, what ran where, metrics, timings, trackers, and a clean stop.
 
-metrics.jsonl holds what the seed determines (two equal runs write equal bytes); timings.jsonl holds what the machine does.
+metrics.jsonl holds what the seed determines (two equal runs write equal bytes), timings.jsonl what the machine does.
 """
 
 import json
@@ -21,7 +21,6 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from lpo_fast.config import LPO, LRM
-from lpo_fast.errors import InputError
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "xformers")
 
@@ -104,20 +103,6 @@ def _tracker(name: str, out: Path, project: str, config: dict) -> Accelerator | 
         print(f"warning: --log-with {name}: {error}; metrics are written to {out / 'metrics.jsonl'} alone",
               file=sys.stderr)
         return None
-
-
-def open_directory(config: LPO | LRM, state: str) -> None:
-    """Refuse a run directory that cannot be written, or that holds a run, or (to resume) holds none."""
-    out = Path(config.out)
-    existing = out
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(config.out, "cannot be written", "choose a directory of your own", "--out")
-    if config.resume and not (out / state).is_file():
-        raise InputError(config.out, f"holds no {state} to go on from", "drop --resume, or name the run", "--out")
-    if not config.resume and (out / "metrics.jsonl").exists():
-        raise InputError(config.out, "holds a run already", "choose another directory, or go on with --resume", "--out")
 
 
 def say(line: str) -> None:

@@ -1,67 +1,25 @@
-"""The LPO loop: sample pairs for a batch of prompts, train the policy on them, repeat (arXiv 2502.01051, algorithm 1)."""
+"""The LPO loop: sample pairs for a batch of prompts, train the policy on them, repeat (arXiv 2502.01051)."""
 
-import copy
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lpo_fast import backbone, checkpoint, data, loss, runs, sample, schedule, select, speed
-from lpo_fast.backbone import Text
+from lpo_fast import checkpoint, loss, preflight, runs, sample, select, speed
+from lpo_fast import policy as policies
 from lpo_fast.config import LPO
 from lpo_fast.errors import InputError
 from lpo_fast.loss import StepDPO
-from lpo_fast.sample import CounterNoise, Pairs, Predict, Score
+from lpo_fast.policy import Policy, trainable
+from lpo_fast.sample import CounterNoise, Pairs, Score
 from lpo_fast.schedule import Schedule
-
-PICTURE_EPOCH = 0xFFFFFFFF  # pictures for the report have noise of their own
-
-
-class Policy:
-    """The denoiser that trains and its reference: the same weights with the adapters off, or a frozen copy of them."""
-
-    def __init__(self, unet: UNet2DConditionModel, text: Text, sizes: Tensor | None, *, full: bool, precision: str = "no"):
-        self.unet, self.text, self.sizes, self.precision = unet, text, sizes, precision
-        self.frozen = copy.deepcopy(unet).requires_grad_(False) if full else None
-
-    def predict(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
-        """(null, text) outputs in fp32 for latents x_t [B, C, H, W] at t [B] and prompt numbers [B]."""
-        return self._evaluate(self.unet, x_t, t, prompts)
-
-    @torch.no_grad()
-    def reference(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of the model that training started from."""
-        if self.frozen is not None:
-            return self._evaluate(self.frozen, x_t, t, prompts)
-        with adapters_off(self.unet):
-            return self._evaluate(self.unet, x_t, t, prompts)
-
-    def _evaluate(self, unet: nn.Module, x_t: Tensor, t: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
-        with speed.autocast(self.precision):
-            null, text = backbone.predict(unet, x_t, t, self.text[prompts], self.sizes)
-        return null.float(), text.float()
-
-
-@contextmanager
-def adapters_off(unet: nn.Module) -> Iterator[None]:
-    """Without the LoRA. Unlike peft's ``disable_adapters`` this leaves requires_grad alone."""
-    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
 
 
 def pair_loss(policy: Policy, sched: Schedule, pairs: Pairs, weight: Tensor, *, guidance: float, beta: float,
@@ -114,11 +72,6 @@ def batch_metrics(pairs: Pairs, scores: Tensor, sched: Schedule) -> dict[str, ob
             "valid_by_timestep": valid.view(steps, size).sum(1).tolist(), "pairs_possible": len(t)}
 
 
-def trainable(unet: nn.Module) -> list[nn.Parameter]:
-    """The parameters that train."""
-    return [p for p in unet.parameters() if p.requires_grad]
-
-
 def order(config: LPO, epoch: int, prompts: int) -> list[Tensor]:
     """The prompt batches of an epoch, shuffled: a function of the seed and the epoch."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
@@ -132,97 +85,12 @@ def shuffled(pairs: Pairs, config: LPO, epoch: int, batch: int) -> Pairs:
     return pairs.take(index[torch.randperm(len(index), generator=generator).to(index.device)])
 
 
-def check(config: LPO) -> list[str]:
-    """Refuse whatever can be refused before anything is loaded or written; the prompts."""
-    config.check()
-    unet = check_model(config.model, "--model")
-    lrm = check_lrm(config)
-    for key in ("in_channels", "sample_size"):
-        if backbone.family_of(unet) != backbone.family_of(lrm) or unet[key] != lrm[key]:
-            raise InputError(config.lrm, "scores another latent space than the model's",
-                             "use an LRM trained for this kind of model", "--lrm")
-    prompts = data.read_prompts(config.prompts, config.caption_key)
-    if config.lora:
-        checkpoint.read_lora(Path(config.lora))
-    runs.open_directory(config, checkpoint.STATE)
-    return prompts
-
-
-def check_model(model: str, flag: str) -> dict:
-    """The U-Net config of a diffusers directory, all parts of which are there."""
-    path = Path(model)
-    if not model or not path.is_dir():
-        raise InputError(model or "(none)", "no such directory", "name a Stable Diffusion directory in diffusers layout", flag)
-    if not (path / "unet" / "config.json").is_file():
-        raise InputError(model, "is no pipeline: unet/config.json is missing", "name its top directory", flag)
-    unet = json.loads((path / "unet" / "config.json").read_text())
-    family = backbone.family_of(unet)
-    for part in (*(name for name, _ in family.encoders), *family.tokenizers, "vae", "scheduler"):
-        if not (path / part).is_dir():
-            raise InputError(model, f"is no whole pipeline: {part}/ is missing", "download all of it", flag)
-    return unet
-
-
-def check_lrm(config: LPO) -> dict:
-    """The U-Net config of the LRM's directory."""
-    path = Path(config.lrm)
-    if not config.lrm or not path.is_dir():
-        raise InputError(config.lrm or "(none)", "no such directory", "train one with `lrm`, or download casiatao/LRM", "--lrm")
-    for part in ("unet/config.json", "state_dict.pt"):
-        if not (path / part).is_file():
-            raise InputError(config.lrm, f"is no latent reward model: {part} is missing", "name its top directory", "--lrm")
-    if config.lrm_base:
-        check_model(config.lrm_base, "--lrm-base")
-    return json.loads((path / "unet" / "config.json").read_text())
-
-
-def load_policy(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy, Schedule]:
-    """The policy with a LoRA attached (or all weights trainable), its text features and its sampler's schedule."""
-    model = Path(config.model)
-    precision = speed.precision(config.mixed_precision, "fp16")
-    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").to(device).eval()
-    family = backbone.family_of(unet.config)
-    encoders = [e.to(device).eval() for e in backbone.load_text(model, family)]
-    tokenizers = backbone.load_tokenizers(model, family)
-    text = backbone.encode_prompts(family, tokenizers, encoders, prompts, zero_null=family.zero_null)
-    too_long = sum(len(ids) > tokenizers[0].model_max_length for ids in tokenizers[0](prompts).input_ids)
-    if too_long:
-        runs.say(f"{too_long} of {len(prompts)} prompts exceed {tokenizers[0].model_max_length} tokens and are cut")
-    if not config.full:
-        unet.to(speed.DTYPES[precision])
-        checkpoint.add_lora(unet, config.rank, config.alpha or config.rank, config.targets, config.seed)
-        for parameter in trainable(unet):
-            parameter.data = parameter.data.float()
-        if config.lora:
-            checkpoint.load_lora(unet, Path(config.lora))
-    sizes = checkpoint.size_conditions(model, family, unet)
-    sizes = None if sizes is None else sizes.to(device)
-    scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
-    sched = schedule.from_config(scheduler, config.num_steps, config.eta).to(device)
-    return Policy(unet, text, sizes, full=config.full, precision=precision), sched
-
-
-def load_score(config: LPO, prompts: list[str], device: torch.device) -> Score:
-    """The LRM as a function of latents, timesteps and prompt numbers; its text features are computed here, once."""
-    path, base = Path(config.lrm), Path(config.lrm_base or config.model)
-    lrm = checkpoint.load_lrm(path, base).to(device)
-    tokenizers = backbone.load_tokenizers(path if (path / "tokenizer").is_dir() else base, lrm.family)
-    text = backbone.encode_prompts(lrm.family, tokenizers, list(lrm.text_encoders), prompts, zero_null=False)
-    lrm.text_encoders = nn.ModuleList()  # never needed again
-    precision = speed.precision(config.mixed_precision, "fp16")
-
-    def score(x: Tensor, t: Tensor, index: Tensor) -> Tensor:
-        with speed.autocast(precision):
-            return lrm.score(x, t, text[index])
-    return score
-
-
 def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: score) -> Path:
     """Run LPO; the run directory. wrap_score may alter the reward (a control experiment, another scorer)."""
-    prompts = check(config)
+    prompts = preflight.lpo(config)
     device = speed.device()
-    policy, sched = load_policy(config, prompts, device)
-    score = wrap_score(load_score(config, prompts, device))
+    policy, sched = policies.load(config, prompts, device)
+    score = wrap_score(policies.load_score(config, prompts, device))
     low, high = config.threshold_min, config.threshold_max
     gap = select.gaps(sched, config.threshold_shape, low, low if config.threshold_shape == "none" else high)
     shape = (policy.unet.config.in_channels, *[policy.unet.config.sample_size] * 2)
@@ -240,9 +108,10 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
         draw_pictures(config, policy, sched, prompts, shape, "before")
     batches = -(-len(prompts) // config.batch_size)
     total = min(config.epochs * batches, config.max_batches or config.epochs * batches)
-    bar = tqdm(total=total, initial=at["epoch"] * batches + at["batch"], desc="LPO", unit="batch", leave=False)
+    done = at["epoch"] * batches + at["batch"]
+    bar = tqdm(total=total, initial=done, desc="LPO", unit="batch", leave=False, disable=None)
     with runs.stoppable() as stopped:
-        while bar.n < total and not stopped:
+        while done < total and not stopped:
             start = time.perf_counter()
             index = order(config, at["epoch"], len(prompts))[at["batch"]].to(device)
             draw = CounterNoise(config.seed, at["epoch"], index, shape)
@@ -263,13 +132,13 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
             run.time(global_step=at["step"], sampling=sampled - start, seconds=seconds,
                      prompts_per_second=len(index) / seconds)
             runs.say(log_line(at["step"], row, len(pairs.t), seconds, len(index)))
-            at["batch"] += 1
+            at["batch"], done = at["batch"] + 1, done + 1
             bar.update()
             if at["batch"] == batches:
                 at = at | {"epoch": at["epoch"] + 1, "batch": 0}
                 if at["epoch"] % config.save_epochs == 0:
                     save_checkpoint(out / f"checkpoint_{at['epoch'] - 1}", policy.unet, config, at["step"])
-            if bar.n % config.save_batches == 0 or bar.n == total or stopped:
+            if done % config.save_batches == 0 or done == total or stopped:
                 save_state(out / checkpoint.STATE, policy.unet, optimizer, scaler, ema, run, at)
     bar.close()
     if stopped:
@@ -328,7 +197,8 @@ def load_state(file: Path, unet: nn.Module, optimizer: torch.optim.Optimizer, sc
     state = checkpoint.read_pickle(file, "--out")
     own = {n: p for n, p in unet.named_parameters() if p.requires_grad}
     if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in state["weights"].items()}:
-        raise InputError(str(file), "was saved with other trained weights", "resume with the run's own settings", "--out")
+        raise InputError(str(file), "was saved with other trained weights", "resume with the run's own settings",
+                         "--out")
     for name, parameter in own.items():
         parameter.data.copy_(state["weights"][name])
     optimizer.load_state_dict(state["optimizer"])
@@ -348,23 +218,8 @@ def draw_pictures(config: LPO, policy: Policy, sched: Schedule, prompts: list[st
         return
     folder = Path(config.out) / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = pictures_of(policy.predict, sched, Path(config.model), torch.arange(count), shape,
+    pictures = policies.pictures(policy.predict, sched, Path(config.model), torch.arange(count), shape,
                            guidance=config.guidance_scale, seed=config.seed, batch=config.batch_size)
     for i, picture in enumerate(pictures):
         Image.fromarray(picture.numpy()).save(folder / f"{i:03d}_{when}.png")
     runs.write_json(folder / "captions.json", [{"caption": prompts[i]} for i in range(count)])
-
-
-@torch.no_grad()
-def pictures_of(predict: Predict, sched: Schedule, model: Path, prompts: Tensor, shape: tuple[int, int, int], *,
-                guidance: float, seed: int, batch: int, items: Tensor | None = None) -> Tensor:
-    """uint8 [N, H, W, 3] pictures for prompt numbers [N]; items: the numbers that key their noise (default: 0 … N−1)."""
-    device = sched.table.device
-    vae = backbone.load_vae(model).to(device)
-    items = torch.arange(len(prompts)) if items is None else items
-    pictures = []
-    for index, item in zip(prompts.to(device).split(batch), items.to(device).split(batch), strict=True):
-        latents = sample.generate(predict, sched, CounterNoise(seed, PICTURE_EPOCH, item, shape), index, guidance=guidance)
-        decoded = vae.decode(latents / vae.config.scaling_factor).sample
-        pictures.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu())
-    return torch.cat(pictures)

@@ -1,0 +1,120 @@
+"""The policy: the denoiser that trains, its reference, its text features and its sampler; loading and drawing with it."""
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from lpo_fast import backbone, checkpoint, runs, sample, schedule, speed
+from lpo_fast.backbone import Text
+from lpo_fast.config import LPO
+from lpo_fast.sample import CounterNoise, Predict, Score
+from lpo_fast.schedule import Schedule
+
+PICTURE_EPOCH = 0xFFFFFFFF  # pictures for reports have noise of their own
+
+
+class Policy:
+    """The denoiser that trains and its reference: the same weights with the adapters off, or a frozen copy of them."""
+
+    def __init__(self, unet: UNet2DConditionModel, text: Text, sizes: Tensor | None, *, full: bool, precision: str = "no"):
+        self.unet, self.text, self.sizes, self.precision = unet, text, sizes, precision
+        self.frozen = copy.deepcopy(unet).requires_grad_(False) if full else None
+
+    def predict(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        """(null, text) outputs in fp32 for latents x_t [B, C, H, W] at t [B] and prompt numbers [B]."""
+        return self._evaluate(self.unet, x_t, t, prompts)
+
+    @torch.no_grad()
+    def reference(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of the model that training started from."""
+        if self.frozen is not None:
+            return self._evaluate(self.frozen, x_t, t, prompts)
+        with adapters_off(self.unet):
+            return self._evaluate(self.unet, x_t, t, prompts)
+
+    def _evaluate(self, unet: nn.Module, x_t: Tensor, t: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        with speed.autocast(self.precision):
+            null, text = backbone.predict(unet, x_t, t, self.text[prompts], self.sizes)
+        return null.float(), text.float()
+
+
+@contextmanager
+def adapters_off(unet: nn.Module) -> Iterator[None]:
+    """Without the LoRA. Unlike peft's ``disable_adapters`` this leaves requires_grad alone."""
+    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def trainable(unet: nn.Module) -> list[nn.Parameter]:
+    """The parameters that train."""
+    return [p for p in unet.parameters() if p.requires_grad]
+
+
+def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy, Schedule]:
+    """The policy with a LoRA attached (or all weights trainable), its text features and its sampler's schedule."""
+    model = Path(config.model)
+    precision = speed.precision(config.mixed_precision, "fp16")
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").to(device).eval()
+    family = backbone.family_of(unet.config)
+    encoders = [e.to(device).eval() for e in backbone.load_text(model, family)]
+    tokenizers = backbone.load_tokenizers(model, family)
+    text = backbone.encode_prompts(family, tokenizers, encoders, prompts, zero_null=family.zero_null)
+    too_long = sum(len(ids) > tokenizers[0].model_max_length for ids in tokenizers[0](prompts).input_ids)
+    if too_long:
+        runs.say(f"{too_long} of {len(prompts)} prompts exceed {tokenizers[0].model_max_length} tokens and are cut")
+    if not config.full:
+        if precision != "no":
+            unet.to(speed.DTYPES[precision])
+        checkpoint.add_lora(unet, config.rank, config.alpha or config.rank, config.targets, config.seed)
+        for parameter in trainable(unet):
+            parameter.data = parameter.data.float()
+        if config.lora:
+            checkpoint.load_lora(unet, Path(config.lora))
+    sizes = checkpoint.size_conditions(model, family, unet)
+    sizes = None if sizes is None else sizes.to(device)
+    scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+    sched = schedule.from_config(scheduler, config.num_steps, config.eta).to(device)
+    return Policy(unet, text, sizes, full=config.full, precision=precision), sched
+
+
+def load_score(config: LPO, prompts: list[str], device: torch.device) -> Score:
+    """The LRM as a function of latents, timesteps and prompt numbers; its text features are computed here, once."""
+    path, base = Path(config.lrm), Path(config.lrm_base or config.model)
+    lrm = checkpoint.load_lrm(path, base).to(device)
+    tokenizers = backbone.load_tokenizers(path if (path / "tokenizer").is_dir() else base, lrm.family)
+    text = backbone.encode_prompts(lrm.family, tokenizers, list(lrm.text_encoders), prompts, zero_null=False)
+    lrm.text_encoders = nn.ModuleList()  # never needed again
+    precision = speed.precision(config.mixed_precision, "fp16")
+
+    def score(x: Tensor, t: Tensor, index: Tensor) -> Tensor:
+        with speed.autocast(precision):
+            return lrm.score(x, t, text[index])
+    return score
+
+
+@torch.no_grad()
+def pictures(predict: Predict, sched: Schedule, model: Path, prompts: Tensor, shape: tuple[int, int, int], *,
+                guidance: float, seed: int, batch: int, items: Tensor | None = None) -> Tensor:
+    """uint8 [N, H, W, 3] pictures for prompt numbers [N]; items: the numbers that key their noise (default: 0 … N−1)."""
+    device = sched.table.device
+    vae = backbone.load_vae(model).to(device)
+    items = torch.arange(len(prompts)) if items is None else items
+    drawn = []
+    for index, item in zip(prompts.to(device).split(batch), items.to(device).split(batch), strict=True):
+        latents = sample.generate(predict, sched, CounterNoise(seed, PICTURE_EPOCH, item, shape), index, guidance=guidance)
+        decoded = vae.decode(latents / vae.config.scaling_factor).sample
+        drawn.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu())
+    return torch.cat(drawn)

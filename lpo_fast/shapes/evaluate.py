@@ -1,0 +1,211 @@
+"""python -m lpo_fast.shapes.evaluate: does the method work? Both stages on the embedded world, judged from pixels.
+
+The yardstick is the share of pictures that show what their caption asks for, on attribute combinations that neither stage
+has seen, with the same noise before and after. The control shuffles the reward among the candidates of a step.
+"""
+
+import argparse
+import io
+import json
+import math
+import shutil
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lpo_fast import checkpoint, config, policy, runs, speed, train_lpo, train_lrm
+from lpo_fast.config import LPO, Demo
+from lpo_fast.errors import InputError
+from lpo_fast.sample import Score
+from lpo_fast.shapes import PIPELINE, world
+
+LRM_PAIRS, VALIDATION_PAIRS = 8000, 500
+PROMPT_COPIES = 8  # every training caption so often in the prompt file
+
+
+def write_pairs(file: Path, n: int, seed: int, held_out: bool) -> None:
+    """Preference pairs by the renderer as .parquet in Pick-a-Pic layout."""
+    pairs = world.pairs(n, seed, held_out)
+
+    def png(picture: np.ndarray) -> bytes:
+        encoded = io.BytesIO()
+        Image.fromarray(picture).save(encoded, "png", compress_level=1)
+        return encoded.getvalue()
+
+    columns = {"caption": pairs["caption"], "label_0": pairs["label_0"], "label_1": pairs["label_1"],
+               **{f"jpg_{i}": [png(picture) for picture in pairs[f"picture_{i}"]] for i in (0, 1)}}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), file)
+
+
+def train_reward(out: Path, seed: int) -> Path:
+    """Stage one: the LRM, from rendered pairs; its directory."""
+    write_pairs(out / "pairs" / "train.parquet", LRM_PAIRS, seed, held_out=False)
+    write_pairs(out / "pairs" / "validation.parquet", VALIDATION_PAIRS, seed, held_out=True)
+    settings = replace(config.shapes().lrm, model=str(PIPELINE), out=str(out / "lrm"), seed=seed,
+                       pairs=str(out / "pairs" / "train.parquet"),
+                       validation_pairs=str(out / "pairs" / "validation.parquet"))
+    return train_lrm.train(settings) / train_lrm.FINAL
+
+
+def settings(out: Path, lrm: Path, seed: int) -> LPO:
+    """Stage two's settings; writes its prompts."""
+    prompts = out / "prompts.json"
+    captions = [{"caption": caption} for caption in world.captions(held_out=False)] * PROMPT_COPIES
+    prompts.parent.mkdir(parents=True, exist_ok=True)
+    prompts.write_text(json.dumps(captions))
+    return replace(config.shapes().lpo, model=str(PIPELINE), lrm=str(lrm), prompts=str(prompts), out=str(out / "lpo"),
+                   seed=seed, pictures=0)
+
+
+def shuffled(score: Score) -> Score:
+    """The control: each prompt's scores, dealt out at random among its candidates."""
+    generator, candidates = torch.Generator().manual_seed(0), config.shapes().lpo.num_candidates
+
+    def control(x: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
+        scores = score(x, t, prompts).view(candidates, -1)
+        deal = torch.rand(scores.shape, generator=generator).argsort(0).to(scores.device)
+        return scores.gather(0, deal).flatten()
+    return control
+
+
+def draw(lora: Path | None, n: int, seed: int) -> tuple[np.ndarray, list[str]]:
+    """n pictures of held-out captions (in turn) by the base pipeline or with a LoRA, and their captions."""
+    recipe = replace(config.shapes().lpo, model=str(PIPELINE), lora=str(lora or ""))
+    captions = world.captions(held_out=True)
+    model, sched = policy.load(recipe, captions, speed.device())
+    shape = (model.unet.config.in_channels, *[model.unet.config.sample_size] * 2)
+    index = torch.arange(n) % len(captions)
+    pictures = policy.pictures(model.predict, sched, PIPELINE, index, shape, guidance=recipe.guidance_scale,
+                               seed=seed, batch=100)
+    return pictures.numpy(), [captions[i] for i in index]
+
+
+def judge(pictures: np.ndarray, captions: list[str]) -> dict[str, object]:
+    """Right pictures, shares by attribute, and diversity.
+
+    Diversity: RMS pixel difference (0 … 255) of two right pictures of one caption, mean over all such pairs: how much
+    position, size and shade vary where nothing is wrong.
+    """
+    right, wanted = world.right(pictures, captions), world.attributes(captions)
+    distances = []
+    for caption in sorted(set(captions)):
+        same = pictures[right & (np.array(captions) == caption)].astype(np.float32)
+        first, second = np.triu_indices(len(same), 1)
+        distances += np.sqrt(((same[first] - same[second]) ** 2).mean((1, 2, 3))).tolist()
+    shares = (world.measure(pictures) == wanted).mean(0).tolist()
+    return {"right": int(right.sum()), "diversity": float(np.mean(distances)) if distances else math.nan,
+            "by_attribute": dict(zip(("shape", "colour", "background"), shares, strict=True))}
+
+
+def evaluate(out: Path, lora: Path, n: int, seed: int) -> dict[str, object]:
+    """evaluation.json and pictures/ of a run directory: before and after with the same noise."""
+    before, captions = draw(None, n, seed)
+    after, _ = draw(lora, n, seed)
+    was, now = world.right(before, captions), world.right(after, captions)
+    result = {"captions": len(set(captions)), "n": n, "before": judge(before, captions), "after": judge(after, captions),
+              "gained": int((now & ~was).sum()), "lost": int((was & ~now).sum())}
+    runs.write_json(out / "evaluation.json", result)
+    folder = out / "pictures"
+    folder.mkdir(exist_ok=True)
+    shown = min(n, 48)
+    for i in range(shown):
+        Image.fromarray(before[i]).save(folder / f"{i:03d}_before.png")
+        Image.fromarray(after[i]).save(folder / f"{i:03d}_after.png")
+    runs.write_json(folder / "captions.json", [
+        {"caption": captions[i], "before_right": bool(was[i]), "after_right": bool(now[i])} for i in range(shown)])
+    return result
+
+
+def demo(options: Demo) -> tuple[dict[str, object], Path]:
+    """The whole method, both stages and the evaluation; its result and the run directory that the report is made of."""
+    out, seconds, start = Path(options.out), {}, time.perf_counter()
+
+    def lap(stage: str) -> None:
+        nonlocal start
+        seconds[stage], start = time.perf_counter() - start, time.perf_counter()
+
+    clear(out)
+    lrm = train_reward(out, options.seed)
+    lap("latent reward model")
+    run = train_lpo.train(settings(out, lrm, options.seed))
+    lap("preference optimization")
+    result = evaluate(run, run / checkpoint.LORA_DIFFUSERS, options.pictures, options.seed)
+    lap("evaluation")
+    result |= {"seconds": seconds}
+    runs.write_json(run / "evaluation.json", result)
+    (run / "lrm").mkdir(exist_ok=True)
+    (run / "lrm" / "metrics.jsonl").write_bytes((out / "lrm" / "metrics.jsonl").read_bytes())
+    return result, run
+
+
+def clear(out: Path) -> None:
+    """Remove an earlier demo. Refuses a directory that holds anything that a demo does not write."""
+    if out.exists() and not out.is_dir():
+        raise InputError(str(out), "is a file", "name a directory", "--out")
+    strange = sorted(p.name for p in out.glob("*") if p.name not in ("pairs", "lrm", "lpo", "prompts.json"))
+    if strange:
+        raise InputError(str(out), f"holds {strange[0]!r}, which no demo wrote", "name another directory", "--out")
+    if out.exists():
+        shutil.rmtree(out)
+
+
+def verdict(result: dict) -> str:
+    """The result in one line."""
+    n = result["n"]
+    before, after = (result[when]["right"] for when in ("before", "after"))
+    return (f"right pictures of {n}, held-out captions, same seeds: {before} before ({before / n:.1%}), "
+            f"{after} after ({after / n:.1%})")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train with several seeds and print the table of README."""
+    parser = argparse.ArgumentParser(prog="python -m lpo_fast.shapes.evaluate", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a whole run each (default: 0 1 2)")
+    parser.add_argument("--n", type=int, default=500, help="held-out pictures a run (default: 500)")
+    parser.add_argument("--out", type=Path, help="keep the runs here (default: a temporary directory)")
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        root, rows = arguments.out or Path(scratch), []
+        for seed in arguments.seeds:
+            out = root / f"seed{seed}"
+            lrm = train_reward(out, seed)
+            accuracy = last_validation(out / "lrm")["accuracy_by_timestep"]
+            plain = settings(out, lrm, seed)
+            control = replace(plain, out=str(out / "control"))
+            for name, run in (("LPO", train_lpo.train(plain)), ("shuffled", train_lpo.train(control, shuffled))):
+                result = evaluate(run, run / checkpoint.LORA_DIFFUSERS, arguments.n, seed)
+                rows.append((seed, name, result, accuracy))
+        print(table(rows, arguments.n))
+    return 0
+
+
+def last_validation(run: Path) -> dict:
+    """The last validation row of an LRM run."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == "validation"][-1]
+
+
+def table(rows: list[tuple[int, str, dict, dict]], n: int) -> str:
+    """Markdown: a line a run."""
+    lines = ["| seed | reward | right before | right after | change | diversity | LRM accuracy t = 1 / 501 / 751 |",
+             "|---|---|---|---|---|---|---|"]
+    for seed, name, result, accuracy in rows:
+        before, after = (100 * result[when]["right"] / n for when in ("before", "after"))
+        diversity = 100 * (result["after"]["diversity"] / result["before"]["diversity"] - 1)
+        shown = " / ".join(f"{accuracy[t]:.3f}" for t in ("1", "501", "751"))
+        lines.append(f"| {seed} | {name} | {before:.1f} % | {after:.1f} % | {after - before:+.1f} | {diversity:+.1f} % "
+                     f"| {shown} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

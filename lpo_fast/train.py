@@ -1,0 +1,74 @@
+"""python -m lpo_fast.train [demo | lrm | lpo] …: the command.
+
+demo (or nothing)   both stages on the embedded world, judged from pixels: minutes on a laptop
+lrm                 train a latent reward model from preference pairs
+lpo                 align a Stable Diffusion model with a latent reward model
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from lpo_fast import config
+from lpo_fast.config import LPO, LRM, Demo
+from lpo_fast.errors import InputError
+
+
+def run(settings: Demo | LRM | LPO) -> None:
+    """One command; prints where its results lie. The heavy imports wait until the command line is read."""
+    from lpo_fast import checkpoint, report, train_lpo, train_lrm
+    from lpo_fast.shapes import evaluate
+    match settings:
+        case Demo():
+            settings.check()
+            result, out = evaluate.demo(settings)
+            print(evaluate.verdict(result))
+        case LRM():
+            out = train_lrm.train(settings)
+            print(f"latent reward model: {out / train_lrm.FINAL}")
+        case LPO():
+            out = train_lpo.train(settings)
+            print(f"weights: {out / ('unet' if settings.full else checkpoint.LORA_DIFFUSERS)}")
+    print(f"report: {report.write(out)}")
+
+
+def recipe(argv: list[str]) -> config.Recipe:
+    """The defaults of a command line: the recipe for the kind of model that --model names."""
+    model = next((b for a, b in zip(argv, argv[1:], strict=False) if a == "--model"), "")
+    model = next((a.partition("=")[2] for a in argv if a.startswith("--model=")), model)
+    try:
+        unet = json.loads((Path(model) / "unet" / "config.json").read_text())
+    except (OSError, ValueError):
+        return config.sd15()  # preflight says what is wrong with the model
+    if unet.get("addition_embed_type") == "text_time":
+        return config.sdxl()
+    return config.sd21() if unet.get("cross_attention_dim") == 1024 else config.sd15()
+
+
+def parse(argv: list[str]) -> Demo | LRM | LPO:
+    """Settings of a command line; without a word it is the demo."""
+    defaults = recipe(argv)
+    stages = (Annotated[Demo, tyro.conf.subcommand("demo")]
+              | Annotated[LRM, tyro.conf.subcommand("lrm", default=defaults.lrm)]
+              | Annotated[LPO, tyro.conf.subcommand("lpo", default=defaults.lpo)])
+    if not argv or argv[0].startswith("--") and argv[0] != "--help":
+        argv = ["demo", *argv]
+    return tyro.cli(stages, args=argv, prog="python -m lpo_fast.train", description="Latent reward models and latent preference optimization for Stable Diffusion.",
+                    config=(tyro.conf.FlagCreatePairsOff,))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; its exit code: 0, 2 for a user's error, 128 + n when stopped by signal n."""
+    try:
+        run(parse(sys.argv[1:] if argv is None else argv))
+    except InputError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -255,10 +255,10 @@ def shapes() -> Recipe:
     """The embedded world: both stages in minutes on two CPU cores."""
     recipe = sd15()
     return Recipe(
-        replace(recipe.lrm, seed=0, batch_size=64, max_steps=300, learning_rate=1e-3, weight_decay=0.01,
-                warmup_steps=20, warmup="linear", validate_steps=100),
-        replace(recipe.lpo, seed=0, epochs=1000, max_batches=30, batch_size=32, guidance_scale=3.0, rank=16,
-                learning_rate=2e-3, train_batch_size=64, save_epochs=1000),
+        replace(recipe.lrm, seed=0, batch_size=64, max_steps=250, learning_rate=1e-3, weight_decay=0.01,
+                warmup_steps=20, warmup="linear", validate_steps=125),
+        replace(recipe.lpo, seed=0, epochs=1, max_batches=8, batch_size=32, guidance_scale=2.25, rank=16,
+                learning_rate=1e-3, train_batch_size=32),
     )
 
 

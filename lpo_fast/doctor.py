@@ -17,7 +17,7 @@ from lpo_fast.errors import InputError
 
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m lpo_fast.doctor", 
+    parser = argparse.ArgumentParser(prog="python -m lpo_fast.doctor",
                                      description="Say what this machine can do, and whether this code computes the method.")
     parser.add_argument("--golden", type=Path, metavar="DIR", help="directory of golden vectors to check against")
     arguments = parser.parse_args(argv)

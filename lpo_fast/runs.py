@@ -84,7 +84,7 @@ def environment() -> dict[str, object]:
     commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
                             capture_output=True, text=True, check=False).stdout.strip()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"command": " ".join(["python", "-m", "lpo_fast.train", *sys.argv[1:]]),
+    return {"command": " ".join(sys.orig_argv),
             "date": time.strftime("%Y-%m-%d %H:%M:%S"), "commit": commit or None, "python": platform.python_version(),
             **versions, "gpu": gpu, "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
 

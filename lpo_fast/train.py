@@ -56,8 +56,8 @@ def parse(argv: list[str]) -> Demo | LRM | LPO:
               | Annotated[LPO, tyro.conf.subcommand("lpo", default=defaults.lpo)])
     if not argv or argv[0].startswith("--") and argv[0] != "--help":
         argv = ["demo", *argv]
-    return tyro.cli(stages, args=argv, prog="python -m lpo_fast.train", description="Latent reward models and latent preference optimization for Stable Diffusion.",
-                    config=(tyro.conf.FlagCreatePairsOff,))
+    return tyro.cli(stages, args=argv, prog="python -m lpo_fast.train", config=(tyro.conf.FlagCreatePairsOff,),
+                    description="Latent reward models and latent preference optimization for Stable Diffusion.")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from lpo_fast.errors import InputError
 from lpo_fast.sample import Score
 from lpo_fast.shapes import PIPELINE, world
 
-LRM_PAIRS, VALIDATION_PAIRS = 8000, 500
+LRM_PAIRS, VALIDATION_PAIRS = 8000, 300
 PROMPT_COPIES = 8  # every training caption so often in the prompt file
 
 

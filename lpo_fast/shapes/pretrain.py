@@ -4,7 +4,7 @@ Three stages, each from the previous one's saved pipeline:
   vae       the autoencoder, 32x32x3 -> 8x8x4;
   denoiser  text encoder and U-Net together, captions all correct: the network learns to draw what it is asked for;
   muddle    the same with partly wrong captions: it now draws clean pictures, but often not the one asked for.
-The last is what LPO is to repair. Ends with the figures of merit; guidance 2 to 2.5 is the one to use.
+The last is what LPO is to repair. Ends with the figures of merit; guidance 2.25 is the one to use.
 """
 
 import argparse
@@ -106,6 +106,10 @@ def save(pipe, folder: Path):
     copy.deepcopy(pipe).to(torch.float16).save_pretrained(new)
     config = new / "text_encoder" / "config.json"  # transformers loads in the dtype that is named here
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    for file in new.rglob("*.json"):  # where it lay before is nobody's business
+        settings = json.loads(file.read_text())
+        if settings.pop("_name_or_path", None):
+            file.write_text(json.dumps(settings, indent=2) + "\n")
     for file in new.rglob("*.safetensors"):
         file.chmod(0o644)  # written as 0600
     if folder.exists():
@@ -246,7 +250,7 @@ def report(pictures, captions) -> str:
 
 
 @torch.no_grad()
-def figures(pipe, n=500, guidances=(1, 2, 2.5, 3, 5)):
+def figures(pipe, n=500, guidances=(1, 2, 2.25, 2.5, 3, 5)):
     """Prints how the measure, the autoencoder and the whole pipeline do, on held-out captions."""
     rng = np.random.default_rng(12345)
     captions = (world.captions(held_out=True) * n)[:n]
@@ -264,15 +268,17 @@ def figures(pipe, n=500, guidances=(1, 2, 2.5, 3, 5)):
         print(f"guidance {guidance:<7}", report(drawn, captions), f"{time.time() - start:.0f} s", flush=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="lpo_fast.shapes.pretrain")
+def main(argv: list[str] | None = None) -> None:
+    """Make the pipeline again and print its figures."""
+    parser = argparse.ArgumentParser(prog="python -m lpo_fast.shapes.pretrain", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--out", type=Path, default=PIPELINE)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", choices=STAGES, default="vae", help="take earlier stages from --base")
     parser.add_argument("--base", type=Path, help="a saved pipeline to start from (default: --out)")
     parser.add_argument("--steps", type=int, nargs=3, default=(3000, 1700, 200), help="of each stage")
     parser.add_argument("--wrong", type=float, nargs=3, default=WRONG, help="wrong shape, colour, background")
-    args = parser.parse_args()
+    parser.add_argument("--pictures", type=int, default=500, help="for each figure")
+    args = parser.parse_args(argv)
     start = time.time()
     torch.manual_seed(args.seed)
     pipe = make_pipeline() if args.start == "vae" else None
@@ -288,8 +294,8 @@ def main():
         args.base = pipe = None
         print(f"{STAGES[i]} done after {time.time() - start:.0f} s")
         if STAGES[i] == "denoiser":
-            figures(load(args.out), guidances=(1, 3))
-    figures(load(args.out))
+            figures(load(args.out), args.pictures, guidances=(1, 3))
+    figures(load(args.out), args.pictures)
 
 
 if __name__ == "__main__":

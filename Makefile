@@ -1,0 +1,21 @@
+# make demo, make test: each sets up $(VENV) if that is needed, and runs. The plain commands are in README.md.
+VENV ?= .venv
+PYTHON ?= python3
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.PHONY: demo test lint mutations
+demo: $(VENV)/.done
+	$(VENV)/bin/python -m lpo_fast.train demo
+
+test: $(VENV)/.done
+	$(VENV)/bin/python -m pytest --cov=lpo_fast --cov-report=term --cov-fail-under=90
+
+lint: $(VENV)/.done
+	$(VENV)/bin/ruff check .
+
+mutations: $(VENV)/.done
+	$(VENV)/bin/python tests/mutations.py

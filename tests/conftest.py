@@ -1,0 +1,69 @@
+"""What several tests need: the golden vectors, and the smallest model and reward model that the real loaders accept."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers and transformers are imported
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import lpo_fast
+from lpo_fast import backbone, checkpoint
+from lpo_fast.golden import Golden
+
+GOLDEN = Path(__file__).parent / "golden"
+TOKENIZER = Path(lpo_fast.__file__).parent / "shapes" / "pipeline" / "tokenizer"
+CONFIGS = json.loads((GOLDEN / "configs.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Golden:
+    """The golden vectors that lie beside the tests."""
+    return Golden(GOLDEN, tmp_path_factory.mktemp("golden"))
+
+
+def make_sd(folder: Path) -> Path:
+    """A random Stable Diffusion 1.5 in miniature: 4×8×8 latents, 16×16 pictures, 16 tokens."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+    text = CLIPTextConfig(**CONFIGS["text_encoder"] | {
+        "vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id})
+    vae = AutoencoderKL(block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, sample_size=16,
+                        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    pipeline = StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer,
+        unet=UNet2DConditionModel(**CONFIGS["unet_sd15"] | {"sample_size": 8}),
+        scheduler=DDIMScheduler(**CONFIGS["scheduler"]), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers directory in the layout of SD1.5; not to be changed."""
+    return make_sd(tmp_path_factory.mktemp("models") / "sd")
+
+
+@pytest.fixture(scope="session")
+def tiny_lrm(tiny_sd: Path) -> Path:
+    """An LRM directory made of ``tiny_sd``, trained on nothing; not to be changed."""
+    lrm = checkpoint.new_lrm(tiny_sd, generator=torch.Generator().manual_seed(1))
+    folder = tiny_sd.parent / "lrm"
+    checkpoint.save_lrm(lrm, backbone.load_tokenizers(tiny_sd, lrm.family), folder)
+    return folder
+
+
+@pytest.fixture
+def copied(tmp_path: Path):
+    """copied(folder): a copy of a directory that the test may break."""
+    def copy(folder: Path) -> Path:
+        return Path(shutil.copytree(folder, tmp_path / f"copy_of_{folder.name}"))
+    return copy

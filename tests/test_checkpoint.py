@@ -1,0 +1,351 @@
+"""Files: LRM directories and LoRAs survive the round trip, foreign and hostile ones are refused, writes are atomic."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lpo_fast import backbone, checkpoint
+from lpo_fast.backbone import SD
+from lpo_fast.errors import InputError
+from lpo_fast.reward import LatentRewardModel
+
+PROMPTS = ["a red circle on a blue background", "two", ""]
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@torch.no_grad()
+def scores(lrm: LatentRewardModel, folder: Path) -> torch.Tensor:
+    """Scores of fixed latents with the tokenizer of a directory."""
+    text = backbone.encode_prompts(lrm.family, backbone.load_tokenizers(folder, lrm.family), list(lrm.text_encoders),
+                                   PROMPTS, zero_null=False)
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return lrm.eval().score(x, torch.tensor([1, 501, 951]), text)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"multi_scale": False}, {"guidance_scale": 3.0, "multi_scale_cfg": True}, {"guidance_scale": 1.0},
+])
+def test_lrm_round_trip(tiny_sd: Path, tmp_path: Path, settings: dict) -> None:
+    lrm = checkpoint.new_lrm(tiny_sd, generator=torch.Generator().manual_seed(4), **settings)
+    lrm.logit_scale.data.fill_(1.5)
+    lrm.text_projection.weight.data.normal_()
+    checkpoint.save_lrm(lrm, backbone.load_tokenizers(tiny_sd, SD), tmp_path / "lrm")
+    again = checkpoint.load_lrm(tmp_path / "lrm")
+    assert torch.equal(scores(lrm, tiny_sd), scores(again, tmp_path / "lrm"))
+    assert not again.training and not any(p.requires_grad for p in again.parameters())
+    assert (again.guidance_scale, again.multi_scale, again.multi_scale_cfg) == (
+        settings.get("guidance_scale", 7.5), settings.get("multi_scale", True), settings.get("multi_scale_cfg", False))
+    assert {p.name for p in (tmp_path / "lrm").iterdir()} == {"unet", "text_encoder", "tokenizer", "state_dict.pt", "lrm.json"}
+    other = checkpoint.load_lrm(tmp_path / "lrm", guidance_scale=9.0)  # what the directory records wins
+    assert other.guidance_scale == again.guidance_scale
+
+
+def test_new_lrm_starts_as_the_method_says(tiny_sd: Path, tmp_path: Path) -> None:
+    lrm = checkpoint.new_lrm(tiny_sd, generator=torch.Generator().manual_seed(4))
+    assert lrm.logit_scale.item() == pytest.approx(2.6592)
+    assert lrm.visual_projection.weight.shape == (16, 8 + 16 + 16 + 24 + 24)
+    assert lrm.visual_projection.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert torch.equal(lrm.text_projection.weight, torch.eye(16))
+    again = checkpoint.new_lrm(tiny_sd, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(again.visual_projection.weight, lrm.visual_projection.weight)
+    weight = torch.randn(10, 16)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        tensors = {"text_projection.weight": weight.half(), "visual_projection.weight": torch.zeros(3)}
+        save_file(tensors, folder / name) if name.endswith("safetensors") else torch.save(tensors, folder / name)
+        for clip in (folder, folder / name):
+            lrm = checkpoint.new_lrm(tiny_sd, clip=str(clip), generator=torch.Generator())
+            assert torch.equal(lrm.text_projection.weight, weight.half().float())
+            assert lrm.visual_projection.weight.shape == (10, 88)
+
+
+def test_no_clip(tmp_path: Path) -> None:
+    for clip in (tmp_path, tmp_path / "nowhere.bin"):
+        with pytest.raises(InputError, match="no CLIP checkpoint there"):
+            checkpoint.read_text_projection(str(clip))
+    torch.save({"other": torch.zeros(1)}, tmp_path / "clip.bin")
+    with pytest.raises(InputError, match="has no text_projection.weight"):
+        checkpoint.read_text_projection(str(tmp_path / "clip.bin"))
+
+
+def test_an_official_directory_without_settings_tokenizer_and_text_encoder(tiny_sd: Path, tiny_lrm: Path, copied) -> None:
+    """A frozen text encoder is not saved: it comes from the base, as do the tokenizers."""
+    folder = copied(tiny_lrm)
+    for name in ("tokenizer", "text_encoder"):
+        for file in (folder / name).iterdir():
+            file.unlink()
+        (folder / name).rmdir()
+    (folder / "lrm.json").unlink()
+    heads = torch.load(folder / "state_dict.pt", weights_only=True)
+    torch.save(heads | {"logit_scale": 2.6592}, folder / "state_dict.pt")  # a float is one of the official forms
+    lrm = checkpoint.load_lrm(folder, tiny_sd, guidance_scale=7.5)
+    assert torch.equal(scores(lrm, tiny_sd), scores(checkpoint.load_lrm(tiny_lrm), tiny_lrm))
+    assert checkpoint.load_lrm(folder, tiny_sd, guidance_scale=2.0).guidance_scale == 2.0
+
+
+def test_text_encoder_of_the_lrm_goes_before_the_base(tiny_sd: Path, tiny_lrm: Path, copied) -> None:
+    folder = copied(tiny_lrm)
+    file = folder / "text_encoder" / "model.safetensors"
+    save_file({n: t + 0.1 for n, t in load_file(file).items()}, file, {"format": "pt"})
+    lrm = checkpoint.load_lrm(folder, tiny_sd)
+    assert not torch.equal(scores(lrm, tiny_sd), scores(checkpoint.load_lrm(tiny_lrm, tiny_sd), tiny_sd))
+
+
+@pytest.mark.parametrize("heads, message", [
+    ({"visual_projection": {"weight": torch.zeros(16, 87)}, "logit_scale": 1.0}, "takes 87 features, its denoiser gives 88"),
+    ({"logit_scale": 1.0}, "holds no visual_projection and logit_scale"),
+    ({"visual_projection": {"weight": torch.zeros(16, 88)}}, "holds no visual_projection and logit_scale"),
+    ([1, 2], "holds no visual_projection and logit_scale"),
+])
+def test_heads_that_do_not_fit(tiny_lrm: Path, copied, heads: object, message: str) -> None:
+    folder = copied(tiny_lrm)
+    torch.save(heads, folder / "state_dict.pt")
+    with pytest.raises(InputError, match=message):
+        checkpoint.load_lrm(folder)
+
+
+def test_missing_weights_of_the_denoiser(tiny_lrm: Path, copied) -> None:
+    folder = copied(tiny_lrm)
+    (file,) = (folder / "unet").glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["conv_in.bias"], tensors["mid_block.resnets.0.conv1.weight"]
+    save_file(tensors, file)
+    with pytest.raises(InputError, match="lacks 2 weights, the first 'conv_in.bias'"):
+        checkpoint.load_lrm(folder)
+
+
+def test_full_precision_goes_before_the_variant(tiny_sd: Path, copied) -> None:
+    folder = copied(tiny_sd) / "unet"
+    (file,) = backbone.weight_files(folder)
+    half = {n: t.half() for n, t in load_file(file).items()}
+    variant = folder / "diffusion_pytorch_model.fp16.safetensors"
+    save_file(half, variant)
+    assert backbone.weight_files(folder) == [file]
+    full = backbone.load_down_mid(folder)
+    file.unlink()
+    assert backbone.weight_files(folder) == [variant]
+    alone = backbone.load_down_mid(folder)
+    assert alone.conv_in.weight.dtype == torch.float32
+    assert torch.equal(alone.conv_in.weight, full.conv_in.weight.half().float())
+
+
+def test_shards_are_read_together(tiny_sd: Path, copied) -> None:
+    folder = copied(tiny_sd) / "unet"
+    (file,) = backbone.weight_files(folder)
+    tensors = load_file(file)
+    names, full = sorted(tensors), backbone.load_down_mid(folder)
+    file.unlink()
+    for i in range(2):
+        save_file({n: tensors[n] for n in names[i::2]}, folder / f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors")
+    again = backbone.load_down_mid(folder)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), full.state_dict().values(), strict=True))
+
+
+def test_size_conditions(tiny_sd: Path, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet")
+    assert checkpoint.size_conditions(tiny_sd, SD, unet) is None
+    assert checkpoint.size_conditions(tiny_sd, backbone.SDXL, unet).tolist() == [[16, 16, 0, 0, 16, 16]]  # 8 · 2
+    assert checkpoint.size_conditions(tmp_path, backbone.SDXL, unet).tolist() == [[64, 64, 0, 0, 64, 64]]  # 8 · 8, SDXL's VAE
+
+
+# LoRA
+
+
+def with_lora(folder: Path, rank: int = 4, alpha: float = 4, seed: int = 0, targets: tuple = TARGETS) -> UNet2DConditionModel:
+    """A U-Net with an adapter that does something."""
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").eval()
+    checkpoint.add_lora(unet, rank, alpha, targets, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in unet.named_parameters():
+        if "lora_B" in name:
+            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+    return unet
+
+
+@torch.no_grad()
+def output(unet: UNet2DConditionModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(9)
+    x, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 16, 16, generator=generator)
+    return unet(x, torch.tensor([801, 51]), context).sample
+
+
+def test_a_fresh_lora_changes_nothing_and_alone_trains(tiny_sd: Path) -> None:
+    plain = UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet").eval()
+    before, state = output(plain), torch.random.get_rng_state()
+    checkpoint.add_lora(plain, 4, 4, TARGETS, seed=3)
+    assert torch.equal(output(plain), before)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    training = {name: p for name, p in plain.named_parameters() if p.requires_grad}
+    assert training and all("lora_" in name for name in training)
+    first = torch.cat([p.flatten() for name, p in training.items() if "lora_A" in name])
+    assert first.std().item() == pytest.approx(1 / 4, rel=0.05) and first.mean().abs() < 0.02
+    assert not any(p.any() for name, p in training.items() if "lora_B" in name)
+    modules = {name.partition(".lora_")[0].rpartition("attn")[2][2:] for name in training}
+    assert modules == set(TARGETS)
+
+
+def test_lora_starts_from_the_seed(tiny_sd: Path) -> None:
+    states = []
+    for seed in (1, 1, 2):
+        unet = UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet")
+        checkpoint.add_lora(unet, 2, 2, TARGETS, seed)
+        states.append(torch.cat([t.flatten() for t in checkpoint.lora_state(unet).values()]))
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+
+
+@pytest.mark.parametrize("rank, alpha", [(4, 4), (4, 8), (2, 1)])
+def test_diffusers_reads_the_exported_lora(tiny_sd: Path, tmp_path: Path, rank: int, alpha: float) -> None:
+    unet = with_lora(tiny_sd, rank, alpha)
+    checkpoint.save_lora(unet, tmp_path)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
+    plain = output(pipeline.unet)
+    pipeline.load_lora_weights(tmp_path)
+    assert (output(unet) - plain).abs().max() > 1e-2
+    assert torch.allclose(output(pipeline.unet), output(unet), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "official"])
+@pytest.mark.parametrize("folder", [False, True])
+def test_lora_round_trip(tiny_sd: Path, tmp_path: Path, form: str, folder: bool) -> None:
+    unet = with_lora(tiny_sd, 4, 8)
+    file = tmp_path / (checkpoint.LORA_DIFFUSERS if form == "diffusers" else checkpoint.LORA_OFFICIAL)
+    if form == "diffusers":
+        checkpoint.save_lora(unet, tmp_path)
+    else:
+        torch.save(checkpoint.lora_state(unet), file)
+    other = with_lora(tiny_sd, 4, 8, seed=1)
+    assert not torch.allclose(output(other), output(unet), atol=1e-3)
+    checkpoint.load_lora(other, tmp_path if folder else file)
+    assert torch.equal(output(other), output(unet))
+    assert all(torch.equal(a, b) for a, b in zip(
+        checkpoint.lora_state(other).values(), checkpoint.lora_state(unet).values(), strict=True))
+
+
+def test_exported_lora_is_overwritten_whole(tiny_sd: Path, tmp_path: Path) -> None:
+    for rank in (4, 2):
+        checkpoint.save_lora(with_lora(tiny_sd, rank, rank), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [checkpoint.LORA_DIFFUSERS]
+    with safe_open(tmp_path / checkpoint.LORA_DIFFUSERS, "pt") as file:
+        assert {file.get_slice(n).get_shape()[0] for n in file.keys() if "lora_A" in n or ".down." in n} == {2}
+
+
+def test_lora_of_another_shape(tiny_sd: Path, tmp_path: Path) -> None:
+    checkpoint.save_lora(with_lora(tiny_sd, 4), tmp_path)
+    with pytest.raises(InputError, match=r"tensors differ .* \(4, \d+\) in the file, \(2, \d+\) wanted") as caught:
+        checkpoint.load_lora(with_lora(tiny_sd, 2), tmp_path)
+    assert "--rank" in caught.value.remedy and caught.value.key == "--lora"
+    with pytest.raises(InputError, match="absent wanted"):
+        checkpoint.load_lora(with_lora(tiny_sd, 4, targets=("to_q",)), tmp_path)
+    checkpoint.save_lora(with_lora(tiny_sd, 4, targets=("to_q", "to_v")), tmp_path)
+    with pytest.raises(InputError, match="absent in the file"):
+        checkpoint.load_lora(with_lora(tiny_sd, 4), tmp_path)
+
+
+def test_no_lora(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere.pt"):
+        with pytest.raises(InputError, match="no LoRA there"):
+            checkpoint.read_lora(path)
+
+
+def test_official_and_diffusers_file_hold_the_same() -> None:
+    official = checkpoint.read_lora(GOLDEN / "lpo_sd15_checkpoint")
+    diffusers = checkpoint.read_lora(GOLDEN / checkpoint.LORA_DIFFUSERS)
+    assert official.keys() == diffusers.keys() and all(torch.equal(official[n], diffusers[n]) for n in official)
+
+
+# Pickles
+
+
+class Attack:
+    """Unpickled without care it would create a file."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.file}'",)
+
+
+def test_hostile_pickles_do_not_run(tiny_lrm: Path, copied, tmp_path: Path) -> None:
+    trace, folder = tmp_path / "trace", copied(tiny_lrm)
+    torch.save({"visual_projection": Attack(trace), "logit_scale": 1.0}, folder / "state_dict.pt")
+    torch.save(Attack(trace), tmp_path / "unet_lora.pt")
+    torch.save({"text_projection.weight": Attack(trace)}, tmp_path / "pytorch_model.bin")
+    for read, *what in ((checkpoint.load_lrm, folder), (checkpoint.read_lora, tmp_path / "unet_lora.pt"),
+                        (checkpoint.read_text_projection, str(tmp_path)), (checkpoint.read_pickle, tmp_path / "unet_lora.pt")):
+        with pytest.raises(InputError, match="cannot be read safely"):
+            read(*what)
+    assert not trace.exists()
+    torch.load(tmp_path / "unet_lora.pt", weights_only=False)
+    assert trace.exists()  # the attack is a real one
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 half a zip"])
+def test_damaged_pickles(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read safely"):
+        checkpoint.read_pickle(tmp_path / "x.pt")
+
+
+# Atomic writes
+
+
+def test_replacing_a_file(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "file.txt"
+    for text in ("one", "two"):
+        with checkpoint.replacing(target) as aside:
+            assert aside.parent == target.parent and not aside.exists()
+            aside.write_text(text)
+            assert not target.exists() or target.read_text() == "one"
+        assert target.read_text() == text
+    with pytest.raises(RuntimeError, match="half way"), checkpoint.replacing(target) as aside:
+        aside.write_text("three")
+        raise RuntimeError("half way")
+    assert target.read_text() == "two" and [p.name for p in target.parent.iterdir()] == ["file.txt"]
+
+
+def test_replacing_a_directory(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    for name in ("a", "b"):
+        with checkpoint.replacing(target) as aside:
+            (aside / "sub").mkdir(parents=True)
+            (aside / "sub" / name).write_text(name)
+        assert [p.name for p in (target / "sub").iterdir()] == [name]
+    with pytest.raises(KeyboardInterrupt), checkpoint.replacing(target) as aside:
+        aside.mkdir()
+        (aside / "c").write_text("c")
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"] and (target / "sub" / "b").read_text() == "b"
+
+
+def test_replacing_what_a_killed_run_left(tmp_path: Path) -> None:
+    left = tmp_path / f".file.{os.getpid()}.tmp"
+    left.mkdir()
+    (left / "half").write_text("half")
+    with checkpoint.replacing(tmp_path / "file") as aside:
+        assert not aside.exists()
+        aside.write_text("whole")
+    assert (tmp_path / "file").read_text() == "whole" and not left.exists()
+
+
+def test_a_failed_save_leaves_the_lrm_before(tiny_sd: Path, tiny_lrm: Path, copied, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copied(tiny_lrm)
+    before = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    lrm = checkpoint.new_lrm(tiny_sd, generator=torch.Generator().manual_seed(8))
+
+    def full_disk(*_) -> None:
+        raise OSError("no space left on device")
+    monkeypatch.setattr(checkpoint.torch, "save", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save_lrm(lrm, backbone.load_tokenizers(tiny_sd, SD), folder)
+    assert {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+    assert json.loads((folder / "lrm.json").read_text())["guidance_scale"] == 7.5

@@ -1,0 +1,313 @@
+"""Prompts of every format and every way to get them wrong; pairs, their counts and their pictures; the filter."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from lpo_fast import data
+from lpo_fast.errors import InputError
+
+MESSY = ["a red circle", "naïve café ☕ 日本語", "emoji 👩‍👩‍👧 and \u200bzero width", "right to left مرحبا",
+         'quotes " and , commas; tabs\tinside', "line\u2028separator \x0c form feed \x85 next line"]
+
+
+def write(path: Path, kind: str, prompts: list[str], bom: bool = False, newline: str = "\n") -> Path:
+    """The prompts in one of the formats."""
+    if kind == "parquet":
+        pq.write_table(pa.table({"caption": prompts, "n": range(len(prompts))}), path)
+        return path
+    if kind == "strings":
+        text = json.dumps(prompts, indent=1, ensure_ascii=False)
+    elif kind == "objects":
+        text = json.dumps([{"caption": p, "id": i} for i, p in enumerate(prompts)])
+    elif kind == "jsonl":
+        text = "".join(json.dumps({"id": 1, "caption": p}, ensure_ascii=False) + "\n\n  \n" for p in prompts)
+    elif kind == "txt":
+        text = "\n" + "\n \n\n".join(prompts) + "\n\n"
+    else:
+        out = io.StringIO()
+        rows = csv.writer(out, lineterminator="\n")
+        rows.writerows([["id", "caption"], *([i, p] for i, p in enumerate(prompts))])
+        text = out.getvalue()
+    path.write_bytes((b"\xef\xbb\xbf" if bom else b"") + text.replace("\n", newline).encode())
+    return path
+
+
+FORMATS = [("strings", ".json"), ("objects", ".json"), ("jsonl", ".jsonl"), ("txt", ".txt"), ("csv", ".csv"),
+           ("parquet", ".parquet")]
+
+
+@pytest.mark.parametrize("kind, suffix", FORMATS)
+@pytest.mark.parametrize("bom", [False, True])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_every_format(tmp_path: Path, kind: str, suffix: str, bom: bool, newline: str) -> None:
+    file = write(tmp_path / f"prompts{suffix}", kind, MESSY, bom, newline)
+    assert data.read_prompts(str(file)) == MESSY
+
+
+def test_jsonl_of_strings_and_another_key(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('"one"\n"two"')
+    assert data.read_prompts(str(tmp_path / "p.jsonl")) == ["one", "two"]
+    (tmp_path / "p.json").write_text('[{"text": "one"}, "two"]')
+    assert data.read_prompts(str(tmp_path / "p.json"), "text") == ["one", "two"]
+    (tmp_path / "p.csv").write_text("text\none\n\ntwo\n")
+    assert data.read_prompts(str(tmp_path / "p.csv"), "text") == ["one", "two"]
+    pq.write_table(pa.table({"text": ["one"]}), tmp_path / "p.parquet")
+    assert data.read_prompts(str(tmp_path / "p.parquet"), "text") == ["one"]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("p.json", b"", "line 1 is not JSON"),
+    ("p.json", b'[\n"a",\n"b"\n"c"]', "line 4 is not JSON"),
+    ("p.json", b'{"caption": "a"}', "is not a list"),
+    ("p.json", b"[]", "holds no prompt"),
+    ("p.json", b'[{"caption": "a"}, {"text": "b"}]', "record 1 has no 'caption'"),
+    ("p.json", b'["a", "b", 3]', "record 2 is int, not text"),
+    ("p.json", b'["a", {"caption": null}]', "record 1 is NoneType, not text"),
+    ("p.json", b'["a", ["b"]]', "record 1 is list, not text"),
+    ("p.json", b"[" * 200_000, "nested too deeply"),
+    ("p.json", b'["caf\xe9"]', "byte 5 is not UTF-8"),
+    ("p.jsonl", b'"a"\n\n{"caption": \n', "line 3 is not JSON"),
+    ("p.jsonl", b'"a"\n{"text": "b"}\n', "line 2 has no 'caption'"),
+    ("p.jsonl", b"[" * 200_000, "nested too deeply"),
+    ("p.jsonl", b"\n \n", "holds no prompt"),
+    ("p.jsonl", b'"a"\n\n7', "line 3 is int, not text"),
+    ("p.txt", b"\n  \n\t\n", "holds no prompt"),
+    ("p.txt", "ok\nutf-16".encode("utf-16"), "byte 0 is not UTF-8"),
+    ("p.csv", b"id,text\n1,a\n", "has no column 'caption'"),
+    ("p.csv", b"", "has no column 'caption'"),
+    ("p.csv", b"caption\n", "holds no prompt"),
+    ("p.csv", b"id,caption\n1,a\n2\n", "line 3 is NoneType, not text"),
+    ("p.csv", b"caption\ncaf\xe9\n", "is not UTF-8"),
+    ("p.parquet", b"PAR1", "is not parquet"),
+    ("p.parquet", b"", "is not parquet"),
+    ("p.yaml", b"- a", "unknown kind '.yaml'"),
+    ("p", b"a", "unknown kind ''"),
+])
+def test_wrong_prompts(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        data.read_prompts(str(tmp_path / name))
+    assert caught.value.key == "--prompts" and name in str(caught.value) and message in caught.value.problem
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("columns, message", [
+    ({"text": ["a"]}, "has no column 'caption', only text"),
+    ({"caption": pa.array([], pa.string())}, "holds no prompt"),
+    ({"caption": pa.array(["a", None])}, "row 1 is NoneType"),
+    ({"caption": [1, 2]}, "row 0 is int"),
+])
+def test_wrong_prompt_tables(tmp_path: Path, columns: dict, message: str) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "p.parquet")
+    with pytest.raises(InputError, match=message):
+        data.read_prompts(str(tmp_path / "p.parquet"))
+
+
+@pytest.mark.parametrize("name", ["", "nowhere.json", "."])
+def test_no_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no such file"):
+        data.read_prompts(name)
+
+
+# Pairs
+
+
+def encoded(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, kind, **options)
+    return out.getvalue()
+
+
+def plain(colour: tuple[int, int, int], size: int = 8) -> bytes:
+    return encoded(Image.new("RGB", (size, size), colour))
+
+
+RED, BLUE = plain((255, 0, 0)), plain((0, 0, 255))
+
+
+def columns(captions: list[str], **changed) -> dict:
+    n = len(captions)
+    labels = np.array([(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)])[np.arange(n) % 3]
+    return {"caption": captions, "jpg_0": [RED] * n, "jpg_1": [BLUE] * n, "label_0": labels[:, 0].tolist(),
+            "label_1": labels[:, 1].tolist(), "extra": range(n)} | changed
+
+
+def table(path: Path, captions: list[str], **changed) -> Path:
+    pq.write_table(pa.table(columns(captions, **changed)), path)
+    return path
+
+
+def test_pairs(tmp_path: Path) -> None:
+    captions = ["a", "b", "a", "a", "c"]
+    pairs = data.PairDataset(table(tmp_path / "p.parquet", captions), 8)
+    assert len(pairs) == 5 and [pairs[i]["count"] for i in range(5)] == [3, 1, 3, 3, 1]
+    item = pairs[1]
+    assert (item["row"], item["caption"], item["labels"].tolist()) == (1, "b", [0.0, 1.0])
+    assert item["pixels"].shape == (2, 3, 8, 8) and item["pixels"].dtype == torch.float32
+    assert item["pixels"][0, :, 3, 3].tolist() == [1, -1, -1] and item["pixels"][1, :, 0, 0].tolist() == [-1, -1, 1]
+
+
+def test_kept_rows_keep_the_counts_of_all(tmp_path: Path) -> None:
+    path = table(tmp_path / "p.parquet", ["a", "b", "a", "a", "c"])
+    pairs = data.PairDataset(path, 8, np.array([2, 4]))
+    assert len(pairs) == 2
+    assert [(pairs[i]["row"], pairs[i]["caption"], pairs[i]["count"]) for i in range(2)] == [(2, "a", 3), (4, "c", 1)]
+    assert pairs[0]["labels"].tolist() == [0.5, 0.5]
+
+
+def test_a_directory_is_one_table(tmp_path: Path) -> None:
+    table(tmp_path / "train-00001.parquet", ["c", "a"])
+    table(tmp_path / "train-00000.parquet", ["a", "b"])
+    (tmp_path / "notes.txt").write_text("no pairs")
+    pairs = data.PairDataset(tmp_path, 8)
+    assert pairs.captions == ["a", "b", "c", "a"] and [pairs[i]["count"] for i in range(4)] == [2, 1, 1, 2]
+    assert pairs[3]["labels"].tolist() == [0.0, 1.0]  # the second row of the second file
+
+
+def test_integer_labels(tmp_path: Path) -> None:
+    path = table(tmp_path / "p.parquet", ["a", "b"], label_0=[1, 0], label_1=[0, 1])
+    assert data.PairDataset(path, 8)[0]["labels"].tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("missing", data.PAIR_COLUMNS)
+def test_missing_column(tmp_path: Path, missing: str) -> None:
+    pq.write_table(pa.table({k: v for k, v in columns(["a"]).items() if k != missing}), tmp_path / "p.parquet")
+    with pytest.raises(InputError, match=f"has no column '{missing}', only") as caught:
+        data.PairDataset(tmp_path / "p.parquet", 8, flag="--validation-pairs")
+    assert caught.value.key == "--validation-pairs"
+
+
+def test_wrong_pairs(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no .parquet there"):
+        data.PairDataset(tmp_path, 8)
+    with pytest.raises(InputError, match="no .parquet there"):
+        data.PairDataset(tmp_path / "nowhere.parquet", 8)
+    (tmp_path / "text.parquet").write_text("caption,jpg_0")
+    with pytest.raises(InputError, match="is not parquet"):
+        data.PairDataset(tmp_path / "text.parquet", 8)
+    path = table(tmp_path / "p.parquet", ["a", "b"])
+    with pytest.raises(InputError, match="no pair is left"):
+        data.PairDataset(path, 8, np.array([], dtype=int))
+    with pytest.raises(InputError, match="more rows than the 2 pairs") as caught:
+        data.PairDataset(path, 8, np.array([0, 2]))
+    assert caught.value.key == "--scores"
+    empty = {name: values[:0] for name, values in columns(["a"]).items()}
+    pq.write_table(pa.table(empty).cast(pa.table(columns(["a"])).schema), tmp_path / "empty.parquet")
+    with pytest.raises(InputError, match="no pair is left"):
+        data.PairDataset(tmp_path / "empty.parquet", 8)
+
+
+def test_collate(tmp_path: Path) -> None:
+    pairs = data.PairDataset(table(tmp_path / "p.parquet", ["a", "b", "a"]), 8)
+    batch = data.collate([pairs[2], pairs[0]])
+    assert batch["rows"].tolist() == [2, 0] and batch["captions"] == ["a", "a"] and batch["counts"].tolist() == [2, 2]
+    assert batch["pixels"].shape == (2, 2, 3, 8, 8) and batch["labels"].tolist() == [[0.5, 1.0], [0.5, 0.0]]
+    assert torch.equal(batch["pixels"][0, 1], pairs[0]["pixels"][0])
+
+
+def test_decode_range_and_order() -> None:
+    ramp = np.zeros((4, 4, 3), np.uint8)
+    ramp[0, 1], ramp[3, 2] = (10, 20, 30), (255, 128, 0)
+    pixels = data.decode(encoded(Image.fromarray(ramp)), 4)
+    assert pixels.shape == (3, 4, 4) and pixels.min() == -1 and pixels.max() == 1
+    assert torch.allclose(pixels[:, 0, 1], torch.tensor([10, 20, 30]) / 255 * 2 - 1, atol=1e-6)
+    assert torch.allclose(pixels[:, 3, 2], torch.tensor([255, 128, 0]) / 255 * 2 - 1, atol=1e-6)
+
+
+def test_decode_turns_upright() -> None:
+    picture = Image.new("RGB", (32, 32), (255, 255, 255))
+    picture.paste((0, 0, 0), (0, 0, 16, 16))  # the dark corner is top left …
+    exif = picture.getexif()
+    exif[0x0112] = 6  # … in a camera that was held upright: turn clockwise, and it is top right
+    corners = data.decode(encoded(picture, "JPEG", quality=100, exif=exif), 32)[0][8::16, 8::16]
+    assert (corners > 0).tolist() == [[True, False], [True, True]]
+
+
+@pytest.mark.parametrize("mode, kind, colour", [
+    ("CMYK", "JPEG", (0, 255, 255, 0)), ("L", "JPEG", 255), ("L", "PNG", 255), ("P", "PNG", 0), ("RGBA", "PNG", (255, 0, 0, 9)),
+    ("1", "PNG", 1), ("LA", "PNG", (255, 255)), ("P", "GIF", 0), ("RGB", "WEBP", (255, 0, 0)),
+])
+def test_decode_modes(mode: str, kind: str, colour: object) -> None:
+    picture = Image.new(mode, (16, 16), colour)
+    if mode == "P":
+        picture.putpalette([255, 0, 0] * 256)
+    pixels = data.decode(encoded(picture, kind), 16)[:, 8, 8]
+    expected = [1.0, 1.0, 1.0] if mode in ("L", "LA", "1") else [1.0, -1.0, -1.0]
+    assert pixels.tolist() == pytest.approx(expected, abs=0.05)
+
+
+def test_decode_resizes_to_the_square() -> None:
+    picture = Image.new("RGB", (40, 20), (255, 0, 0))
+    picture.paste((0, 0, 255), (20, 0, 40, 20))
+    pixels = data.decode(encoded(picture), 8)
+    assert pixels.shape == (3, 8, 8)
+    assert (pixels[0, :, :3] == 1).all() and (pixels[2, :, 5:] == 1).all()  # nothing is cropped
+    assert data.decode(plain((9, 9, 9), 2), 16).shape == (3, 16, 16)
+
+
+# The multi-preference consistent filter
+
+HEADER = ["different_flag", "aesthetic_gap", "clipscore_gap", "vqascore_gap"]
+ROWS = [  # the gaps, and the strategies that keep the row
+    ((1, 0.1, 0.01, 0.01), {1, 2, 3}),
+    ((1, 0.0, 0.01, 0.01), {2, 3}),  # bounds are not kept
+    ((1, -0.4, 0.01, 0.01), {2, 3}),
+    ((1, -0.5, 0.01, 0.01), {3}),
+    ((1, -0.9, 0.01, 0.01), {3}),
+    ((1, -1.0, 0.01, 0.01), set()),
+    ((1, 5.0, 0.0, 1.0), set()),
+    ((1, 5.0, 1.0, 0.0), set()),
+    ((1, 5.0, -0.1, 1.0), set()),
+    ((1, 5.0, 1.0, -0.1), set()),
+    ((0, 0.19, 0.029, 0.069), {1, 2, 3}),
+    ((0, 0.2, 0.0, 0.0), set()),
+    ((0, 0.0, 0.03, 0.0), set()),
+    ((0, 0.0, 0.0, 0.07), set()),
+    ((0, 0.0, 0.0, 0.0), {1, 2, 3}),
+]
+
+
+def scores(path: Path, rows: list, header: list[str] = HEADER, bom: bytes = b"") -> Path:
+    lines = [",".join(map(str, row)) for row in [header, *rows]]
+    path.write_bytes(bom + ("\n".join(lines) + "\n").encode())
+    return path
+
+
+@pytest.mark.parametrize("strategy", [1, 2, 3])
+def test_filter(tmp_path: Path, strategy: int) -> None:
+    expected = [i for i, (_, kept) in enumerate(ROWS) if strategy in kept]
+    file = scores(tmp_path / "s.csv", [gaps for gaps, _ in ROWS])
+    assert data.mpcf(file, strategy).tolist() == expected
+    swapped = scores(tmp_path / "t.csv", [("x", *gaps[::-1]) for gaps, _ in ROWS], ["uid", *HEADER[::-1]], b"\xef\xbb\xbf")
+    assert data.mpcf(swapped, strategy).tolist() == expected
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "has no column 'different_flag'"),
+    (b"different_flag,aesthetic_gap,clipscore_gap\n1,1,1\n", "has no column 'vqascore_gap'"),
+    (",".join(HEADER).encode() + b"\n1,1,one,1\n", "a value is no number .*'one'"),
+    (",".join(HEADER).encode() + b"\n1,1,,1\n", "a value is no number"),
+    (",".join(HEADER).encode() + b"\n1,1\n", "a value is no number"),
+    (b"\xff\xfe", "utf-8"),
+])
+def test_wrong_score_table(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "s.csv").write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        data.mpcf(tmp_path / "s.csv", 2)
+    assert caught.value.key == "--scores"
+
+
+def test_empty_and_absent_score_table(tmp_path: Path) -> None:
+    assert data.mpcf(scores(tmp_path / "s.csv", []), 2).tolist() == []
+    with pytest.raises(InputError, match="cannot be read"):
+        data.mpcf(tmp_path / "nowhere.csv", 2)

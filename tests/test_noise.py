@@ -1,0 +1,116 @@
+"""Counter-based noise: Philox against its published vectors, streams that never meet, and the right distributions."""
+
+import math
+
+import pytest
+import torch
+
+from lpo_fast import noise
+
+ONES = 0xFFFFFFFF
+# Random123, examples/kat_vectors, "philox4x32 10": counter, key, result.
+KNOWN = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((ONES,) * 4, (ONES, ONES), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
+     (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+]
+SHAPE = (4, 8, 8)
+
+
+@pytest.mark.parametrize("counter, key, result", KNOWN)
+def test_philox_known_answers(counter: tuple, key: tuple, result: tuple) -> None:
+    words = noise.philox(key[1] << 32 | key[0], *(torch.tensor([c]) for c in counter))
+    assert tuple(word.item() for word in words) == result
+
+
+def philox_python(seed: int, counter: list[int]) -> list[int]:
+    """Philox4x32-10 in Python's integers."""
+    key = [seed & ONES, seed >> 32 & ONES]
+    for _ in range(10):
+        a, b = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+        counter = [b >> 32 ^ counter[1] ^ key[0], b & ONES, a >> 32 ^ counter[3] ^ key[1], a & ONES]
+        key = [key[0] + 0x9E3779B9 & ONES, key[1] + 0xBB67AE85 & ONES]
+    return counter
+
+
+@pytest.mark.parametrize("seed, epoch, item, step, candidate", [
+    (42, 0, 0, 0, 0), (2**40 + 7, 3, 2**33 + 5, 19, 3), (0, ONES, 4095, noise.INITIAL, 0),
+])
+def test_normal_is_box_muller_of_the_documented_counter(seed, epoch, item, step, candidate) -> None:
+    z = noise.normal(seed, epoch, torch.tensor([item]), step, candidate + 1, (2, 5))[candidate, 0].flatten().tolist()
+    expected = []
+    for element in range(3):
+        words = philox_python(seed, [element, step << 16 | candidate, item & ONES, epoch])
+        u = [(word >> 8) / 2**24 for word in words]
+        for radius, angle in ((u[0], u[1]), (u[2], u[3])):
+            length = math.sqrt(-2 * math.log(radius + 2**-24))
+            expected += [length * math.cos(2 * math.pi * angle), length * math.sin(2 * math.pi * angle)]
+    assert z == pytest.approx(expected[:10], rel=1e-6, abs=1e-7)
+
+
+def test_integers_are_the_documented_counter() -> None:
+    drawn = noise.integers(9, 2, torch.tensor([3, 70000]), 5, 1000).tolist()
+    assert drawn == [philox_python(9, [0, 5 << 16 | 0xFFFF, item, 2])[0] % 1000 for item in (3, 70000)]
+
+
+def test_independent_of_batches_and_order() -> None:
+    items = torch.arange(6)
+    whole = noise.normal(1, 2, items, 3, 4, SHAPE)
+    halves = torch.cat([noise.normal(1, 2, part, 3, 4, SHAPE) for part in items.split(3)], 1)
+    single = torch.cat([noise.normal(1, 2, part, 3, 4, SHAPE) for part in items.flip(0).split(1)], 1).flip(1)
+    assert torch.equal(whole, halves) and torch.equal(whole, single)
+    assert torch.equal(noise.normal(1, 2, items, 3, 2, SHAPE), whole[:2])  # fewer candidates are the first ones
+    integers = noise.integers(1, 2, items, 3, 7)
+    assert torch.equal(integers, torch.cat([noise.integers(1, 2, part, 3, 7) for part in items.split(1)]))
+
+
+def test_streams_differ_and_do_not_correlate() -> None:
+    def draw(seed=0, epoch=0, item=0, step=0, candidates=1) -> torch.Tensor:
+        return noise.normal(seed, epoch, torch.tensor([item]), step, candidates, (4, 32, 32))[-1].flatten()
+    streams = torch.stack([
+        draw(), draw(seed=1), draw(seed=2**32), draw(epoch=1), draw(epoch=2), draw(item=1), draw(item=2), draw(step=1),
+        draw(step=2), draw(candidates=2), draw(candidates=3), draw(step=noise.INITIAL), draw(seed=1, epoch=1),
+        draw(epoch=1, item=1), draw(item=1, step=1), draw(step=1, candidates=2)])
+    correlation = torch.corrcoef(streams.double()) - torch.eye(len(streams))
+    assert correlation.abs().max() < 5 / math.sqrt(streams.shape[1])
+
+
+def test_normals_are_standard_normal() -> None:
+    z = noise.normal(7, 0, torch.arange(50), 4, 4, (4, 16, 16)).flatten().double()
+    n = len(z)  # 204,800; every bound is five standard errors
+    assert z.mean().abs() < 5 / math.sqrt(n)
+    assert (z.var() - 1).abs() < 5 * math.sqrt(2 / n)
+    assert (z**3).mean().abs() < 5 * math.sqrt(15 / n)
+    assert ((z**4).mean() - 3).abs() < 5 * math.sqrt(96 / n)
+    distribution = torch.special.ndtr(z.sort().values)
+    above = (torch.arange(1, n + 1) / n - distribution).abs().max()
+    assert above < 1.95 / math.sqrt(n)  # Kolmogorov-Smirnov at the 0.1 % level
+    neighbours = torch.corrcoef(torch.stack([z[:-1], z[1:]]))[0, 1]
+    assert neighbours.abs() < 5 / math.sqrt(n) and z.abs().max() < 6 and z.isfinite().all()
+
+
+def test_box_muller_at_its_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    for word in (0, ONES):  # a radius of 0 must not become an infinite normal
+        words = tuple(torch.full((1, 1, 1), word) for _ in range(4))
+        monkeypatch.setattr(noise, "philox", lambda *_, words=words: words)
+        assert noise.normal(0, 0, torch.tensor([0]), 0, 1, (4,)).isfinite().all()
+
+
+@pytest.mark.parametrize("high", [2, 3, 4, 7, 20])
+def test_integers_are_uniform(high: int) -> None:
+    n = 20000
+    drawn = noise.integers(3, 1, torch.arange(n), 11, high)
+    assert drawn.dtype == torch.int64 and drawn.min() == 0 and drawn.max() == high - 1
+    expected = n / high
+    chi_square = ((torch.bincount(drawn, minlength=high) - expected) ** 2 / expected).sum()
+    assert chi_square < (high - 1) + 5 * math.sqrt(2 * (high - 1)) + 10
+    assert not torch.equal(drawn, noise.integers(3, 1, torch.arange(n), 12, high))
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (1, 5), (3, 3, 3), (4, 7, 5), (2, 1, 1)])
+def test_any_shape(shape: tuple[int, ...]) -> None:
+    z = noise.normal(0, 0, torch.tensor([8, 9]), 0, 3, shape)
+    assert z.shape == (3, 2, *shape) and z.dtype == torch.float32
+    longer = noise.normal(0, 0, torch.tensor([8, 9]), 0, 3, (200,))
+    assert torch.equal(z.flatten(2), longer[..., :math.prod(shape)])  # an element's number does not depend on the size

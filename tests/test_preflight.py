@@ -1,0 +1,305 @@
+"""Every setting that cannot work is refused with its key and a remedy, before a file is written."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from test_data import BLUE, HEADER, RED, scores, table
+
+from lpo_fast import checkpoint, config, preflight, train_lpo, train_lrm
+from lpo_fast.config import LPO, LRM
+from lpo_fast.errors import InputError
+
+
+@dataclass
+class Bench:
+    """Where the settings of a case may point to."""
+
+    tmp: Path
+    sd: Path
+    lrm: Path
+    copy: Callable[[Path], Path]
+
+    def file(self, name: str, content: str | bytes = "") -> str:
+        path = self.tmp / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    def without(self, folder: Path, part: str) -> str:
+        """A copy of a directory without a file or a part."""
+        copy = self.copy(folder)
+        checkpoint._remove(copy / part)
+        return str(copy)
+
+    def with_config(self, folder: Path, part: str, **changes) -> str:
+        """A copy of a directory with a changed config.json."""
+        copy = self.copy(folder)
+        file = copy / part / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        return str(copy)
+
+    def with_heads(self, **heads) -> str:
+        """A copy of the LRM with other heads."""
+        copy = self.copy(self.lrm)
+        torch.save(torch.load(copy / "state_dict.pt", weights_only=True) | heads, copy / "state_dict.pt")
+        return str(copy)
+
+    def broken(self, folder: Path, file: str, content: str = "{") -> str:
+        copy = self.copy(folder)
+        (copy / file).write_text(content)
+        return str(copy)
+
+    def pairs(self, name: str = "other.parquet", **changed) -> str:
+        return str(table(self.tmp / name, ["a", "b"], **changed))
+
+    def lora(self, rank: int) -> str:
+        from diffusers import UNet2DConditionModel
+        unet = UNet2DConditionModel.from_pretrained(self.sd, subfolder="unet")
+        checkpoint.add_lora(unet, rank, rank, ("to_q", "to_k", "to_v", "to_out.0"), 0)
+        checkpoint.save_lora(unet, self.tmp / "lora")
+        return str(self.tmp / "lora")
+
+
+@pytest.fixture
+def bench(tmp_path: Path, tiny_sd: Path, tiny_lrm: Path, copied) -> Bench:
+    return Bench(tmp_path, tiny_sd, tiny_lrm, copied)
+
+
+@pytest.fixture
+def lpo(bench: Bench) -> LPO:
+    """An LPO run that could start."""
+    return LPO(model=str(bench.sd), lrm=str(bench.lrm), prompts=bench.file("prompts.txt", "a red circle\ntwo\n"),
+               out=str(bench.tmp / "runs" / "out"), pictures=0, max_batches=1)
+
+
+@pytest.fixture
+def lrm(bench: Bench) -> LRM:
+    """An LRM run that could start."""
+    return LRM(model=str(bench.sd), pairs=bench.pairs("pairs.parquet"), out=str(bench.tmp / "runs" / "out"), max_steps=1,
+               warmup_steps=0)
+
+
+def clip(bench: Bench, width: int) -> str:
+    torch.save({"text_projection.weight": torch.zeros(8, width)}, bench.tmp / "clip.bin")
+    return str(bench.tmp / "clip.bin")
+
+
+def refused(train: Callable, settings: LPO | LRM, flag: str, message: str) -> InputError:
+    """The training function refuses the settings, and the run directory does not come to exist."""
+    with pytest.raises(InputError) as caught:
+        train(settings)
+    problem = caught.value
+    assert problem.key == flag and message in problem.problem and problem.remedy and problem.value
+    assert str(problem).startswith(f"{flag} {problem.value}: ")
+    assert not Path(settings.out).is_dir() and not (Path(settings.out).parent / "runs").exists()
+    return problem
+
+
+def test_good_settings_pass_and_write_nothing(bench: Bench, lpo: LPO, lrm: LRM) -> None:
+    assert preflight.lpo(lpo) == ["a red circle", "two"]
+    assert preflight.lrm(lrm) is None
+    table_of_scores = scores(bench.tmp / "s.csv", [(1, 1, 1, 1), (1, -9, 1, 1)], HEADER)
+    with_all = replace(lrm, scores=str(table_of_scores), clip=clip(bench, 16), validation_pairs=lrm.pairs)
+    assert preflight.lrm(with_all).tolist() == [0]
+    assert preflight.lpo(replace(lpo, lora=bench.lora(4), lrm_base=str(bench.sd))) == ["a red circle", "two"]
+    assert not (bench.tmp / "runs").exists()
+
+
+BAD_NUMBERS = [
+    ("epochs", 0), ("batch_size", 0), ("num_steps", 0), ("num_steps", 1001), ("train_batch_size", 0), ("accumulate", 0),
+    ("save_epochs", 0), ("save_batches", 0), ("num_candidates", 1), ("max_batches", -1), ("start_step", -1),
+    ("stop_step", -1), ("pictures", -1), ("seed", -1), ("weight_decay", -0.1), ("learning_rate", -1e-5),
+    ("guidance_scale", -1.0), ("alpha", -1.0), ("threshold_min", -0.1), ("eta", 0.0), ("beta", 0.0), ("clip_eps", 0.0),
+    ("max_grad_norm", 0.0), ("adam_epsilon", 0.0), ("threshold_min", 1.0), ("threshold_max", 1.0), ("ema_decay", 1.0),
+    ("adam_beta1", 1.0), ("adam_beta2", 1.0), ("rank", 0), ("learning_rate", float("nan")), ("eta", float("nan")),
+    ("beta", float("nan")), ("threshold_max", float("nan")),
+]
+
+
+@pytest.mark.parametrize("key, value", BAD_NUMBERS)
+def test_lpo_numbers(lpo: LPO, key: str, value: float) -> None:
+    problem = refused(train_lpo.train, replace(lpo, **{key: value}), "--" + key.replace("_", "-"), "")
+    assert problem.value == str(value)
+
+
+@pytest.mark.parametrize("changes, flag, message", [
+    ({"threshold_min": 0.5, "threshold_max": 0.35}, "--threshold-min", "above --threshold-max 0.35"),
+    ({"stop_step": 21}, "--stop-step", "beyond the 20 steps"),
+    ({"start_step": 20}, "--start-step", "no step is left before step 20"),
+    ({"start_step": 5, "stop_step": 5}, "--start-step", "no step is left before step 5"),
+    ({"full": True, "lora": "x"}, "--lora", "full fine-tuning has no LoRA"),
+])
+def test_lpo_settings_that_contradict(lpo: LPO, changes: dict, flag: str, message: str) -> None:
+    refused(train_lpo.train, replace(lpo, **changes), flag, message)
+
+
+def test_settings_that_only_look_wrong(lpo: LPO) -> None:
+    for changes in ({"threshold_shape": "none", "threshold_min": 0.5, "threshold_max": 0.3}, {"full": True, "rank": 0},
+                    {"start_step": 4, "stop_step": 5}, {"threshold_min": 0.4, "threshold_max": 0.4}, {"clip_eps": 5.0},
+                    {"guidance_scale": 0.0}, {"num_steps": 999}):
+        preflight.lpo(replace(lpo, **changes))
+
+
+@pytest.mark.parametrize("changes, flag, message", [
+    ({"batch_size": 0}, "--batch-size", "below 1"), ({"max_steps": 0}, "--max-steps", "below 1"),
+    ({"validate_steps": 0}, "--validate-steps", "below 1"), ({"seed": -1}, "--seed", "below 0"),
+    ({"resolution": -1}, "--resolution", "below 0"), ({"warmup_steps": -1}, "--warmup-steps", "below 0"),
+    ({"weight_decay": -1.0}, "--weight-decay", "below 0"), ({"num_workers": -1}, "--num-workers", "below 0"),
+    ({"guidance_scale": -1.0}, "--guidance-scale", "below 0"), ({"learning_rate": -1.0}, "--learning-rate", "below 0"),
+    ({"max_grad_norm": 0.0}, "--max-grad-norm", "not above 0"),
+    ({"largest_timestep": 0}, "--largest-timestep", "not a training timestep"),
+    ({"largest_timestep": 1000}, "--largest-timestep", "not a training timestep"),
+    ({"max_steps": 10, "warmup_steps": 10}, "--warmup-steps", "ends at step 10"),
+])
+def test_lrm_numbers(lrm: LRM, changes: dict, flag: str, message: str) -> None:
+    refused(train_lrm.train, replace(lrm, **changes), flag, message)
+
+
+# What is wrong with the directory that --model or --lrm-base names: (what to do to a good one, message).
+PIPELINES = [
+    (lambda b: "", "no such directory"),
+    (lambda b: str(b.tmp / "nowhere"), "no such directory"),
+    (lambda b: b.file("file.txt"), "no such directory"),
+    (lambda b: str(b.tmp), "unet/config.json is missing"),
+    (lambda b: str(b.sd / "unet"), "unet/config.json is missing"),
+    (lambda b: b.without(b.sd, "vae"), "vae/config.json is missing"),
+    (lambda b: b.without(b.sd, "text_encoder"), "text_encoder/config.json is missing"),
+    (lambda b: b.without(b.sd, "tokenizer"), "tokenizer/ is missing"),
+    (lambda b: b.without(b.sd, "scheduler"), "scheduler/ is missing"),
+    (lambda b: b.without(b.sd, "unet/diffusion_pytorch_model.safetensors"), "unet/ holds no .safetensors"),
+    (lambda b: b.without(b.sd, "vae/diffusion_pytorch_model.safetensors"), "vae/ holds no .safetensors"),
+    (lambda b: b.without(b.sd, "text_encoder/model.safetensors"), "text_encoder/ holds no .safetensors"),
+    (lambda b: b.broken(b.sd, "unet/config.json"), "cannot be read as JSON"),
+    (lambda b: b.with_config(b.sd, "unet", addition_embed_type="text_time"), "text_encoder_2/config.json is missing"),
+]
+
+
+@pytest.mark.parametrize("make, message", PIPELINES, ids=[message for _, message in PIPELINES])
+def test_no_pipeline(bench: Bench, lpo: LPO, lrm: LRM, make: Callable[[Bench], str], message: str) -> None:
+    model = make(bench)
+    refused(train_lpo.train, replace(lpo, model=model), "--model", message)
+    refused(train_lrm.train, replace(lrm, model=model), "--model", message)
+    if model:  # without it the model is the base
+        refused(train_lpo.train, replace(lpo, lrm_base=model), "--lrm-base", message)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda b: "", "no such directory"),
+    (lambda b: str(b.tmp / "nowhere"), "no such directory"),
+    (lambda b: str(b.tmp), "unet/config.json is missing"),
+    (lambda b: str(b.sd), "is no latent reward model: state_dict.pt is missing"),
+    (lambda b: b.without(b.lrm, "state_dict.pt"), "state_dict.pt is missing"),
+    (lambda b: b.broken(b.lrm, "state_dict.pt", "garbage"), "cannot be read safely"),
+    (lambda b: b.with_heads(visual_projection={"weight": torch.zeros(16, 87)}), "takes 87 features"),
+    (lambda b: b.with_heads(text_projection={"weight": torch.zeros(16, 17)}), "its text projection takes 17"),
+    (lambda b: b.with_config(b.lrm, "unet", addition_embed_type="text_time"), "scores sdxl latents, the model makes sd"),
+    (lambda b: b.with_config(b.lrm, "unet", in_channels=16), "scores sd latents"),
+    (lambda b: b.with_config(b.lrm, "unet", block_out_channels=[8, 16, 16, 32]), "its denoiser gives 104"),
+    (lambda b: b.broken(b.lrm, "unet/config.json"), "cannot be read as JSON"),
+])
+def test_no_reward_model(bench: Bench, lpo: LPO, make: Callable[[Bench], str], message: str) -> None:
+    refused(train_lpo.train, replace(lpo, lrm=make(bench)), "--lrm", message)
+
+
+def test_text_projection_is_held_against_the_text_encoder_that_will_be_used(bench: Bench, lpo: LPO) -> None:
+    folder = bench.without(bench.lrm, "text_encoder")
+    preflight.lpo(replace(lpo, lrm=folder))
+    base = bench.with_config(bench.sd, "text_encoder", hidden_size=24)
+    refused(train_lpo.train, replace(lpo, lrm=folder, lrm_base=base), "--lrm", "its text encoder gives 24")
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"prompts": ""}, "no such file"), ({"prompts": "nowhere.json"}, "no such file"),
+])
+def test_prompts(lpo: LPO, changes: dict, message: str) -> None:
+    refused(train_lpo.train, replace(lpo, **changes), "--prompts", message)
+
+
+def test_prompts_without_the_caption_key(bench: Bench, lpo: LPO) -> None:
+    file = bench.file("p.json", '[{"text": "a"}]')
+    refused(train_lpo.train, replace(lpo, prompts=file), "--prompts", "record 0 has no 'caption'")
+    assert preflight.lpo(replace(lpo, prompts=file, caption_key="text")) == ["a"]
+
+
+def test_lora(bench: Bench, lpo: LPO) -> None:
+    refused(train_lpo.train, replace(lpo, lora=str(bench.tmp / "nowhere")), "--lora", "no LoRA there")
+    refused(train_lpo.train, replace(lpo, lora=bench.file("bad.pt", "bad")), "--lora", "cannot be read safely")
+    refused(train_lpo.train, replace(lpo, lora=bench.lora(2)), "--lora", "tensors differ from the adapter")
+
+
+@pytest.mark.parametrize("key", ["pairs", "validation_pairs"])
+@pytest.mark.parametrize("make, message", [
+    (lambda b: str(b.tmp / "nowhere"), "no such file"),
+    (lambda b: b.file("empty/note.txt") and str(b.tmp / "empty"), "no .parquet there"),
+    (lambda b: b.file("text.parquet", "text"), "is not parquet"),
+    (lambda b: str(pq.write_table(pa.table({"caption": ["a"]}), b.tmp / "c.parquet") or b.tmp / "c.parquet"), "has no column"),
+    (lambda b: b.pairs(jpg_0=[b"no picture"] * 2), "the pictures of row 0 do not decode"),
+    (lambda b: b.pairs(jpg_1=[RED[:40], BLUE]), "the pictures of row 0 do not decode"),
+    (lambda b: b.pairs(jpg_1=pa.array([None, None], pa.binary())), "the pictures of row 0 do not decode"),
+])
+def test_pairs(bench: Bench, lrm: LRM, key: str, make: Callable[[Bench], str], message: str) -> None:
+    refused(train_lrm.train, replace(lrm, **{key: make(bench)}), "--" + key.replace("_", "-"), message)
+
+
+def test_pairs_are_needed(lrm: LRM) -> None:
+    refused(train_lrm.train, replace(lrm, pairs=""), "--pairs", "no such file")
+
+
+def test_score_table(bench: Bench, lrm: LRM) -> None:
+    keep = (1, 1, 1, 1)
+    refused(train_lrm.train, replace(lrm, scores=str(bench.tmp / "nowhere.csv")), "--scores", "cannot be read")
+    too_long = scores(bench.tmp / "long.csv", [keep] * 3, HEADER)
+    refused(train_lrm.train, replace(lrm, scores=str(too_long)), "--scores", "more rows than the 2 pairs")
+    none = scores(bench.tmp / "none.csv", [(1, -9, 1, 1)] * 2, HEADER)
+    refused(train_lrm.train, replace(lrm, scores=str(none)), "--pairs", "no pair is left")
+
+
+def test_clip(bench: Bench, lrm: LRM) -> None:
+    refused(train_lrm.train, replace(lrm, clip=str(bench.tmp / "nowhere.bin")), "--clip", "no CLIP checkpoint")
+    refused(train_lrm.train, replace(lrm, clip=clip(bench, 17)), "--clip", "projects 17 features")
+
+
+@pytest.mark.parametrize("stage", ["lpo", "lrm"])
+def test_run_directory(bench: Bench, stage: str, request: pytest.FixtureRequest) -> None:
+    settings = request.getfixturevalue(stage)
+    train = {"lpo": train_lpo.train, "lrm": train_lrm.train}[stage]
+    file = bench.file("a_file", "mine")
+    refused(train, replace(settings, out=file), "--out", "cannot be written")
+    refused(train, replace(settings, out=file + "/below/it"), "--out", "cannot be written")
+    assert Path(file).read_text() == "mine"
+    refused(train, replace(settings, resume=True), "--out", "holds no state.pt to go on from")
+    run = Path(settings.out)
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(InputError, match="holds a run already"):
+        train(settings)
+    with pytest.raises(InputError, match="holds no state.pt"):
+        train(replace(settings, resume=True))
+    assert [p.name for p in run.iterdir()] == ["metrics.jsonl"]
+
+
+def test_recipes_are_valid() -> None:
+    for recipe in (config.sd15(), config.sd21(), config.sdxl(), config.shapes()):
+        recipe.lpo.check()
+        recipe.lrm.check()
+    config.Demo().check()
+    sd15, sdxl = config.sd15(), config.sdxl()
+    assert (sd15.lpo.rank, sd15.lpo.learning_rate, sd15.lpo.threshold_min, sd15.lpo.threshold_max) == (4, 6e-5, 0.35, 0.5)
+    assert (sdxl.lpo.rank, sdxl.lpo.learning_rate, sdxl.lpo.threshold_min, sdxl.lpo.threshold_max) == (64, 1e-5, 0.45, 0.6)
+    assert (sdxl.lpo.batch_size, sdxl.lpo.train_batch_size) == (4, 4)
+    assert (sd15.lpo.batch_size, sd15.lpo.train_batch_size, sd15.lpo.beta, sd15.lpo.clip_eps) == (5, 10, 500, 0.1)
+    assert (sd15.lpo.num_steps, sd15.lpo.num_candidates, sd15.lpo.guidance_scale, sd15.lpo.epochs) == (20, 4, 5.0, 5)
+    assert (sd15.lrm.max_steps, sd15.lrm.batch_size, sd15.lrm.warmup_steps, sd15.lrm.weight_decay) == (4000, 128, 500, 0.3)
+    assert (sdxl.lrm.max_steps, sdxl.lrm.batch_size, sdxl.lrm.warmup_steps) == (8000, 32, 1000)
+
+
+def test_pictures_of_odd_sizes_and_kinds_are_no_error(bench: Bench, lrm: LRM) -> None:
+    Image.new("L", (3, 50)).save(bench.tmp / "x.jpg")
+    preflight.lrm(replace(lrm, pairs=bench.pairs(jpg_0=[(bench.tmp / "x.jpg").read_bytes()] * 2)))

@@ -210,3 +210,45 @@ def load_lora(unet: UNet2DConditionModel, path: Path) -> None:
         raise InputError(str(path), f"{len(wrong)} tensors differ from the adapter of this run, the first {name!r}: "
                          f"{shapes[0]} in the file, {shapes[1]} wanted", "match --rank and --targets to the file", "--lora")
     set_peft_model_state_dict(unet, state)
+
+
+# Run states
+
+
+class Trained:
+    """The parameters of a module that train, as something with a state_dict."""
+
+    def __init__(self, module: nn.Module):
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Their values."""
+        return {name: p.detach() for name, p in self.parameters.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put values back. Raises ValueError unless names and shapes are the same."""
+        if {n: p.shape for n, p in self.parameters.items()} != {n: t.shape for n, t in state.items()}:
+            raise ValueError("other parameters train")
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(state[name])
+
+
+def save_state(file: Path, at: dict, parts: dict[str, object]) -> None:
+    """All that a resumed run needs: where it stands, and the state_dict of each part (None: not in use)."""
+    with replacing(file) as aside:
+        torch.save({"at": at} | {name: part and part.state_dict() for name, part in parts.items()}, aside)
+
+
+def load_state(file: Path, parts: dict[str, object]) -> dict:
+    """Restore what ``save_state`` wrote into the parts; where the run stands."""
+    state = read_pickle(file, "--out")
+    try:
+        for name, part in parts.items():
+            if (part is None) != (state[name] is None):
+                raise ValueError(f"{name} was {'not ' if part else ''}in use")
+            if part is not None:
+                part.load_state_dict(state[name])
+        return state["at"]
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise InputError(str(file), f"was saved with other settings ({error})", "resume with the run's own settings",
+                         "--out") from error

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 INITIAL = 0xFFFF  # "step" of the latents that a trajectory starts from
+ORDER = 0xFFFE  # "step" of permutations
 CHOICE = 0xFFFF  # "candidate" of draws that are no latent: the next candidate, a training timestep
 _MASK = 0xFFFFFFFF
 
@@ -61,3 +62,9 @@ def integers(seed: int, epoch: int, items: Tensor, step: int, high: int) -> Tens
     """Uniform integers in [0, high), int64 [B]; high is far below 2³², so the modulo's bias is negligible."""
     candidate = torch.full((1,), CHOICE, device=items.device)
     return _words(seed, epoch, items, step, candidate, 1)[0][0, :, 0] % high
+
+
+def permutation(seed: int, epoch: int, item: int, n: int) -> Tensor:
+    """A random order of n things, int64 [n] on the CPU: the ranks of n words."""
+    words = _words(seed, epoch, torch.tensor([item]), ORDER, torch.tensor([CHOICE]), -(-n // 4))
+    return torch.stack(words, -1).flatten()[:n].argsort(stable=True)

@@ -107,7 +107,7 @@ def load_score(config: LPO, prompts: list[str], device: torch.device) -> Score:
 
 @torch.no_grad()
 def pictures(predict: Predict, sched: Schedule, model: Path, prompts: Tensor, shape: tuple[int, int, int], *,
-                guidance: float, seed: int, batch: int, items: Tensor | None = None) -> Tensor:
+             guidance: float, seed: int, batch: int, items: Tensor | None = None) -> Tensor:
     """uint8 [N, H, W, 3] pictures for prompt numbers [N]; items: the numbers that key their noise (default: 0 … N−1)."""
     device = sched.table.device
     vae = backbone.load_vae(model).to(device)
@@ -115,6 +115,7 @@ def pictures(predict: Predict, sched: Schedule, model: Path, prompts: Tensor, sh
     drawn = []
     for index, item in zip(prompts.to(device).split(batch), items.to(device).split(batch), strict=True):
         latents = sample.generate(predict, sched, CounterNoise(seed, PICTURE_EPOCH, item, shape), index, guidance=guidance)
-        decoded = vae.decode(latents / vae.config.scaling_factor).sample
-        drawn.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu())
+        for part in latents.split(4):  # decoding is what takes memory
+            decoded = vae.decode(part / vae.config.scaling_factor).sample
+            drawn.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu())
     return torch.cat(drawn)

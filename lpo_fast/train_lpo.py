@@ -12,10 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lpo_fast import checkpoint, loss, preflight, runs, sample, select, speed
+from lpo_fast import checkpoint, loss, noise, preflight, runs, sample, select, speed
 from lpo_fast import policy as policies
 from lpo_fast.config import LPO
-from lpo_fast.errors import InputError
 from lpo_fast.loss import StepDPO
 from lpo_fast.policy import Policy, trainable
 from lpo_fast.sample import CounterNoise, Pairs, Score
@@ -60,7 +59,7 @@ def train_step(policy: Policy, sched: Schedule, pairs: Pairs, optimizer: torch.o
     return dict(zip((*names, "grad_norm"), values, strict=True)) | {"lr": optimizer.param_groups[0]["lr"]}
 
 
-def batch_metrics(pairs: Pairs, scores: Tensor, sched: Schedule) -> dict[str, object]:
+def batch_metrics(pairs: Pairs, scores: Tensor) -> dict[str, object]:
     """What one prompt batch gave. pairs: all of them, step-major; scores: [steps, K, B]."""
     t, valid = pairs.t, pairs.valid
     bands = {"even_large": t > 751, "large": (t > 501) & (t <= 751), "mid": (t >= 251) & (t <= 501),
@@ -74,15 +73,13 @@ def batch_metrics(pairs: Pairs, scores: Tensor, sched: Schedule) -> dict[str, ob
 
 def order(config: LPO, epoch: int, prompts: int) -> list[Tensor]:
     """The prompt batches of an epoch, shuffled: a function of the seed and the epoch."""
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-    return list(torch.randperm(prompts, generator=generator).split(config.batch_size))
+    return list(noise.permutation(config.seed, epoch, 0, prompts).split(config.batch_size))
 
 
 def shuffled(pairs: Pairs, config: LPO, epoch: int, batch: int) -> Pairs:
     """The valid pairs in random order: a function of the seed, the epoch and the batch."""
     index = pairs.valid.nonzero()[:, 0]
-    generator = torch.Generator().manual_seed((config.seed * 1_000_003 + epoch) * 1_000_003 + batch)
-    return pairs.take(index[torch.randperm(len(index), generator=generator).to(index.device)])
+    return pairs.take(index[noise.permutation(config.seed, epoch, batch + 1, len(index)).to(index.device)])
 
 
 def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: score) -> Path:
@@ -101,9 +98,11 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
     ema = EMAModel(trainable(policy.unet), decay=config.ema_decay) if config.ema_decay else None
 
     out, run = Path(config.out), runs.Run(config, "lpo")
+    parts = {"weights": checkpoint.Trained(policy.unet), "optimizer": optimizer, "scaler": scaler, "ema": ema}
     at = {"epoch": 0, "batch": 0, "step": 0}
     if config.resume:
-        at = load_state(out / checkpoint.STATE, policy.unet, optimizer, scaler, ema, run)
+        at = checkpoint.load_state(out / checkpoint.STATE, parts)
+        run.truncate(at["metrics"])
     else:
         draw_pictures(config, policy, sched, prompts, shape, "before")
     batches = -(-len(prompts) // config.batch_size)
@@ -118,7 +117,7 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
             pairs, scores = sample.trajectory(
                 policy.predict, score, sched, gap, draw, index, guidance=config.guidance_scale,
                 num_candidates=config.num_candidates, start=config.start_step, stop=config.stop_step)
-            run.log("batch", at["step"], epoch=at["epoch"], **batch_metrics(pairs, scores, sched))
+            run.log("batch", at["step"], epoch=at["epoch"], **batch_metrics(pairs, scores))
             sampled = time.perf_counter()
             pairs, row = shuffled(pairs, config, at["epoch"], at["batch"]), None
             size = config.train_batch_size * config.accumulate
@@ -139,7 +138,7 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
                 if at["epoch"] % config.save_epochs == 0:
                     save_checkpoint(out / f"checkpoint_{at['epoch'] - 1}", policy.unet, config, at["step"])
             if done % config.save_batches == 0 or done == total or stopped:
-                save_state(out / checkpoint.STATE, policy.unet, optimizer, scaler, ema, run, at)
+                checkpoint.save_state(out / checkpoint.STATE, at | {"metrics": run.size}, parts)
     bar.close()
     if stopped:
         run.close()
@@ -180,33 +179,6 @@ def save_checkpoint(folder: Path, unet: UNet2DConditionModel, config: LPO, step:
         else:
             torch.save(checkpoint.lora_state(unet), aside / checkpoint.LORA_OFFICIAL)
         (aside / "global_step.json").write_text(json.dumps({"global_step": step}))
-
-
-def save_state(file: Path, unet: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-               ema: EMAModel | None, run: runs.Run, at: dict[str, int]) -> None:
-    """All that a resumed run needs; randomness is counter-based, so there is no generator state."""
-    with checkpoint.replacing(file) as aside:
-        torch.save({"at": at, "metrics": run.size, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                    "ema": ema and ema.state_dict(),
-                    "weights": {n: p.detach() for n, p in unet.named_parameters() if p.requires_grad}}, aside)
-
-
-def load_state(file: Path, unet: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-               ema: EMAModel | None, run: runs.Run) -> dict[str, int]:
-    """Restore what ``save_state`` wrote; where the run goes on."""
-    state = checkpoint.read_pickle(file, "--out")
-    own = {n: p for n, p in unet.named_parameters() if p.requires_grad}
-    if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in state["weights"].items()}:
-        raise InputError(str(file), "was saved with other trained weights", "resume with the run's own settings",
-                         "--out")
-    for name, parameter in own.items():
-        parameter.data.copy_(state["weights"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    if ema and state["ema"]:
-        ema.load_state_dict(state["ema"])
-    run.truncate(state["metrics"])
-    return state["at"]
 
 
 @torch.no_grad()

@@ -112,8 +112,7 @@ def batches(config: LRM, pairs: int, step: int) -> Iterator[list[int]]:
     each = pairs // size
     for k in range(step, config.max_steps):
         if k % each == 0 or k == step:
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + k // each)
-            order = torch.randperm(pairs, generator=generator)
+            order = noise.permutation(config.seed, k // each, 0, pairs)
         yield order[k % each * size:(k % each + 1) * size].tolist()
 
 
@@ -143,9 +142,11 @@ def train(config: LRM) -> Path:
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
     out, run = Path(config.out), runs.Run(config, "lrm")
+    parts = {"weights": checkpoint.Trained(lrm), "optimizer": optimizer, "decay": decay}
     at = {"step": 0, "best": -1.0, "best_step": 0}
     if config.resume:
-        at = load_state(out / checkpoint.STATE, lrm, optimizer, decay, run)
+        at = checkpoint.load_state(out / checkpoint.STATE, parts)
+        run.truncate(at["metrics"])
     loader = DataLoader(pairs, batch_sampler=list(batches(config, len(pairs), at["step"])),
                         num_workers=config.num_workers, collate_fn=collate)
     all_timesteps = list(range(1, config.largest_timestep + 1, 50))
@@ -173,7 +174,7 @@ def train(config: LRM) -> Path:
                 if shown["accuracy"] >= at["best"]:
                     keep_best(out, lrm, tokenizers, at, shown, row, lr)
             if at["step"] % config.validate_steps == 0 or last or stopped:
-                save_state(out / checkpoint.STATE, lrm, optimizer, decay, run, at)
+                checkpoint.save_state(out / checkpoint.STATE, at | {"metrics": run.size}, parts)
             if stopped:
                 break
     bar.close()
@@ -201,22 +202,3 @@ def keep_best(out: Path, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer]
     runs.write_json(folder / "training_stage.json", stage)
     if before != folder and before.is_dir():
         shutil.rmtree(before)
-
-
-def save_state(file: Path, lrm: LatentRewardModel, optimizer: torch.optim.Optimizer,
-               decay: torch.optim.lr_scheduler.LambdaLR, run: runs.Run, at: dict) -> None:
-    """All that a resumed run needs."""
-    with checkpoint.replacing(file) as aside:
-        torch.save({"at": at, "metrics": run.size, "weights": lrm.state_dict(), "optimizer": optimizer.state_dict(),
-                    "decay": decay.state_dict()}, aside)
-
-
-def load_state(file: Path, lrm: LatentRewardModel, optimizer: torch.optim.Optimizer,
-               decay: torch.optim.lr_scheduler.LambdaLR, run: runs.Run) -> dict:
-    """Restore what ``save_state`` wrote; where the run goes on."""
-    state = checkpoint.read_pickle(file, "--out")
-    lrm.load_state_dict(state["weights"])
-    optimizer.load_state_dict(state["optimizer"])
-    decay.load_state_dict(state["decay"])
-    run.truncate(state["metrics"])
-    return state["at"]

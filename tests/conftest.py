@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers and transformers are impo
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import lpo_fast
 from lpo_fast import backbone, checkpoint
@@ -27,18 +27,22 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Golden:
     return Golden(GOLDEN, tmp_path_factory.mktemp("golden"))
 
 
+def text_config(name: str, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    """A tiny text encoder's config that covers the tokenizer's words."""
+    return CLIPTextConfig(**CONFIGS[name] | {
+        "vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id})
+
+
 def make_sd(folder: Path) -> Path:
     """A random Stable Diffusion 1.5 in miniature: 4×8×8 latents, 16×16 pictures, 16 tokens."""
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
-    text = CLIPTextConfig(**CONFIGS["text_encoder"] | {
-        "vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length,
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id})
     vae = AutoencoderKL(block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, sample_size=16,
                         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
     pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer,
+        vae=vae, text_encoder=CLIPTextModel(text_config("text_encoder", tokenizer)), tokenizer=tokenizer,
         unet=UNet2DConditionModel(**CONFIGS["unet_sd15"] | {"sample_size": 8}),
         scheduler=DDIMScheduler(**CONFIGS["scheduler"]), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False)
@@ -50,6 +54,21 @@ def make_sd(folder: Path) -> Path:
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers directory in the layout of SD1.5; not to be changed."""
     return make_sd(tmp_path_factory.mktemp("models") / "sd")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tiny_sd: Path) -> Path:
+    """A diffusers directory in the layout of SDXL (the VAE and the scheduler are those of ``tiny_sd``)."""
+    torch.manual_seed(1)
+    folder = tiny_sd.parent / "sdxl"
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+    UNet2DConditionModel(**CONFIGS["unet_sdxl"] | {"sample_size": 8}).save_pretrained(folder / "unet")
+    for suffix, encoder in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
+        encoder(text_config(f"text_encoder{suffix}", tokenizer)).save_pretrained(folder / f"text_encoder{suffix}")
+        tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
+    for part in ("vae", "scheduler"):
+        shutil.copytree(tiny_sd / part, folder / part)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -234,8 +234,9 @@ def test_decode_turns_upright() -> None:
 
 
 @pytest.mark.parametrize("mode, kind, colour", [
-    ("CMYK", "JPEG", (0, 255, 255, 0)), ("L", "JPEG", 255), ("L", "PNG", 255), ("P", "PNG", 0), ("RGBA", "PNG", (255, 0, 0, 9)),
-    ("1", "PNG", 1), ("LA", "PNG", (255, 255)), ("P", "GIF", 0), ("RGB", "WEBP", (255, 0, 0)),
+    ("CMYK", "JPEG", (0, 255, 255, 0)), ("L", "JPEG", 255), ("L", "PNG", 255), ("P", "PNG", 0),
+    ("RGBA", "PNG", (255, 0, 0, 9)), ("1", "PNG", 1), ("LA", "PNG", (255, 255)), ("P", "GIF", 0),
+    ("RGB", "WEBP", (255, 0, 0)),
 ])
 def test_decode_modes(mode: str, kind: str, colour: object) -> None:
     picture = Image.new(mode, (16, 16), colour)
@@ -288,7 +289,8 @@ def test_filter(tmp_path: Path, strategy: int) -> None:
     expected = [i for i, (_, kept) in enumerate(ROWS) if strategy in kept]
     file = scores(tmp_path / "s.csv", [gaps for gaps, _ in ROWS])
     assert data.mpcf(file, strategy).tolist() == expected
-    swapped = scores(tmp_path / "t.csv", [("x", *gaps[::-1]) for gaps, _ in ROWS], ["uid", *HEADER[::-1]], b"\xef\xbb\xbf")
+    other = [("x", *gaps[::-1]) for gaps, _ in ROWS]
+    swapped = scores(tmp_path / "t.csv", other, ["uid", *HEADER[::-1]], b"\xef\xbb\xbf")
     assert data.mpcf(swapped, strategy).tolist() == expected
 
 

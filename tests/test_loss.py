@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CONFIGS
-from torch import Tensor
+from torch import Tensor, nn
 
-from lpo_fast import loss, schedule
+from lpo_fast import loss, schedule, train_lpo
+from lpo_fast.config import LPO
+from lpo_fast.sample import Pairs
 from lpo_fast.schedule import Schedule
 
 KINDS = ["epsilon", "v_prediction", "sample"]
@@ -103,15 +105,20 @@ def test_gradcheck(kind: str) -> None:
     assert torch.autograd.gradcheck(value, batch["policy"])
 
 
+def both(sched: Schedule, batch: dict, i: int) -> list[torch.distributions.Normal]:
+    """p(x_p | x_t) of the policy and of the reference for pair i, epsilon prediction."""
+    return [gaussian(sched.alphas_cumprod, "epsilon", batch["x_t"][i], loss.guide(null[i], text[i], GUIDANCE),
+                     int(batch["t"][i]), 1.0) for null, text in (batch["policy"], batch["reference"])]
+
+
 def clamped(win: float, lose: float, eps: float = 0.1) -> tuple[Schedule, dict[str, Tensor]]:
     """Pairs whose members have exactly these log ratios (before the clamp)."""
     sched = fine()
     batch = batch_of(sched, n=3, apart=0.05)
     for name, ratio in (("winner", win), ("loser", lose)):
         members = []
-        for i, t in enumerate(batch["t"].tolist()):
-            p, q = (gaussian(sched.alphas_cumprod, "epsilon", batch["x_t"][i], loss.guide(m[0][i], m[1][i], GUIDANCE), t, 1.0)
-                    for m in (batch["policy"], batch["reference"]))
+        for i in range(3):
+            p, q = both(sched, batch, i)
             d = (p.mean - q.mean).detach()
             scale = ratio * p.stddev**2 / d.square().mean()  # Δ = mean(d (2x − m_p − m_q)) / 2σ²
             members.append(((p.mean + q.mean).detach() / 2) + scale * d)
@@ -126,9 +133,8 @@ def test_a_clamped_member_has_no_gradient() -> None:
     assert torch.allclose(got.ratio_lose, torch.tensor(0.02, dtype=torch.float64).exp())
     own = torch.autograd.grad(got.loss, batch["policy"])
     logs = []  # the loser's log ratio, with gradient; the winner is a constant
-    for i, t in enumerate(batch["t"].tolist()):
-        p, q = (gaussian(sched.alphas_cumprod, "epsilon", batch["x_t"][i], loss.guide(m[0][i], m[1][i], GUIDANCE), t, 1.0)
-                for m in (batch["policy"], batch["reference"]))
+    for i in range(3):
+        p, q = both(sched, batch, i)
         logs.append((p.log_prob(batch["loser"][i]) - q.log_prob(batch["loser"][i])).mean())
     alone = -F.logsigmoid(10 * (math.log(1.1) - torch.stack(logs))).mean()
     for a, b in zip(own, torch.autograd.grad(alone, batch["policy"]), strict=True):
@@ -204,6 +210,70 @@ def test_accumulated_parts_sum_to_the_whole() -> None:
     assert total == pytest.approx(whole.loss.item(), rel=1e-12)
     for a, b in zip(grads, torch.autograd.grad(whole.loss, batch["policy"]), strict=True):
         assert torch.allclose(a, b, rtol=1e-12)
+
+
+class Line:
+    """A policy of two parameters, its reference, and how often each was evaluated."""
+
+    def __init__(self, scale: float = 0.53, shift: float = 0.02):
+        self.unet = nn.ParameterDict({"scale": torch.tensor(scale, dtype=torch.float64),
+                                      "shift": torch.tensor([shift], dtype=torch.float64)})
+        self.calls = 0
+
+    def predict(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        return 0.5 * x_t, self.unet["scale"] * x_t + self.unet["shift"] * prompts[:, None, None, None]
+
+    @torch.no_grad()
+    def reference(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        return 0.5 * x_t, 0.5 * x_t
+
+
+def pairs_of(batch: dict) -> Pairs:
+    n = len(batch["t"])
+    valid = torch.ones(n, dtype=torch.bool)
+    return Pairs(batch["x_t"], batch["winner"], batch["loser"], batch["t"], torch.arange(n), valid)
+
+
+@pytest.mark.parametrize("size, accumulate", [(5, 1), (2, 3), (1, 5), (8, 1), (3, 2)])
+@pytest.mark.parametrize("max_norm", [1e9, 0.01])
+def test_train_step_is_one_step_of_the_mean_loss(size: int, accumulate: int, max_norm: float) -> None:
+    """However the pairs are split into passes, the last of which is padded."""
+    sched, policy = fine(), Line()
+    pairs = pairs_of(batch_of(sched, n=5))
+    at = pairs.x_t, pairs.t, pairs.prompt
+    batch = pairs._asdict() | {"policy": policy.predict(*at), "reference": policy.reference(*at)}
+    losses, ratios, densities = slow(sched, "epsilon", batch, beta=20, eps=0.1)
+    expected = torch.autograd.grad(losses.mean(), list(policy.unet.parameters()))
+    norm = math.sqrt(sum(g.square().sum().item() for g in expected))
+    start = [p.detach().clone() for p in policy.unet.parameters()]
+    policy.calls = 0
+    config = LPO(train_batch_size=size, accumulate=accumulate, guidance_scale=GUIDANCE, beta=20, clip_eps=0.1,
+                 max_grad_norm=max_norm)
+    optimizer = torch.optim.SGD(policy.unet.parameters(), lr=0.1)
+    row = train_lpo.train_step(policy, sched, pairs, optimizer, torch.amp.GradScaler("cpu", enabled=False), config)
+    assert policy.calls == 2 * -(-5 // size)
+    for before, parameter, g in zip(start, policy.unet.parameters(), expected, strict=True):
+        change = 0.1 * g * min(1, max_norm / norm)
+        assert torch.allclose(before - parameter.detach(), change, rtol=1e-5, atol=1e-12)
+        assert parameter.grad is None
+    win, lose = ratios.detach().T
+    win_policy, win_ref, lose_policy, lose_ref = densities.detach().exp().mean(0)
+    assert (win != lose).any() and ((win > 1.0999) | (lose < 0.9001)).any()
+    wanted = {"train_loss": losses.detach().mean(), "train_ratio_win": win.mean(), "train_ratio_lose": lose.mean(),
+              "train_win_prob_policy": win_policy, "train_win_prob_ref": win_ref,
+              "train_lose_prob_policy": lose_policy, "train_lose_prob_ref": lose_ref,
+              "implicit_acc": (win > lose).double().mean(), "train_margin": (win - lose).mean(),
+              "grad_norm": norm, "lr": 0.1}
+    assert row == pytest.approx({name: float(value) for name, value in wanted.items()}, rel=1e-5)
+
+
+def test_padded() -> None:
+    pairs = pairs_of(batch_of(fine(), n=3))
+    full, same = train_lpo.padded(pairs, 5), train_lpo.padded(pairs, 3)
+    assert full.valid.tolist() == [True] * 3 + [False] * 2 and full.prompt.tolist() == [0, 1, 2, 0, 0]
+    assert torch.equal(full.x_t[:3], pairs.x_t) and same.valid.all() and torch.equal(same.x_t, pairs.x_t)
 
 
 def test_half_precision_outputs_are_combined_in_single() -> None:
@@ -286,7 +356,8 @@ def test_preference_gradcheck(kind: str) -> None:
 def test_integer_counts_and_single_precision() -> None:
     inputs = [f.float() for f in features()]
     labels = torch.tensor(LABELS)
-    got = loss.preference(*inputs, torch.tensor(5.0), labels[:, 0], labels[:, 1], torch.tensor(COUNTS), torch.tensor(TIMES))
+    got = loss.preference(*inputs, torch.tensor(5.0), labels[:, 0], labels[:, 1], torch.tensor(COUNTS),
+                          torch.tensor(TIMES))
     assert got.dtype == torch.float32
     assert got.item() == pytest.approx(slow_preference(*features(), 5.0, "pair", 1.0, 1.0), rel=1e-5)
 

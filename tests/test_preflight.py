@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from test_data import BLUE, HEADER, RED, scores, table
 
-from lpo_fast import checkpoint, config, preflight, train_lpo, train_lrm
+from lpo_fast import backbone, checkpoint, config, preflight, train_lpo, train_lrm
 from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
 
@@ -59,6 +59,10 @@ class Bench:
     def pairs(self, name: str = "other.parquet", **changed) -> str:
         return str(table(self.tmp / name, ["a", "b"], **changed))
 
+    def captions_alone(self) -> str:
+        pq.write_table(pa.table({"caption": ["a"]}), self.tmp / "captions.parquet")
+        return str(self.tmp / "captions.parquet")
+
     def lora(self, rank: int) -> str:
         from diffusers import UNet2DConditionModel
         unet = UNet2DConditionModel.from_pretrained(self.sd, subfolder="unet")
@@ -82,8 +86,8 @@ def lpo(bench: Bench) -> LPO:
 @pytest.fixture
 def lrm(bench: Bench) -> LRM:
     """An LRM run that could start."""
-    return LRM(model=str(bench.sd), pairs=bench.pairs("pairs.parquet"), out=str(bench.tmp / "runs" / "out"), max_steps=1,
-               warmup_steps=0)
+    return LRM(model=str(bench.sd), pairs=bench.pairs("pairs.parquet"), out=str(bench.tmp / "runs" / "out"),
+               max_steps=1, warmup_steps=0)
 
 
 def clip(bench: Bench, width: int) -> str:
@@ -110,6 +114,19 @@ def test_good_settings_pass_and_write_nothing(bench: Bench, lpo: LPO, lrm: LRM) 
     assert preflight.lrm(with_all).tolist() == [0]
     assert preflight.lpo(replace(lpo, lora=bench.lora(4), lrm_base=str(bench.sd))) == ["a red circle", "two"]
     assert not (bench.tmp / "runs").exists()
+
+
+def test_sdxl_passes(bench: Bench, lpo: LPO, lrm: LRM, tiny_sdxl: Path) -> None:
+    model = checkpoint.new_lrm(tiny_sdxl, generator=torch.Generator())
+    checkpoint.save_lrm(model, backbone.load_tokenizers(tiny_sdxl, model.family), bench.tmp / "lrm_xl")
+    good = replace(lpo, model=str(tiny_sdxl), lrm=str(bench.tmp / "lrm_xl"))
+    assert preflight.lpo(good) == ["a red circle", "two"]
+    assert preflight.lrm(replace(lrm, model=str(tiny_sdxl))) is None
+    refused(train_lpo.train, replace(good, lrm=str(bench.lrm)), "--lrm", "scores sd latents, the model makes sdxl")
+    for part in ("tokenizer_2", "text_encoder_2"):
+        broken = bench.without(tiny_sdxl, part)
+        refused(train_lpo.train, replace(good, model=broken), "--model", "is missing")
+        checkpoint._remove(Path(broken))
 
 
 BAD_NUMBERS = [
@@ -199,7 +216,7 @@ def test_no_pipeline(bench: Bench, lpo: LPO, lrm: LRM, make: Callable[[Bench], s
     (lambda b: b.broken(b.lrm, "state_dict.pt", "garbage"), "cannot be read safely"),
     (lambda b: b.with_heads(visual_projection={"weight": torch.zeros(16, 87)}), "takes 87 features"),
     (lambda b: b.with_heads(text_projection={"weight": torch.zeros(16, 17)}), "its text projection takes 17"),
-    (lambda b: b.with_config(b.lrm, "unet", addition_embed_type="text_time"), "scores sdxl latents, the model makes sd"),
+    (lambda b: b.with_config(b.lrm, "unet", addition_embed_type="text_time"), "scores sdxl latents, the model makes"),
     (lambda b: b.with_config(b.lrm, "unet", in_channels=16), "scores sd latents"),
     (lambda b: b.with_config(b.lrm, "unet", block_out_channels=[8, 16, 16, 32]), "its denoiser gives 104"),
     (lambda b: b.broken(b.lrm, "unet/config.json"), "cannot be read as JSON"),
@@ -239,7 +256,7 @@ def test_lora(bench: Bench, lpo: LPO) -> None:
     (lambda b: str(b.tmp / "nowhere"), "no such file"),
     (lambda b: b.file("empty/note.txt") and str(b.tmp / "empty"), "no .parquet there"),
     (lambda b: b.file("text.parquet", "text"), "is not parquet"),
-    (lambda b: str(pq.write_table(pa.table({"caption": ["a"]}), b.tmp / "c.parquet") or b.tmp / "c.parquet"), "has no column"),
+    (lambda b: b.captions_alone(), "has no column 'jpg_0'"),
     (lambda b: b.pairs(jpg_0=[b"no picture"] * 2), "the pictures of row 0 do not decode"),
     (lambda b: b.pairs(jpg_1=[RED[:40], BLUE]), "the pictures of row 0 do not decode"),
     (lambda b: b.pairs(jpg_1=pa.array([None, None], pa.binary())), "the pictures of row 0 do not decode"),
@@ -290,14 +307,14 @@ def test_recipes_are_valid() -> None:
         recipe.lpo.check()
         recipe.lrm.check()
     config.Demo().check()
-    sd15, sdxl = config.sd15(), config.sdxl()
-    assert (sd15.lpo.rank, sd15.lpo.learning_rate, sd15.lpo.threshold_min, sd15.lpo.threshold_max) == (4, 6e-5, 0.35, 0.5)
-    assert (sdxl.lpo.rank, sdxl.lpo.learning_rate, sdxl.lpo.threshold_min, sdxl.lpo.threshold_max) == (64, 1e-5, 0.45, 0.6)
-    assert (sdxl.lpo.batch_size, sdxl.lpo.train_batch_size) == (4, 4)
-    assert (sd15.lpo.batch_size, sd15.lpo.train_batch_size, sd15.lpo.beta, sd15.lpo.clip_eps) == (5, 10, 500, 0.1)
-    assert (sd15.lpo.num_steps, sd15.lpo.num_candidates, sd15.lpo.guidance_scale, sd15.lpo.epochs) == (20, 4, 5.0, 5)
-    assert (sd15.lrm.max_steps, sd15.lrm.batch_size, sd15.lrm.warmup_steps, sd15.lrm.weight_decay) == (4000, 128, 500, 0.3)
-    assert (sdxl.lrm.max_steps, sdxl.lrm.batch_size, sdxl.lrm.warmup_steps) == (8000, 32, 1000)
+    (lrm15, sd15), (lrm_xl, sdxl) = config.sd15(), config.sdxl()
+    assert (sd15.rank, sd15.learning_rate, sd15.threshold_min, sd15.threshold_max) == (4, 6e-5, 0.35, 0.5)
+    assert (sdxl.rank, sdxl.learning_rate, sdxl.threshold_min, sdxl.threshold_max) == (64, 1e-5, 0.45, 0.6)
+    assert (sdxl.batch_size, sdxl.train_batch_size) == (4, 4)
+    assert (sd15.batch_size, sd15.train_batch_size, sd15.beta, sd15.clip_eps) == (5, 10, 500, 0.1)
+    assert (sd15.num_steps, sd15.num_candidates, sd15.guidance_scale, sd15.epochs) == (20, 4, 5.0, 5)
+    assert (lrm15.max_steps, lrm15.batch_size, lrm15.warmup_steps, lrm15.weight_decay) == (4000, 128, 500, 0.3)
+    assert (lrm_xl.max_steps, lrm_xl.batch_size, lrm_xl.warmup_steps) == (8000, 32, 1000)
 
 
 def test_pictures_of_odd_sizes_and_kinds_are_no_error(bench: Bench, lrm: LRM) -> None:

@@ -1,4 +1,4 @@
-"""The trajectory against a slow statement, one prompt and one number type at a time, with a linear denoiser and scorer."""
+"""The trajectory against a slow statement, one prompt at a time in float64, with a linear denoiser and scorer."""
 
 import math
 
@@ -7,7 +7,8 @@ import torch
 from conftest import CONFIGS
 from torch import Tensor
 
-from lpo_fast import noise, sample, schedule, select
+from lpo_fast import noise, sample, schedule, select, train_lpo
+from lpo_fast.config import LPO
 
 SHAPE, GUIDANCE, SEED, EPOCH = (2, 3, 3), 3.0, 5, 2
 CONFIG = CONFIGS["scheduler"]
@@ -47,7 +48,8 @@ def run(prompts: list[int], steps: int = 6, k: int = 4, threshold: float = 0.9, 
     index = torch.tensor(prompts)
     draw = sample.CounterNoise(SEED, EPOCH, index, SHAPE)
     gap = select.gaps(sched, "sigma", threshold / 2, threshold)
-    return sample.trajectory(fake.predict, fake.score, sched, gap, draw, index, guidance=GUIDANCE, num_candidates=k, **window)
+    return sample.trajectory(fake.predict, fake.score, sched, gap, draw, index, guidance=GUIDANCE, num_candidates=k,
+                             **window)
 
 
 def slow(prompt: int, steps: int = 6, k: int = 4, threshold: float = 0.9, start: int = 0, stop: int = 0) -> list[dict]:
@@ -98,7 +100,8 @@ def test_trajectory_equals_the_slow_statement(k: int, window: dict) -> None:
             row, i = expected[b][step], step * 3 + b  # step-major
             assert (pairs.t[i].item(), pairs.prompt[i].item()) == (row["t"], prompt)
             for name in ("x_t", "winner", "loser"):
-                assert torch.allclose(getattr(pairs, name)[i].double(), row[name], rtol=1e-3, atol=1e-3), (step, b, name)
+                got = getattr(pairs, name)[i].double()
+                assert torch.allclose(got, row[name], rtol=1e-3, atol=1e-3), (step, b, name)
             assert scores[step, :, b].tolist() == pytest.approx(row["scores"], rel=1e-2, abs=1e-2)
             if row["clear"]:
                 assert pairs.valid[i].item() == row["valid"]
@@ -167,6 +170,44 @@ def test_take() -> None:
     some = pairs.take(torch.tensor([3, 0]))
     assert torch.equal(some.x_t, pairs.x_t[[3, 0]]) and torch.equal(some.valid, pairs.valid[[3, 0]])
     assert len(pairs.take(pairs.valid).t) == pairs.valid.sum()
+
+
+def test_valid_pairs_are_shuffled_and_none_is_lost() -> None:
+    pairs, _ = run([0, 1, 2, 3])
+    index = [i for i, valid in enumerate(pairs.valid.tolist()) if valid]
+    assert 10 < len(index) < 24
+    orders = []
+    for seed, epoch, batch in ((0, 0, 0), (0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
+        some = train_lpo.shuffled(pairs, LPO(seed=seed), epoch, batch)
+        keys = [next(i for i in index if torch.equal(pairs.winner[i], winner)) for winner in some.winner]
+        assert sorted(keys) == index and torch.equal(some.t, pairs.t[keys])
+        orders.append(keys)
+    assert orders[0] == orders[1] and len({tuple(keys) for keys in [index, *orders]}) == 5
+
+
+def test_order_of_the_prompts() -> None:
+    orders = [train_lpo.order(LPO(seed=seed, batch_size=4), epoch, 10)
+              for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    assert [len(batch) for batch in orders[0]] == [4, 4, 2]
+    flat = [torch.cat(batches).tolist() for batches in orders]
+    assert all(sorted(numbers) == list(range(10)) for numbers in flat)
+    assert flat[0] == flat[1] and len({tuple(numbers) for numbers in flat}) == 3
+
+
+def test_batch_metrics() -> None:
+    times = [951, 751, 501, 251, 51, 1]
+    t = torch.tensor(times).repeat_interleave(2)
+    valid = torch.tensor([1, 1, 1, 0, 1, 1, 0, 1, 0, 0, 1, 1], dtype=torch.bool)
+    blank = torch.zeros(12, *SHAPE)
+    scores = torch.arange(6 * 3 * 2.0).view(6, 3, 2)
+    pairs = sample.Pairs(blank, blank, blank, t, t, valid)
+    row = train_lpo.batch_metrics(pairs, scores, schedule.from_config(CONFIG, 6))
+    n = scores.numel()
+    assert row == {
+        "preference_scores_mean": (n - 1) / 2, "preference_scores_std": pytest.approx(math.sqrt(n * (n + 1) / 12)),
+        "total_valid_samples_num": 8, "even_large_noise_samples_num": 2, "large_noise_samples_num": 1,
+        "mid_noise_samples_num": 3, "small_noise_samples_num": 0,  # t = 1 is in no band
+        "timesteps": times, "valid_by_timestep": [2, 1, 2, 1, 0, 2], "pairs_possible": 12}
 
 
 def test_generate() -> None:

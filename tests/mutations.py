@@ -1,0 +1,251 @@
+"""python tests/mutations.py [NAME …]: break the method in small ways, one at a time, and see that a test notices.
+
+Works on a copy of the project in a temporary directory. Prints ``killed`` or ``SURVIVED`` a mutation; exits with 1 if
+one survives or no longer applies to the source.
+"""
+
+import importlib
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN_SD15 = "test_golden.py::test_golden[lpo_sd15_weights0]"
+TIMEOUT = 300  # seconds; a mutation that hangs is noticed, too
+FAILED, HUNG, ANOTHER = 1, -1, -2  # exit codes: pytest's for failed tests, and ours
+
+
+class Mutation(NamedTuple):
+    """Replace ``old``, which occurs once in lpo_fast/``file``, by ``new``; one of ``tests`` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def of(file: str, tests: str, *changes: tuple[str, str, str]) -> Iterator[Mutation]:
+    """Mutations of one file, seen by the same tests."""
+    return (Mutation(name, file, old, new, tuple(tests.split())) for name, old, new in changes)
+
+
+MUTATIONS: list[Mutation] = [
+    *of("loss.py", "test_loss.py",
+        ("guidance with null and text swapped", "return null + scale * (text - null)",
+         "return text + scale * (null - text)"),
+        ("log ratio with sigma, not its square", "product.flatten(1).mean(1) / (2 * sigma**2)",
+         "product.flatten(1).mean(1) / (2 * sigma)"),
+        ("log ratio summed, not averaged", "return product.flatten(1).mean(1)", "return product.flatten(1).sum(1)"),
+        ("log ratio without the half", "return product.flatten(1).mean(1) / (2 * sigma**2)",
+         "return product.flatten(1).mean(1) / sigma**2"),
+        ("log ratio of reference to policy", "(mean_policy - mean_ref) * (2", "(mean_ref - mean_policy) * (2"),
+        ("log density without the square", "(x_p - mean).square()", "(x_p - mean).abs()"),
+        ("log density summed, not averaged", ".square().flatten(1).mean(1)", ".square().flatten(1).sum(1)"),
+        ("log density without log sigma", " - sigma.log() - HALF_LOG_2PI", " - HALF_LOG_2PI"),
+        ("no clamp", "(log_ratio(x_p).clamp(low, high) for", "(log_ratio(x_p) for"),
+        ("clamp without gradient of the free members", "(log_ratio(x_p).clamp(low, high) for",
+         "(log_ratio(x_p).detach().clamp(low, high) for"),
+        ("clamp of the logarithm at plus and minus eps",
+         "low, high = math.log1p(-eps) if eps < 1 else -math.inf, math.log1p(eps)", "low, high = -eps, eps"),
+        ("eps of 1 and more is an error", "math.log1p(-eps) if eps < 1 else -math.inf", "math.log1p(-eps)"),
+        ("winner and loser swapped in the loss", "beta * (log_win - log_lose)", "beta * (log_lose - log_win)"),
+        ("winner and loser swapped", "for x_p in (winner, loser))", "for x_p in (loser, winner))"),
+        ("beta left out", "-F.logsigmoid(beta * (", "-F.logsigmoid(1 * ("),
+        ("log of sigmoid", "-F.logsigmoid(beta * (log_win - log_lose))",
+         "-torch.sigmoid(beta * (log_win - log_lose)).log()"),
+        ("padding counts", "StepDPO((weight * pair_loss).sum()", "StepDPO(pair_loss.mean()"),
+        ("reference without guidance", "guide(*(m.to(dtype) for m in reference), guidance)",
+         "guide(*(m.to(dtype) for m in reference), 1.0)"),
+        ("ties cost their entropy", "torch.where(label_0 == label_1, math.log(0.5), 0.0)",
+         "torch.where(label_0 == label_1, 0.0, 0.0)"),
+        ("labels swapped", "label_0 * losses[diagonal, first] + label_1 * losses[diagonal, second]",
+         "label_1 * losses[diagonal, first] + label_0 * losses[diagonal, second]"),
+        ("image half over images", "-logits.T.log_softmax(-1).view", "-logits.log_softmax(-1).T.reshape"),
+        ("prompts with many pairs weigh more", "weight = 1 / num_examples", "weight = 1.0 * num_examples"),
+        ("weights not normalised", "weight / weight.sum()", "weight / len(weight)"),
+        ("auxiliary weight on equal timesteps", "timesteps[:, 0] != timesteps[:, 1], aux",
+         "timesteps[:, 0] == timesteps[:, 1], aux")),
+    *of("select.py", "test_select.py",
+        ("best and worst swapped", "best, worst = scores.max(0), scores.min(0)",
+         "worst, best = scores.max(0), scores.min(0)"),
+        ("invalid pairs are valid", "margin > gap)", "margin < gap)"),
+        ("an equal margin is valid", "margin > gap)", "margin >= gap)"),
+        ("threshold upside down", "low + (curve - first)", "high - (curve - first)"),
+        ("threshold from the first timestep", "low + (curve - first)", "low + (curve - last)"),
+        ("gap of half the threshold", "return 2 * torch.atanh", "return 1 * torch.atanh"),
+        ("threshold of probabilities taken for a gap", "2 * torch.atanh(threshold.clamp(0, 1))", "threshold"),
+        ("sigma for variance", '"variance": sigma**2', '"variance": sigma')),
+    *of("schedule.py", "test_schedule.py",
+        ("t for p", "a_p = a[p]", "a_p = a"),
+        ("p below 0 is the clean image", ".clamp(min=0)\n    a_p = a[p]", "\n    a_p = torch.where(p < 0, 1.0, a[p])"),
+        ("eta not squared", "(eta**2 * (1 - a_p)", "(eta * (1 - a_p)"),
+        ("variance for sigma", "(1 - a / a_p)).clamp(min=0).sqrt()", "(1 - a / a_p)).clamp(min=0)"),
+        ("direction ignores sigma", "(1 - a_p - sigma**2).clamp", "(1 - a_p).clamp"),
+        ("direction takes sigma, not its square", "(1 - a_p - sigma**2).clamp", "(1 - a_p - sigma).clamp"),
+        ("v prediction with a wrong sign", '"v_prediction": (signal, -noise, noise, signal)',
+         '"v_prediction": (signal, noise, noise, signal)'),
+        ("sample prediction as epsilon's", '"sample": (zero, one, 1 / noise, -signal / noise)',
+         '"sample": (zero, one, 1 / noise, -signal)'),
+        ("always clipped", 'config = {"clip_sample": False, **config}', 'config = {"clip_sample": True, **config}'),
+        ("never clipped", "if schedule.clip is not None:", "if False:"),
+        ("noise added without its root", "(1 - a).sqrt() * noise\n", "(1 - a) * noise\n")),
+    *of("sample.py", "test_sample.py",
+        ("goes on from the best", "x = x_p[draw.choice(step, k), rows]", "x = x_p[pair.best, rows]"),
+        ("goes on from the first", "x = x_p[draw.choice(step, k), rows]", "x = x_p[0]"),
+        ("winner and loser swapped in the pairs", "Pairs(x, x_p[pair.best, rows], x_p[pair.worst, rows]",
+         "Pairs(x, x_p[pair.worst, rows], x_p[pair.best, rows]"),
+        ("candidates scored at the next timestep", "score(x_p.flatten(0, 1), t.repeat(k)",
+         "score(x_p.flatten(0, 1), (t - 50).clamp(min=0).repeat(k)"),
+        ("prompts of the candidates in another order", "prompts.repeat(k)).view", "prompts.repeat_interleave(k)).view"),
+        ("candidates have sigma squared", "sched.table[t, SIGMA][:, None, None, None] * z",
+         "sched.table[t, SIGMA][:, None, None, None] ** 2 * z"),
+        ("sampling without guidance", "guide(*predict(x, t, prompts), guidance), t, draw.normal(step, k))",
+         "predict(x, t, prompts)[1], t, draw.normal(step, k))"),
+        ("pairs before the start", "if step < start:", "if False:"),
+        ("stop is ignored", "range(stop if stop > 0 else len(sched.timesteps))", "range(len(sched.timesteps))"),
+        ("pairs start from the next latent", "steps.append(Pairs(x, ", "steps.append(Pairs(x_p[0], "),
+        ("threshold of the first timestep everywhere", "gap[t])", "gap[sched.timesteps[:1]])"),
+        ("the same noise at every step", "self.prompts, step, candidates, self.shape)",
+         "self.prompts, 0, candidates, self.shape)")),
+    *of("reward.py", "test_reward.py",
+        ("text and null swapped in the feature", "null, with_text = maps.chunk(2)", "with_text, null = maps.chunk(2)"),
+        ("mid feature without guidance", "feature(mid, True)", "feature(mid, False)"),
+        ("down features guided", "self.multi_scale_cfg and i >= first_guided", "True"),
+        ("first stage of SDXL guided", "self.multi_scale_cfg and i >= first_guided", "self.multi_scale_cfg"),
+        ("guidance below 1 is not off", "guided = self.guidance_scale > 1", "guided = self.guidance_scale != 1"),
+        ("mid feature first", "torch.cat([*(down if self.multi_scale else []), feature(mid, True)], -1)",
+         "torch.cat([feature(mid, True), *(down if self.multi_scale else [])], -1)"),
+        ("maximum for the mean", "maps.mean((2, 3), dtype=torch.promote_types(maps.dtype, torch.float32))",
+         "maps.amax((2, 3))"),
+        ("logit scale without exp", "self.logit_scale.exp() * (self", "self.logit_scale * (self"),
+        ("features without unit length",
+         "F.normalize(features if projection is None else projection(features), dim=-1, eps=0)",
+         "features if projection is None else projection(features)"),
+        ("text projection left out", "normalized(self.text_projection, text.pooled)",
+         "normalized(None, text.pooled)[..., :12]"),
+        ("no single precision under autocast", "enabled=False", "enabled=True")),
+    *of("backbone.py", "test_reward.py",
+        ("maps after the down-sampler", "residuals[len(block.resnets) - 1]", "residuals[-1]"),
+        ("null and text swapped in the batch", "return concatenate([null, self])", "return concatenate([self, null])"),
+        ("last hidden state for SDXL", "out.hidden_states[-2]", "out.hidden_states[-1]"),
+        ("SDXL's null is not zeros", "    if zero_null:\n", "    if False:\n")),
+    *of("noise.py", "test_noise.py",
+        ("nine rounds", "for _ in range(10):", "for _ in range(9):"),
+        ("key is not advanced", "k0 + 0x9E3779B9 & _MASK", "k0"),
+        ("epoch is ignored", "torch.full_like(element, epoch & _MASK)", "torch.zeros_like(element)"),
+        ("item is ignored", "items[None, :, None] & _MASK", "items[None, :, None] * 0"),
+        ("candidates share noise", "(step << 16 | candidates)", "(step << 16 | candidates * 0)"),
+        ("sine for both normals", "[radius * angle.cos(), radius * angle.sin()]",
+         "[radius * angle.sin(), radius * angle.sin()]"),
+        ("radius without the 2", "(-2 * torch.log(radius", "(-1 * torch.log(radius"),
+        ("logarithm of 0", "torch.log(radius + 2.0**-24)", "torch.log(radius)"),
+        ("integers reach high", "[0][0, :, 0] % high", "[0][0, :, 0] % (high + 1)")),
+    *of("train_lpo.py", "test_loss.py",
+        ("passes weigh alike, however full", "micro.valid / total", "micro.valid / micro.valid.sum()"),
+        ("padding is real", "._replace(valid=real)", "._replace(valid=real | True)"),
+        ("gradients are not clipped", "clip_grad_norm_(trainable(policy.unet), config.max_grad_norm)",
+         "clip_grad_norm_(trainable(policy.unet), 1e12)"),
+        ("clip width ignored", "beta=config.beta, eps=config.clip_eps)", "beta=config.beta, eps=1e9)"),
+        ("training without guidance", "guidance=config.guidance_scale,\n                        beta",
+         "guidance=1.0,\n                        beta"),
+        ("reference is the policy", "policy.reference(*at), guidance", "policy.predict(*at), guidance"),
+        ("gradients add up over steps", "optimizer.zero_grad(set_to_none=True)", "pass"),
+        ("accuracy of the losers", "(win > lose).float()", "(win < lose).float()")),
+    *of("train_lpo.py", "test_sample.py",
+        ("pairs that are not valid train", "pairs.valid.nonzero()[:, 0]", "(pairs.valid | True).nonzero()[:, 0]"),
+        ("pairs in the same order in all batches", "* 1_000_003 + batch)", "* 1_000_003)"),
+        ("prompts in the same order in all epochs", "config.seed * 1_000_003 + epoch)\n    return list",
+         "config.seed * 1_000_003)\n    return list")),
+    *of("policy.py", GOLDEN_SD15,
+        ("reference with the adapters on", "layer._disable_adapters = True", "layer._disable_adapters = False"),
+        ("adapters stay off", "layer._disable_adapters = False", "pass")),
+    *of("checkpoint.py", "test_checkpoint.py",
+        ("pickles run code", "weights_only=True", "weights_only=False"),
+        ("a failed write replaces the file", "    finally:\n        _remove(aside)",
+         "    finally:\n        aside.exists() and os.replace(aside, target)"),
+        ("alpha is not exported", "            **_collate_lora_metadata({\"unet\": unet}))", "            )")),
+    *of("data.py", "test_data.py",
+        ("pictures lie on their side", "ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))",
+         "Image.open(io.BytesIO(encoded))"),
+        ("counts of the kept rows", "self.counts = _counts(table[\"caption\"])",
+         "self.counts = _counts(table[\"caption\"].take(np.arange(len(table)) if keep is None else keep))"),
+        ("filter keeps its bound", "(clip > 0)", "(clip >= 0)")),
+]
+
+
+def preload() -> None:
+    """Import once what the tests import, so that the processes below need not; not lpo_fast itself."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    for name in ("pytest", "hypothesis", "pyarrow.parquet", "peft", "diffusers.training_utils",
+                 "transformers.models.clip.modeling_clip", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"):
+        importlib.import_module(name)
+
+
+def child(copy: Path, tests: tuple[str, ...], code: Synchronized) -> None:
+    """In a process of its own: run the tests on the copy, quietly."""
+    import pytest
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1), os.dup2(quiet, 2)
+    os.chdir(copy)
+    os.environ["PYTHONPATH"] = str(copy)
+    sys.path.insert(0, str(copy))
+    sys.dont_write_bytecode = True  # a mutation of the same length within the same second would go unseen
+    code.value = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)])
+    if Path(sys.modules["lpo_fast"].__file__).resolve().parent.parent != copy:
+        code.value = ANOTHER
+
+
+def run(copy: Path, tests: tuple[str, ...]) -> int:
+    """pytest's exit code in the copy."""
+    context = multiprocessing.get_context("fork")
+    code = context.Value("i", HUNG)
+    process = context.Process(target=child, args=(copy, tests, code))
+    process.start()
+    process.join(TIMEOUT)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    return code.value
+
+
+def main(names: list[str]) -> int:
+    """Try the mutations, all or those named; the exit code."""
+    chosen = [m for m in MUTATIONS if not names or any(name in m.name for name in names)]
+    bad = [m.name for m in chosen if (ROOT / "lpo_fast" / m.file).read_text(encoding="utf-8").count(m.old) != 1]
+    for name in bad:
+        print(f"NOT FOUND ONCE  {name}")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder).resolve()
+        for part in ("lpo_fast", "kernels", "tests"):
+            if (ROOT / part).is_dir():
+                shutil.copytree(ROOT / part, copy / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copyfile(ROOT / "pyproject.toml", copy / "pyproject.toml")
+        preload()
+        for tests in sorted({m.tests for m in chosen}):
+            if code := run(copy, tests):
+                print(f"{' '.join(tests)} fails without a mutation: code {code} ({ANOTHER}: another copy was imported)")
+                return 1
+        survived = 0
+        for mutation in chosen:
+            file = copy / "lpo_fast" / mutation.file
+            source = file.read_text(encoding="utf-8")
+            if mutation.name in bad:
+                continue
+            file.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
+            alive = run(copy, mutation.tests) not in (FAILED, HUNG)
+            file.write_text(source, encoding="utf-8")
+            survived += alive
+            print(f"{'SURVIVED' if alive else 'killed'}  {mutation.file}: {mutation.name}", flush=True)
+    print(f"{len(chosen) - survived - len(bad)} killed, {survived} survived, {len(bad)} not found once")
+    return 1 if survived or bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -8,8 +8,10 @@ import pytest
 import torch
 from conftest import GOLDEN
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from lpo_fast import backbone, checkpoint
 from lpo_fast.backbone import SD, SDXL
@@ -277,6 +279,57 @@ def test_official_and_diffusers_file_hold_the_same() -> None:
     official = checkpoint.read_lora(GOLDEN / "lpo_sd15_checkpoint")
     diffusers = checkpoint.read_lora(GOLDEN / checkpoint.LORA_DIFFUSERS)
     assert official.keys() == diffusers.keys() and all(torch.equal(official[n], diffusers[n]) for n in official)
+
+
+# Run states
+
+
+def parts(rank: int = 2, ema: bool = False, bias: bool = True) -> dict:
+    """What a loop saves, after a step."""
+    torch.manual_seed(rank)
+    module = nn.Sequential(nn.Linear(3, rank, bias=bias), nn.Linear(rank, 1).requires_grad_(False))
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.1)
+    module(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    average = EMAModel(module.parameters(), decay=0.5) if ema else None
+    return {"weights": checkpoint.Trained(module), "optimizer": optimizer,
+            "scaler": torch.amp.GradScaler("cpu", enabled=False), "ema": average}
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_run_state_round_trip(tmp_path: Path, ema: bool) -> None:
+    saved, other = parts(ema=ema), parts(ema=ema)
+    checkpoint.save_state(tmp_path / "state.pt", {"step": 7, "best": 0.5}, saved)
+    assert not saved["weights"].state_dict().keys() & {"1.weight", "1.bias"}  # what does not train is not saved
+    for parameter in other["weights"].parameters.values():
+        parameter.data.zero_()
+    identities = [id(p) for p in other["weights"].parameters.values()]
+    assert checkpoint.load_state(tmp_path / "state.pt", other) == {"step": 7, "best": 0.5}
+    assert identities == [id(p) for p in other["weights"].parameters.values()]  # the optimizer still holds them
+    for name, value in saved["weights"].state_dict().items():
+        assert torch.equal(other["weights"].state_dict()[name], value)
+    a, b = (p["optimizer"].state_dict()["state"] for p in (saved, other))
+    assert all(torch.equal(a[i][name], b[i][name]) for i in a for name in a[i])
+
+
+@pytest.mark.parametrize("other, message", [
+    ({"rank": 3}, "other parameters train"), ({"bias": False}, "other parameters train"), ({"ema": True}, "ema was not in use"),
+])
+def test_run_state_of_another_run(tmp_path: Path, other: dict, message: str) -> None:
+    checkpoint.save_state(tmp_path / "state.pt", {}, parts())
+    with pytest.raises(InputError, match=message) as caught:
+        checkpoint.load_state(tmp_path / "state.pt", parts(**other))
+    assert caught.value.key == "--out"
+    checkpoint.save_state(tmp_path / "state.pt", {}, parts(ema=True))
+    with pytest.raises(InputError, match="ema was in use"):
+        checkpoint.load_state(tmp_path / "state.pt", parts())
+
+
+@pytest.mark.parametrize("state", [{}, [], {"at": {}}])
+def test_what_is_no_run_state(tmp_path: Path, state: object) -> None:
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(InputError, match="was saved with other settings"):
+        checkpoint.load_state(tmp_path / "state.pt", parts())
 
 
 # Pickles

@@ -108,6 +108,25 @@ def test_integers_are_uniform(high: int) -> None:
     assert not torch.equal(drawn, noise.integers(3, 1, torch.arange(n), 12, high))
 
 
+@pytest.mark.parametrize("n", [0, 1, 2, 5, 4000])
+def test_permutation(n: int) -> None:
+    order = noise.permutation(3, 1, 0, n)
+    assert order.dtype == torch.int64 and sorted(order.tolist()) == list(range(n))
+    assert torch.equal(order, noise.permutation(3, 1, 0, n))
+    if n == 4000:
+        others = [noise.permutation(*key, n) for key in ((4, 1, 0), (3, 2, 0), (3, 1, 1))]
+        streams = torch.stack([torch.arange(n), order, *others]).double()
+        assert (torch.corrcoef(streams) - torch.eye(5)).abs().max() < 5 / math.sqrt(n)
+
+
+def test_permutations_are_equally_likely() -> None:
+    count = 6000
+    drawn = [tuple(noise.permutation(0, 0, item, 3).tolist()) for item in range(count)]
+    assert len(set(drawn)) == 6
+    chi_square = sum((drawn.count(order) - count / 6) ** 2 / (count / 6) for order in set(drawn))
+    assert chi_square < 20.5  # 0.1 % level of five degrees of freedom
+
+
 @pytest.mark.parametrize("shape", [(1,), (3,), (1, 5), (3, 3, 3), (4, 7, 5), (2, 1, 1)])
 def test_any_shape(shape: tuple[int, ...]) -> None:
     z = noise.normal(0, 0, torch.tensor([8, 9]), 0, 3, shape)

@@ -182,6 +182,8 @@ def test_valid_pairs_are_shuffled_and_none_is_lost() -> None:
         keys = [next(i for i in index if torch.equal(pairs.winner[i], winner)) for winner in some.winner]
         assert sorted(keys) == index and torch.equal(some.t, pairs.t[keys])
         orders.append(keys)
+    none = train_lpo.shuffled(pairs._replace(valid=torch.zeros(24, dtype=torch.bool)), LPO(), 0, 0)
+    assert len(none.t) == 0
     assert orders[0] == orders[1] and len({tuple(keys) for keys in [index, *orders]}) == 5
 
 
@@ -201,7 +203,7 @@ def test_batch_metrics() -> None:
     blank = torch.zeros(12, *SHAPE)
     scores = torch.arange(6 * 3 * 2.0).view(6, 3, 2)
     pairs = sample.Pairs(blank, blank, blank, t, t, valid)
-    row = train_lpo.batch_metrics(pairs, scores, schedule.from_config(CONFIG, 6))
+    row = train_lpo.batch_metrics(pairs, scores)
     n = scores.numel()
     assert row == {
         "preference_scores_mean": (n - 1) / 2, "preference_scores_std": pytest.approx(math.sqrt(n * (n + 1) / 12)),

@@ -106,10 +106,9 @@ def judge(pictures: np.ndarray, captions: list[str]) -> dict[str, object]:
             "by_attribute": dict(zip(("shape", "colour", "background"), shares, strict=True))}
 
 
-def evaluate(out: Path, lora: Path, n: int, seed: int) -> dict[str, object]:
-    """evaluation.json and pictures/ of a run directory: before and after with the same noise."""
-    before, captions = draw(None, n, seed)
-    after, _ = draw(lora, n, seed)
+def evaluate(out: Path, before: np.ndarray, after: np.ndarray, captions: list[str]) -> dict[str, object]:
+    """evaluation.json and pictures/ of a run directory, from pictures uint8 [n, H, W, 3] drawn with the same noise."""
+    n = len(captions)
     was, now = world.right(before, captions), world.right(after, captions)
     result = {"captions": len(set(captions)), "n": n, "before": judge(before, captions), "after": judge(after, captions),
               "gained": int((now & ~was).sum()), "lost": int((was & ~now).sum())}
@@ -138,7 +137,9 @@ def demo(options: Demo) -> tuple[dict[str, object], Path]:
     lap("latent reward model")
     run = train_lpo.train(settings(out, lrm, options.seed))
     lap("preference optimization")
-    result = evaluate(run, run / checkpoint.LORA_DIFFUSERS, options.pictures, options.seed)
+    before, captions = draw(None, options.pictures, options.seed)
+    after, _ = draw(run / checkpoint.LORA_DIFFUSERS, options.pictures, options.seed)
+    result = evaluate(run, before, after, captions)
     lap("evaluation")
     result |= {"seconds": seconds}
     runs.write_json(run / "evaluation.json", result)
@@ -181,9 +182,10 @@ def main(argv: list[str] | None = None) -> int:
             accuracy = last_validation(out / "lrm")["accuracy_by_timestep"]
             plain = settings(out, lrm, seed)
             control = replace(plain, out=str(out / "control"))
+            before, captions = draw(None, arguments.n, seed)
             for name, run in (("LPO", train_lpo.train(plain)), ("shuffled", train_lpo.train(control, shuffled))):
-                result = evaluate(run, run / checkpoint.LORA_DIFFUSERS, arguments.n, seed)
-                rows.append((seed, name, result, accuracy))
+                after, _ = draw(run / checkpoint.LORA_DIFFUSERS, arguments.n, seed)
+                rows.append((seed, name, evaluate(run, before, after, captions), accuracy))
         print(table(rows, arguments.n))
     return 0
 

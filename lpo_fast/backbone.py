@@ -167,7 +167,7 @@ def load_text(path: Path, family: Family, folder: Path | None = None) -> list[nn
     """The family's text encoders below ``path``, or below ``folder`` where that has them (an LRM's own)."""
     def source(name: str) -> Path:
         return folder if folder is not None and (folder / name).is_dir() else path
-    return [cls.from_pretrained(source(name), subfolder=name) for name, cls in family.encoders]
+    return [cls.from_pretrained(source(name), subfolder=name, dtype=torch.float32) for name, cls in family.encoders]
 
 
 def load_tokenizers(path: Path, family: Family) -> list[CLIPTokenizer]:

@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -32,18 +32,22 @@ STATE = "state.pt"
 def replacing(target: Path) -> Iterator[Path]:
     """A fresh path beside ``target`` (file or directory) that becomes ``target`` when the block succeeds."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    _remove(aside)
+    aside, old = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old"))
+    _remove(aside)  # a killed run's
+    if old.exists() and not target.exists():  # killed between the two renames below
+        os.replace(old, target)
+    _remove(old)
     try:
         yield aside
         for file in [aside] if aside.is_file() else sorted(p for p in aside.rglob("*") if p.is_file()):
             with open(file, "rb+") as f:
                 os.fsync(f.fileno())
         if target.is_dir():
-            _remove(target)
+            os.replace(target, old)
         os.replace(aside, target)
     finally:
         _remove(aside)
+        _remove(old)
 
 
 def _remove(path: Path) -> None:
@@ -57,6 +61,15 @@ def read_pickle(file: Path, key: str = "") -> dict:
     except Exception as error:  # torch raises many kinds for damaged or hostile files
         raise InputError(str(file), f"cannot be read safely ({type(error).__name__})",
                          "use a file written by the official code or by lpo_fast", key) from error
+
+
+def read_safetensors(file: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a .safetensors file. Raises InputError if it is damaged."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}, tensors.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(str(file), f"cannot be read ({error})", "copy or download it again", key) from error
 
 
 # Latent reward models
@@ -86,8 +99,9 @@ def new_lrm(base: Path, *, clip: str | None = None, generator: torch.Generator, 
 def read_heads(path: Path, channels: list[int]) -> dict:
     """state_dict.pt of an LRM directory, whose projection must fit the denoiser's channels."""
     heads = read_pickle(path / "state_dict.pt", "--lrm")
-    if not isinstance(heads, dict) or not {"visual_projection", "logit_scale"} <= heads.keys():
-        raise InputError(str(path / "state_dict.pt"), "holds no visual_projection and logit_scale",
+    wanted = [heads.get(name) for name in ("visual_projection", "text_projection")] if isinstance(heads, dict) else [None]
+    if wanted[0] is None or "logit_scale" not in heads or any(w is not None and "weight" not in w for w in wanted):
+        raise InputError(str(path / "state_dict.pt"), "holds no visual_projection.weight and logit_scale",
                          "use an LRM's own file", "--lrm")
     width, multi, mid = heads["visual_projection"]["weight"].shape[1], sum(channels) + channels[-1], channels[-1]
     if width not in (multi, mid):
@@ -123,9 +137,10 @@ def save_lrm(lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], path: Path
             encoder.save_pretrained(aside / name)
         for name, tokenizer in zip(lrm.family.tokenizers, tokenizers, strict=True):
             tokenizer.save_pretrained(aside / name)
-        heads = {"visual_projection": lrm.visual_projection.state_dict(), "logit_scale": lrm.logit_scale.data}
+        heads = {"visual_projection": {"weight": lrm.visual_projection.weight.detach().cpu()},
+                 "logit_scale": lrm.logit_scale.detach().cpu()}
         if lrm.text_projection is not None:
-            heads["text_projection"] = lrm.text_projection.state_dict()
+            heads["text_projection"] = {"weight": lrm.text_projection.weight.detach().cpu()}
         torch.save(heads, aside / "state_dict.pt")
         settings = {"guidance_scale": lrm.guidance_scale, "multi_scale_cfg": lrm.multi_scale_cfg}
         (aside / "lrm.json").write_text(json.dumps(settings, indent=1))
@@ -154,7 +169,7 @@ def read_text_projection(path: str) -> Tensor:
         file = next((file / n for n in ("model.safetensors", "pytorch_model.bin") if (file / n).is_file()), file)
     if not file.is_file():
         raise InputError(path, "no CLIP checkpoint there", "give CLIP's model.safetensors or pytorch_model.bin", "--clip")
-    tensors = load_file(file) if file.suffix == ".safetensors" else read_pickle(file, "--clip")
+    tensors = read_safetensors(file, "--clip")[0] if file.suffix == ".safetensors" else read_pickle(file, "--clip")
     if "text_projection.weight" not in tensors:
         raise InputError(path, "has no text_projection.weight", "use a CLIP model with projections", "--clip")
     return tensors["text_projection.weight"].float()
@@ -185,8 +200,8 @@ def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
             **_collate_lora_metadata({"unet": unet}))
 
 
-def read_lora(path: Path) -> dict[str, Tensor]:
-    """Adapter tensors from an official or diffusers LoRA file, or a directory that holds one; official names."""
+def read_lora(path: Path) -> tuple[dict[str, Tensor], float | None]:
+    """Adapter tensors (official names) and, where recorded, alpha of an official or diffusers LoRA file or its folder."""
     file = Path(path)
     if file.is_dir():
         file = next((file / n for n in (LORA_DIFFUSERS, LORA_OFFICIAL) if (file / n).is_file()), file)
@@ -194,14 +209,20 @@ def read_lora(path: Path) -> dict[str, Tensor]:
         raise InputError(str(path), "no LoRA there", f"give {LORA_DIFFUSERS}, {LORA_OFFICIAL} or their folder",
                          "--lora")
     if file.suffix != ".safetensors":
-        return read_pickle(file, "--lora")
-    state = convert_unet_state_dict_to_peft(load_file(file))
-    return {name.removeprefix("unet."): tensor for name, tensor in state.items() if not name.endswith(".alpha")}
+        return read_pickle(file, "--lora"), None
+    tensors, metadata = read_safetensors(file, "--lora")
+    alpha = json.loads(metadata.get("lora_adapter_metadata", "{}")).get("unet.lora_alpha")
+    state = convert_unet_state_dict_to_peft(tensors)
+    return {name.removeprefix("unet."): t for name, t in state.items() if not name.endswith(".alpha")}, alpha
 
 
 def load_lora(unet: UNet2DConditionModel, path: Path) -> None:
-    """Put a LoRA's values into the attached adapter. Raises InputError unless names and shapes are the same."""
-    state, own = read_lora(path), lora_state(unet)
+    """Put a LoRA's values into the attached adapter. Raises InputError unless names, shapes and alpha are the same."""
+    (state, alpha), own = read_lora(path), lora_state(unet)
+    attached = unet.peft_config["default"].lora_alpha
+    if alpha is not None and alpha != attached:
+        raise InputError(str(path), f"was trained with alpha {alpha:g}, this run uses {attached:g}",
+                         f"use --alpha {alpha:g}", "--lora")
     wrong = sorted(n for n in state.keys() | own.keys()
                    if n not in own or n not in state or state[n].shape != own[n].shape)
     if wrong:

@@ -110,12 +110,12 @@ class LPO:
         _at_least(self, 1, "epochs", "batch_size", "num_steps", "train_batch_size", "accumulate", "save_epochs",
                   "save_batches")
         _at_least(self, 2, "num_candidates")
-        _at_least(self, 0, "max_batches", "start_step", "stop_step", "pictures", "seed", "weight_decay",
-                  "learning_rate", "guidance_scale", "alpha", "threshold_min")
+        _at_least(self, 0, "max_batches", "start_step", "stop_step", "pictures", "seed", "weight_decay", "adam_beta1",
+                  "learning_rate", "guidance_scale", "alpha", "threshold_min", "ema_decay", "adam_beta2")
         _above(self, 0, "eta", "beta", "clip_eps", "max_grad_norm", "adam_epsilon")
         _below(self, 1, "threshold_min", "threshold_max", "ema_decay", "adam_beta1", "adam_beta2")
-        if self.num_steps > 1000:
-            _refuse(self, "num_steps", "more steps than training timesteps", "use at most 1000")
+        if self.num_steps > 999:
+            _refuse(self, "num_steps", "as many steps as training timesteps", "use at most 999")
         if self.threshold_shape != "none" and self.threshold_min > self.threshold_max:
             _refuse(self, "threshold_min", f"above --threshold-max {self.threshold_max}", "swap the two")
         last = self.stop_step or self.num_steps
@@ -185,12 +185,12 @@ class LRM:
     """Compare within pairs, over the batch, or both."""
     batch_coeff: float = 1.0
     """Weight of the batch loss in `both`."""
-    mixed_precision: Precision = "auto"
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """Precision of the networks; auto: bf16 on CUDA, fp32 on a CPU."""
 
     validate_steps: int = 100
     """Steps between validations and saved states; the best checkpoint is what is handed on."""
-    num_workers: int = 0
+    num_workers: int = 2
     """Processes that decode pictures."""
     log_with: str = ""
     """Tracker of accelerate: tensorboard, wandb, …"""
@@ -256,7 +256,7 @@ def shapes() -> Recipe:
     recipe = sd15()
     return Recipe(
         replace(recipe.lrm, seed=0, batch_size=64, max_steps=250, learning_rate=1e-3, weight_decay=0.01,
-                warmup_steps=20, warmup="linear", validate_steps=125),
+                warmup_steps=20, warmup="linear", validate_steps=125, num_workers=0),
         replace(recipe.lpo, seed=0, epochs=1, max_batches=7, batch_size=32, guidance_scale=2.25, rank=16,
                 learning_rate=1e-3, train_batch_size=32),
     )

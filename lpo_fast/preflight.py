@@ -2,13 +2,19 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
 
 from lpo_fast import backbone, checkpoint, data
 from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
+
+# Settings that a resumed run may change.
+MAY_CHANGE = {"out", "resume", "epochs", "max_batches", "save_epochs", "save_batches", "pictures", "log_with", "num_workers"}
 
 
 def lpo(config: LPO) -> list[str]:
@@ -20,6 +26,8 @@ def lpo(config: LPO) -> list[str]:
         raise InputError(config.lrm, f"scores {families[1].name} latents, the model makes {families[0].name} latents",
                          "use an LRM trained for this kind of model", "--lrm")
     prompts = data.read_prompts(config.prompts, config.caption_key)
+    if not config.full:
+        targets(unet, config.targets)
     if config.lora:
         checkpoint.read_lora(Path(config.lora))
     directory(config)
@@ -36,23 +44,36 @@ def lrm(config: LRM) -> np.ndarray | None:
         if width != wanted:
             raise InputError(config.clip, f"projects {width} features, the model's text encoder gives {wanted}",
                              "use the CLIP that the model was made with", "--clip")
-    keep = data.mpcf(Path(config.scores), config.filter_strategy) if config.scores else None
-    pairs(config.pairs, "--pairs", keep)
+    keep, scored = data.mpcf(Path(config.scores), config.filter_strategy) if config.scores else (None, None)
+    if keep is not None and len(keep) == 0:
+        raise InputError(config.scores, f"the filter keeps none of its {scored} rows", "use a laxer --filter-strategy",
+                         "--scores")
+    data.check_pairs(Path(config.pairs), "--pairs", scored)
     if config.validation_pairs:
-        pairs(config.validation_pairs, "--validation-pairs")
+        data.check_pairs(Path(config.validation_pairs), "--validation-pairs")
     directory(config)
     return keep
 
 
-def read_config(folder: Path, flag: str) -> dict:
+def targets(unet: dict, names: tuple[str, ...]) -> None:
+    """Every LoRA target must be the end of some module's name."""
+    with torch.device("meta"):
+        modules = [name for name, _ in UNet2DConditionModel.from_config(unet).named_modules()]
+    for target in names:
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            raise InputError(target, "no module of the denoiser has this name", "use to_q, to_k, to_v, to_out.0, …",
+                             "--targets")
+
+
+def read_config(folder: Path, flag: str, name: str = "config.json") -> dict:
     """A model's config.json."""
-    file = folder / "config.json"
+    file = folder / name
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
-        raise InputError(str(file.parent.parent), f"{folder.name}/config.json is missing",
+        raise InputError(str(folder.parent), f"{folder.name}/{name} is missing",
                          "name the top directory of a whole download", flag) from error
-    except (ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError) as error:
         raise InputError(str(file), "cannot be read as JSON", "download it again", flag) from error
 
 
@@ -66,9 +87,10 @@ def pipeline(model: str, flag: str) -> dict:
     family = backbone.family_of(unet)
     for part in ("unet", "vae", *(name for name, _ in family.encoders)):
         read_config(path / part, flag)
-        if not backbone.weight_files(path / part):
-            raise InputError(model, f"{part}/ holds no .safetensors", "download the safetensors weights", flag)
-    for part in (*family.tokenizers, "scheduler"):
+        if not any(".fp16." not in file.name for file in backbone.weight_files(path / part)):
+            raise InputError(model, f"{part}/ holds no full-precision .safetensors", "download these weights", flag)
+    read_config(path / "scheduler", flag, "scheduler_config.json")
+    for part in family.tokenizers:
         if not (path / part).is_dir():
             raise InputError(model, f"is no whole pipeline: {part}/ is missing", "download all of it", flag)
     return unet
@@ -88,6 +110,10 @@ def reward_model(config: LPO) -> dict:
         pipeline(config.lrm_base, "--lrm-base")
     heads = checkpoint.read_heads(path, unet["block_out_channels"])
     base = Path(config.lrm_base or config.model)
+    own = (path / "tokenizer").is_dir() or config.lrm_base
+    if not own and unet["cross_attention_dim"] != read_config(base / "unet", "--model")["cross_attention_dim"]:
+        raise InputError(config.lrm, "has no tokenizer, and the model's is another family's",
+                         "name the diffusers directory that the LRM was made from with --lrm-base", "--lrm")
     if "text_projection" in heads:
         source = path if (path / "text_encoder").is_dir() else base
         width = read_config(source / "text_encoder", "--lrm")["hidden_size"]
@@ -97,27 +123,30 @@ def reward_model(config: LPO) -> dict:
     return unet
 
 
-def pairs(path: str, flag: str, keep: np.ndarray | None = None) -> None:
-    """Columns, labels, and that the first pictures decode."""
-    if not path or not Path(path).exists():
-        raise InputError(path or "(none)", "no such file", "name a .parquet file of preference pairs", flag)
-    dataset = data.PairDataset(Path(path), 8, keep, flag)
-    try:
-        dataset[0]
-    except Exception as error:  # Pillow raises many kinds for what is no picture
-        raise InputError(path, f"the pictures of row {dataset.rows[0]} do not decode ({error})",
-                         "store encoded JPEG or PNG bytes", flag) from error
-
-
 def directory(config: LPO | LRM) -> None:
-    """Refuse a run directory that cannot be written, or that holds a run, or (to resume) holds none."""
-    out = existing = Path(config.out)
+    """Refuse a run directory that cannot be written, that holds a run, or (to resume) whose run had other settings."""
+    out = Path(config.out)
+    writable(out)
+    state = out / checkpoint.STATE
+    if not config.resume and state.is_file():
+        raise InputError(config.out, "holds a run already", "choose another directory, or go on with --resume", "--out")
+    if not config.resume:
+        return
+    if not state.is_file():
+        raise InputError(config.out, f"holds no {checkpoint.STATE} to go on from", "drop --resume, or name the run",
+                         "--out")
+    before = json.loads((out / "config.json").read_text())
+    for key, value in asdict(config).items():
+        value = list(value) if isinstance(value, tuple) else value
+        if key not in MAY_CHANGE and before.get(key) != value:
+            raise InputError(str(value), f"the run in {config.out} was started with {before.get(key)}",
+                             "resume with its own settings", f"--{key.replace('_', '-')}")
+
+
+def writable(out: Path) -> None:
+    """Refuse a directory that cannot be made or written."""
+    existing = out.absolute()
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(config.out, "cannot be written", "choose a directory of your own", "--out")
-    if config.resume and not (out / checkpoint.STATE).is_file():
-        raise InputError(config.out, f"holds no {checkpoint.STATE} to go on from", "drop --resume, or name the run",
-                         "--out")
-    if not config.resume and (out / "metrics.jsonl").exists():
-        raise InputError(config.out, "holds a run already", "choose another directory, or go on with --resume", "--out")
+        raise InputError(str(out), "cannot be written", "choose a directory of your own", "--out")

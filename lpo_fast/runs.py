@@ -4,6 +4,7 @@ metrics.jsonl holds what the seed determines (two equal runs write equal bytes),
 """
 
 import json
+import math
 import os
 import platform
 import signal
@@ -34,12 +35,14 @@ class Run:
         write_json(self.out / "config.json", asdict(config))
         write_json(self.out / "environment.json", environment())
         self.tracker = _tracker(config.log_with, self.out, name, asdict(config))
-        self.metrics = open(self.out / "metrics.jsonl", "a", encoding="utf-8")
-        self.timings = open(self.out / "timings.jsonl", "a", encoding="utf-8")
+        mode = "a" if config.resume else "w"
+        self.metrics = open(self.out / "metrics.jsonl", mode, encoding="utf-8")
+        self.timings = open(self.out / "timings.jsonl", mode, encoding="utf-8")
 
     def log(self, kind: str, step: int, **row) -> None:
         """A row of metrics."""
-        row = {"kind": kind, "global_step": step, **row}
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        row = {"kind": kind, "global_step": step, **finite}
         self.metrics.write(json.dumps(row) + "\n")
         self.metrics.flush()
         if self.tracker:
@@ -81,12 +84,22 @@ def environment() -> dict[str, object]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-                            capture_output=True, text=True, check=False).stdout.strip()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"command": " ".join(sys.orig_argv),
-            "date": time.strftime("%Y-%m-%d %H:%M:%S"), "commit": commit or None, "python": platform.python_version(),
+            "date": time.strftime("%Y-%m-%d %H:%M:%S"), "commit": commit(), "python": platform.python_version(),
             **versions, "gpu": gpu, "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+
+
+def commit() -> str | None:
+    """The commit of this package's own repository, if it runs from one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        return subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True,
+                              text=True, check=False).stdout.strip() or None
+    except OSError:  # no git here
+        return None
 
 
 def _tracker(name: str, out: Path, project: str, config: dict) -> Accelerator | None:

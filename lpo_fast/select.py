@@ -11,8 +11,6 @@ from torch import Tensor
 
 from lpo_fast.schedule import Schedule
 
-SHAPES = ("none", "linear", "sigma", "variance")
-
 
 class Pair(NamedTuple):
     """best, worst: int64 [B] candidate numbers; margin: [B], S_max − S_min; valid: bool [B]."""

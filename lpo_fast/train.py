@@ -40,9 +40,9 @@ def recipe(argv: list[str]) -> config.Recipe:
     model = next((b for a, b in zip(argv, argv[1:], strict=False) if a == "--model"), "")
     model = next((a.partition("=")[2] for a in argv if a.startswith("--model=")), model)
     try:
-        unet = json.loads((Path(model) / "unet" / "config.json").read_text())
-    except (OSError, ValueError):
-        return config.sd15()  # preflight says what is wrong with the model
+        unet = dict(json.loads((Path(model) / "unet" / "config.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        unet = {}  # preflight says what is wrong with the model
     if unet.get("addition_embed_type") == "text_time":
         return config.sdxl()
     return config.sd21() if unet.get("cross_attention_dim") == 1024 else config.sd15()

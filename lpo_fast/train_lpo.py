@@ -1,6 +1,7 @@
 """The LPO loop: sample pairs for a batch of prompts, train the policy on them, repeat (arXiv 2502.01051)."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,8 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
     if config.resume:
         at = checkpoint.load_state(out / checkpoint.STATE, parts)
         run.truncate(at["metrics"])
+        if ema:
+            ema.to(device)
     else:
         draw_pictures(config, policy, sched, prompts, shape, "before")
     batches = -(-len(prompts) // config.batch_size)
@@ -119,18 +122,19 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
                 num_candidates=config.num_candidates, start=config.start_step, stop=config.stop_step)
             run.log("batch", at["step"], epoch=at["epoch"], **batch_metrics(pairs, scores))
             sampled = time.perf_counter()
-            pairs, row = shuffled(pairs, config, at["epoch"], at["batch"]), None
+            pairs, trained = shuffled(pairs, config, at["epoch"], at["batch"]), []
             size = config.train_batch_size * config.accumulate
             for first in range(0, len(pairs.t), size):
                 row = train_step(policy, sched, pairs.take(slice(first, first + size)), optimizer, scaler, config)
-                if ema:
+                trained.append(row)
+                if ema and math.isfinite(row["grad_norm"]):  # else the scaler skipped the step
                     ema.step(trainable(policy.unet))
                 run.log("train", at["step"], epoch=at["epoch"], **row)
                 at["step"] += 1
             seconds = time.perf_counter() - start
             run.time(global_step=at["step"], sampling=sampled - start, seconds=seconds,
                      prompts_per_second=len(index) / seconds)
-            runs.say(log_line(at["step"], row, len(pairs.t), seconds, len(index)))
+            runs.say(log_line(at["step"], trained, len(pairs.t), seconds, len(index)))
             at["batch"], done = at["batch"] + 1, done + 1
             bar.update()
             if at["batch"] == batches:
@@ -149,10 +153,11 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
     return out
 
 
-def log_line(step: int, row: dict[str, float] | None, pairs: int, seconds: float, prompts: int) -> str:
-    """One prompt batch in one line."""
-    trained = "no valid pair" if row is None else f"loss {row['train_loss']:.3f} | acc {row['implicit_acc']:.2f}"
-    return (f"step {step} | {trained} | pairs {pairs} | {seconds * 1e3:.0f} ms | "
+def log_line(step: int, trained: list[dict[str, float]], pairs: int, seconds: float, prompts: int) -> str:
+    """One prompt batch in one line; loss and accuracy are means over its optimizer steps."""
+    loss_, accuracy = (sum(row[key] for row in trained) / max(len(trained), 1) for key in ("train_loss", "implicit_acc"))
+    what = f"loss {loss_:.3f} | acc {accuracy:.2f}" if trained else "no valid pair"
+    return (f"step {step} | {what} | pairs {pairs} | {seconds * 1e3:.0f} ms | "
             f"{prompts / seconds:.1f} prompts/s | {runs.memory()}")
 
 

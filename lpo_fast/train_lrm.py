@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -27,23 +26,31 @@ FINAL, BEST = "checkpoint-final", "checkpoint-gstep{}"
 class Encoder:
     """Pictures to noisy latents and captions to token ids: all that stands before the LRM and does not train."""
 
-    def __init__(self, vae: AutoencoderKL, tokenizers: list[CLIPTokenizer], sched: Schedule, seed: int, precision: str):
-        self.vae, self.tokenizers, self.sched, self.seed, self.precision = vae, tokenizers, sched, seed, precision
-        self.null_ids = backbone.tokenize(tokenizers, [""])
+    def __init__(self, model: Path, lrm: LatentRewardModel, seed: int, precision: str):
+        device = next(lrm.parameters()).device
+        scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+        self.vae = backbone.load_vae(model).to(device)
+        self.tokenizers: list[CLIPTokenizer] = backbone.load_tokenizers(model, lrm.family)
+        self.sched: Schedule = schedule.from_config(scheduler, 20).to(device)
+        self.seed, self.precision, self.null_ids = seed, precision, backbone.tokenize(self.tokenizers, [""])
+        self.resolution = lrm.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @torch.no_grad()
-    def latents(self, pixels: Tensor, rows: Tensor, step: int, t: Tensor) -> Tensor:
-        """x_t [2, B, C, h, w] of pixels [2, B, 3, H, W] at timesteps t [B], with independent noise for the two.
-
-        x0 is a sample of the VAE's posterior. Noise is keyed by (seed, step, row): candidates 0 and 1 are the
-        posterior's, 2 and 3 the diffusion's.
-        """
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, each [2, B, C, h, w], of the VAE's posterior for pixels [2, B, 3, H, W]."""
         with speed.autocast(self.precision):
             posterior = self.vae.encode(pixels.flatten(0, 1)).latent_dist
-        mean, std = posterior.mean.float(), posterior.std.float()
-        z = noise.normal(self.seed, step, rows, 0, 4, tuple(mean.shape[1:]))
-        x0 = (mean + std * z[:2].flatten(0, 1)) * self.vae.config.scaling_factor
-        return schedule.add_noise(self.sched, x0, z[2:].flatten(0, 1), t.repeat(2)).view(2, len(rows), *mean.shape[1:])
+        return tuple(x.float().unflatten(0, (2, -1)) for x in (posterior.mean, posterior.std))
+
+    def latents(self, mean: Tensor, std: Tensor, rows: Tensor, step: int, t: Tensor) -> Tensor:
+        """x_t [2, B, C, h, w] at timesteps t [B] from a sample of the posterior, independent noise for the two.
+
+        Noise is keyed by (seed, step, row): candidates 0 and 1 are the posterior's, 2 and 3 the diffusion's.
+        """
+        z = noise.normal(self.seed, step, rows, 0, 4, tuple(mean.shape[2:]))
+        x0 = (mean + std * z[:2]) * self.vae.config.scaling_factor
+        x_t = schedule.add_noise(self.sched, x0.flatten(0, 1), z[2:].flatten(0, 1), t.repeat(2))
+        return x_t.view_as(mean)
 
     def text(self, lrm: LatentRewardModel, captions: list[str]) -> Text:
         """Text features of captions, with gradient where the text encoders train."""
@@ -66,7 +73,7 @@ def train_step(lrm: LatentRewardModel, encoder: Encoder, batch: dict, step: int,
     rows, labels = batch["rows"].to(device), batch["labels"].to(device)
     timesteps = torch.arange(1, config.largest_timestep + 1, 50, device=device)
     t = timesteps[noise.integers(config.seed, step, rows, 0, len(timesteps))]
-    x = encoder.latents(batch["pixels"].to(device), rows, step, t)
+    x = encoder.latents(*encoder.posterior(batch["pixels"].to(device)), rows, step, t)
     with speed.autocast(encoder.precision):
         text, image_0, image_1 = features(lrm, encoder.text(lrm, batch["captions"]), x, t)
     value = loss.preference(
@@ -94,12 +101,14 @@ def validate(lrm: LatentRewardModel, encoder: Encoder, loader: DataLoader, times
     device = encoder.sched.table.device
     right: dict[int, list[Tensor]] = {t: [] for t in timesteps}
     for batch in loader:
-        rows, pixels = batch["rows"].to(device), batch["pixels"].to(device)
+        rows, posterior = batch["rows"].to(device), encoder.posterior(batch["pixels"].to(device))
+        with speed.autocast(encoder.precision):
+            words = encoder.text(lrm, batch["captions"])
         for timestep in timesteps:
             t = torch.full_like(rows, timestep)
             with speed.autocast(encoder.precision):
-                x = encoder.latents(pixels, rows, VALIDATION_EPOCH - timestep, t)
-                text, image_0, image_1 = features(lrm, encoder.text(lrm, batch["captions"]), x, t)
+                x = encoder.latents(*posterior, rows, VALIDATION_EPOCH - timestep, t)
+                text, image_0, image_1 = features(lrm, words, x, t)
             right[timestep].append(correct(((image_0 - image_1) * text).sum(-1), batch["labels"].to(device)))
     lrm.train()
     accuracy = {str(t): torch.cat(parts).mean().item() for t, parts in right.items()}
@@ -125,17 +134,13 @@ def train(config: LRM) -> Path:
         multi_scale=config.multi_scale, multi_scale_cfg=config.multi_scale_cfg, guidance_scale=config.guidance_scale)
     lrm.to(device).train()
     lrm.text_encoders.requires_grad_(not config.freeze_text_encoder)
-    tokenizers = backbone.load_tokenizers(model, lrm.family)
-    scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
-    encoder = Encoder(backbone.load_vae(model).to(device), tokenizers, schedule.from_config(scheduler, 20).to(device),
-                      config.seed, speed.precision(config.mixed_precision, "bf16"))
-    stages = len(encoder.vae.config.block_out_channels)
-    resolution = config.resolution or lrm.unet.config.sample_size * 2 ** (stages - 1)
+    encoder = Encoder(model, lrm, config.seed, speed.precision(config.mixed_precision, "bf16"))
+    resolution = config.resolution or encoder.resolution
     pairs = PairDataset(Path(config.pairs), resolution, keep)
     held_out = None
     if config.validation_pairs:
-        held_out = DataLoader(PairDataset(Path(config.validation_pairs), resolution, flag="--validation-pairs"),
-                              config.batch_size, num_workers=config.num_workers, collate_fn=collate)
+        held_out = PairDataset(Path(config.validation_pairs), resolution, flag="--validation-pairs")
+        held_out = DataLoader(held_out, config.batch_size, num_workers=config.num_workers, collate_fn=collate)
     optimizer = speed.optimizer(config.optimizer, lrm.parameters(), lr=config.learning_rate,
                                 weight_decay=config.weight_decay)
     factor = speed.learning_rate(config.warmup, config.warmup_steps, config.max_steps)
@@ -162,31 +167,35 @@ def train(config: LRM) -> Path:
             bar.update()
             seconds, start = time.perf_counter() - start, time.perf_counter()
             run.time(global_step=at["step"], seconds=seconds, pairs_per_second=len(batch["rows"]) / seconds)
-            if at["step"] % 10 == 0:
-                runs.say(f"step {at['step']} | loss {row['loss']:.3f} | acc {row['accuracy']:.2f} | "
-                         f"{seconds * 1e3:.0f} ms | {len(batch['rows']) / seconds:.1f} pairs/s | {runs.memory()}")
+            runs.say(f"step {at['step']} | loss {row['loss']:.3f} | acc {row['accuracy']:.2f} | {seconds * 1e3:.0f} ms | "
+                     f"{len(batch['rows']) / seconds:.1f} pairs/s | {runs.memory()}")
             last = at["step"] == config.max_steps
             if held_out and (at["step"] % config.validate_steps == 0 or last):
-                shown = validate(lrm, encoder, held_out, all_timesteps if last else all_timesteps[::5])
+                shown = validate(lrm, encoder, held_out, all_timesteps[::5])
                 run.log("validation", at["step"], **shown)
                 runs.say(f"step {at['step']} | validation accuracy {shown['accuracy']:.3f} at t = 1 "
                          f"({shown['n']} pairs)")
                 if shown["accuracy"] >= at["best"]:
-                    keep_best(out, lrm, tokenizers, at, shown, row, lr)
+                    keep_best(out, lrm, encoder.tokenizers, at, shown, row, lr)
             if at["step"] % config.validate_steps == 0 or last or stopped:
                 checkpoint.save_state(out / checkpoint.STATE, at | {"metrics": run.size}, parts)
             if stopped:
                 break
     bar.close()
-    run.close()
     if stopped:
+        run.close()
         runs.say(f"stopped after step {at['step']}; go on with --resume")
         raise SystemExit(128 + stopped[0])
     if held_out:
+        best = out / BEST.format(at["best_step"])
         with checkpoint.replacing(out / FINAL) as aside:
-            shutil.copytree(out / BEST.format(at["best_step"]), aside)
+            shutil.copytree(best, aside)
+        shown = validate(checkpoint.load_lrm(best).to(device), encoder, held_out, all_timesteps)
+        run.log("validation", at["step"], checkpoint=at["best_step"], **shown)
+        runs.say(f"handed on: step {at['best_step']}, validation accuracy {shown['accuracy']:.3f} at t = 1")
     else:
-        checkpoint.save_lrm(lrm, tokenizers, out / FINAL)
+        checkpoint.save_lrm(lrm, encoder.tokenizers, out / FINAL)
+    run.close()
     return out
 
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lpo_fast import backbone, checkpoint
+from lpo_fast import backbone, checkpoint, policy
 from lpo_fast.backbone import SD, SDXL
 from lpo_fast.errors import InputError
 from lpo_fast.reward import LatentRewardModel
@@ -60,7 +60,8 @@ def test_sdxl_lrm_round_trip(tiny_sdxl: Path, tmp_path: Path) -> None:
     again = checkpoint.load_lrm(tmp_path / "lrm", tiny_sdxl)
     assert torch.allclose(scores(lrm, tiny_sdxl), scores(again, tmp_path / "lrm"), rtol=1e-5)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in lrm.state_dict().items())
-    assert set(torch.load(tmp_path / "lrm" / "state_dict.pt", weights_only=True)) == {"visual_projection", "logit_scale"}
+    heads = torch.load(tmp_path / "lrm" / "state_dict.pt", weights_only=True)
+    assert set(heads) == {"visual_projection", "logit_scale"}
 
 
 def test_new_lrm_starts_as_the_method_says(tiny_sd: Path, tmp_path: Path) -> None:
@@ -212,6 +213,20 @@ def test_a_fresh_lora_changes_nothing_and_alone_trains(tiny_sd: Path) -> None:
     assert modules == set(TARGETS)
 
 
+def test_adapters_are_off_within_the_block_alone(tiny_sd: Path) -> None:
+    plain, unet = output(UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet").eval()), with_lora(tiny_sd)
+    adapted, training = output(unet), [p.requires_grad for p in unet.parameters()]
+    assert (adapted - plain).abs().max() > 1e-2
+    with policy.adapters_off(unet):
+        assert torch.allclose(output(unet), plain, atol=1e-6)
+    assert torch.allclose(output(unet), adapted, atol=1e-6)
+    with pytest.raises(KeyboardInterrupt), policy.adapters_off(unet):
+        raise KeyboardInterrupt
+    assert torch.allclose(output(unet), adapted, atol=1e-6)
+    assert [p.requires_grad for p in unet.parameters()] == training
+    assert policy.trainable(unet) == [p for p, train in zip(unet.parameters(), training, strict=True) if train]
+
+
 def test_lora_starts_from_the_seed(tiny_sd: Path) -> None:
     states = []
     for seed in (1, 1, 2):
@@ -313,7 +328,8 @@ def test_run_state_round_trip(tmp_path: Path, ema: bool) -> None:
 
 
 @pytest.mark.parametrize("other, message", [
-    ({"rank": 3}, "other parameters train"), ({"bias": False}, "other parameters train"), ({"ema": True}, "ema was not in use"),
+    ({"rank": 3}, "other parameters train"), ({"bias": False}, "other parameters train"),
+    ({"ema": True}, "ema was not in use"),
 ])
 def test_run_state_of_another_run(tmp_path: Path, other: dict, message: str) -> None:
     checkpoint.save_state(tmp_path / "state.pt", {}, parts())

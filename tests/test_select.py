@@ -12,6 +12,7 @@ from lpo_fast import schedule, select
 
 CONFIG = CONFIGS["scheduler"]
 STEPS = [20, 7, 50, 3]
+SHAPES = ["none", "linear", "sigma", "variance"]
 
 
 def thresholds(sched: schedule.Schedule, steps: int, shape: str, low: float, high: float) -> dict[int, float]:
@@ -29,7 +30,7 @@ def thresholds(sched: schedule.Schedule, steps: int, shape: str, low: float, hig
     return {t: low + (values[t] - bottom) / ((top - bottom) or 1) * (high - low) for t in times}
 
 
-@pytest.mark.parametrize("shape", select.SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("low, high", [(0.35, 0.5), (0.45, 0.6), (0.0, 0.9)])
 def test_gap_is_the_softmax_threshold(shape: str, steps: int, low: float, high: float) -> None:
@@ -61,7 +62,7 @@ def test_thresholds_run_from_low_to_high(shape: str, steps: int, eta: float) -> 
 def test_none_is_constant_and_one_step_takes_low() -> None:
     sched = schedule.from_config(CONFIG, 20)
     assert torch.allclose(select.gaps(sched, "none", 0.3, 0.9), torch.tensor(math.log(1.3 / 0.7)))
-    for shape in select.SHAPES:
+    for shape in SHAPES:
         single = schedule.from_config(CONFIG, 1)
         gap = select.gaps(single, shape, 0.3, 0.5)[single.timesteps]
         assert gap.item() == pytest.approx(math.log(1.3 / 0.7), rel=1e-5)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def lrm_run(tmp_path_factory) -> Path:
     code = train.main(["lrm", "--model", str(PIPELINE), "--pairs", str(out / "train.parquet"),
                        "--validation-pairs", str(out / "held_out.parquet"), "--out", str(out / "run"),
                        "--max-steps", "6", "--warmup-steps", "2", "--batch-size", "16", "--validate-steps", "3",
-                       "--learning-rate", "1e-3", "--weight-decay", "0.01"])
+                       "--learning-rate", "1e-3", "--weight-decay", "0.01", "--num-workers", "0"])
     assert code == 0
     return out / "run"
 
@@ -54,18 +55,18 @@ def settings(tmp_path, lrm) -> config.LPO:
     prompts.write_text(json.dumps([{"caption": c} for c in world.captions(held_out=False)[:6]]))
     return replace(config.shapes().lpo, model=str(PIPELINE), lrm=str(lrm), prompts=str(prompts), out=str(tmp_path / "run"),
                    batch_size=3, max_batches=2, num_steps=4, train_batch_size=5, threshold_min=0.0, threshold_max=0.001,
-                   pictures=2)
+                   pictures=2, mixed_precision="no")
 
 
 def test_lrm_run_directory(lrm_run):
     assert len(rows(lrm_run, "train")) == 6
-    assert [row["global_step"] for row in rows(lrm_run, "validation")] == [3, 6]
-    last = rows(lrm_run, "validation")[-1]
+    assert [row["global_step"] for row in rows(lrm_run, "validation")] == [3, 6, 6]
+    *during, last = rows(lrm_run, "validation")
     assert last["accuracy"] == last["accuracy_by_timestep"]["1"] and len(last["accuracy_by_timestep"]) == 20
     assert (lrm_run / "report.html").is_file() and (lrm_run / "config.json").is_file()
-    best = max(rows(lrm_run, "validation"), key=lambda row: (row["accuracy"], row["global_step"]))
+    best = max(during, key=lambda row: (row["accuracy"], row["global_step"]))
     stage = json.loads((lrm_run / train_lrm.FINAL / "training_stage.json").read_text())
-    assert stage["global_step"] == best["global_step"]
+    assert stage["global_step"] == best["global_step"] == last["checkpoint"] and best["accuracy"] == last["accuracy"]
     assert len(list(lrm_run.glob("checkpoint-gstep*"))) == 1
 
 
@@ -119,17 +120,21 @@ def test_lpo_run_directory_and_official_names(settings):
 def test_same_seed_same_bytes(settings, tmp_path):
     runs = [train_lpo.train(replace(settings, out=str(tmp_path / name))) for name in "ab"]
     assert (runs[0] / "metrics.jsonl").read_bytes() == (runs[1] / "metrics.jsonl").read_bytes()
-    weights = [checkpoint.read_lora(run) for run in runs]
+    weights = [checkpoint.read_lora(run)[0] for run in runs]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_resume_is_exact(settings, tmp_path):
-    whole = train_lpo.train(replace(settings, max_batches=4, out=str(tmp_path / "whole"), ema_decay=0.9))
-    part = replace(settings, max_batches=2, out=str(tmp_path / "part"), ema_decay=0.9)
+    """Stopped in the middle of the second epoch."""
+    settings = replace(settings, epochs=3, ema_decay=0.9, learning_rate=1e-2)
+    whole = train_lpo.train(replace(settings, max_batches=5, out=str(tmp_path / "whole")))
+    part = replace(settings, max_batches=3, out=str(tmp_path / "part"))
     train_lpo.train(part)
-    train_lpo.train(replace(part, max_batches=4, resume=True))
+    assert len(rows(tmp_path / "part", "batch")) == 3
+    train_lpo.train(replace(part, max_batches=5, resume=True))
+    assert len(rows(tmp_path / "part", "batch")) == 5
     assert (whole / "metrics.jsonl").read_bytes() == (tmp_path / "part" / "metrics.jsonl").read_bytes()
-    first, second = checkpoint.read_lora(whole), checkpoint.read_lora(tmp_path / "part")
+    first, second = checkpoint.read_lora(whole)[0], checkpoint.read_lora(tmp_path / "part")[0]
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -299,10 +304,11 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, key, capsys, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_demo_refuses_a_directory_of_somebody_else(tmp_path, capsys):
-    (tmp_path / "thesis.tex").write_text("…")
+def test_demo_removes_nothing_but_a_demo(tmp_path, capsys):
+    (tmp_path / "lpo").mkdir()
+    (tmp_path / "lpo" / "two days of work").write_text("…")
     assert train.main(["demo", "--out", str(tmp_path)]) == 2
-    assert "thesis.tex" in capsys.readouterr().err and (tmp_path / "thesis.tex").is_file()
+    assert "is no earlier demo" in capsys.readouterr().err and (tmp_path / "lpo" / "two days of work").is_file()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -324,6 +330,34 @@ def test_a_signal_saves_and_stops(settings, number, tmp_path):
     assert train.main([*argv, "--resume"]) == 0
     assert train.main([*argv[:8], str(tmp_path / "whole"), *argv[9:]]) == 0
     assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (Path(settings.out) / "metrics.jsonl").read_bytes()
+
+
+def test_a_resumed_run_keeps_its_settings(settings, capsys):
+    out = train_lpo.train(replace(settings, pictures=0))
+    recorded = (out / "config.json").read_bytes()
+    for change in ({"seed": 1}, {"learning_rate": 1.0}, {"num_candidates": 3}, {"rank": 3}):
+        with pytest.raises(preflight.InputError, match=next(iter(change)).replace("_", "-")):
+            train_lpo.train(replace(settings, pictures=0, resume=True, **change))
+    assert (out / "config.json").read_bytes() == recorded
+
+
+def test_weights_stored_as_float16_are_trained_in_float32(settings, lrm, tmp_path):
+    """Many published directories name float16 in their configs."""
+    model = Path(shutil.copytree(PIPELINE, tmp_path / "half"))
+    file = model / "text_encoder" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float16"}))
+    reward = checkpoint.new_lrm(model, generator=torch.Generator().manual_seed(0))
+    assert {p.dtype for p in reward.parameters()} == {torch.float32}
+    assert rows(train_lpo.train(replace(settings, model=str(model), pictures=1)), "train")
+
+
+@pytest.mark.parametrize("precision, full", [("bf16", False), ("fp16", False), ("bf16", True)])
+def test_mixed_precision_trains_float32_parameters(settings, precision, full):
+    out = train_lpo.train(replace(settings, mixed_precision=precision, full=full, pictures=0))
+    trained = rows(out, "train")
+    assert all(abs(row["train_ratio_win"] - 1) < 0.1 for row in trained) and trained[0]["grad_norm"] > 0
+    if not full:
+        assert {t.dtype for t in checkpoint.read_lora(out)[0].values()} == {torch.float32}
 
 
 def test_preflight_is_quick(settings):

@@ -11,7 +11,7 @@ import math
 import shutil
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +20,18 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from lpo_fast import checkpoint, config, policy, runs, speed, train_lpo, train_lrm
+from lpo_fast import checkpoint, config, policy, preflight, runs, speed, train_lpo, train_lrm
 from lpo_fast.config import LPO, Demo
+from lpo_fast.data import PairDataset, collate
 from lpo_fast.errors import InputError
 from lpo_fast.sample import Score
 from lpo_fast.shapes import PIPELINE, world
 
 LRM_PAIRS, VALIDATION_PAIRS = 8000, 300
 PROMPT_COPIES = 8  # every training caption so often in the prompt file
+MARK = "demo.json"  # lies in every directory that a demo made, and may remove
 
 
 def write_pairs(file: Path, n: int, seed: int, held_out: bool) -> None:
@@ -47,13 +50,23 @@ def write_pairs(file: Path, n: int, seed: int, held_out: bool) -> None:
 
 
 def train_reward(out: Path, seed: int) -> Path:
-    """Stage one: the LRM, from rendered pairs; its directory."""
+    """Stage one: the LRM, from rendered pairs of the training combinations; its directory."""
     write_pairs(out / "pairs" / "train.parquet", LRM_PAIRS, seed, held_out=False)
-    write_pairs(out / "pairs" / "validation.parquet", VALIDATION_PAIRS, seed, held_out=True)
+    write_pairs(out / "pairs" / "validation.parquet", VALIDATION_PAIRS, seed + 1_000_000, held_out=False)
     settings = replace(config.shapes().lrm, model=str(PIPELINE), out=str(out / "lrm"), seed=seed,
                        pairs=str(out / "pairs" / "train.parquet"),
                        validation_pairs=str(out / "pairs" / "validation.parquet"))
     return train_lrm.train(settings) / train_lrm.FINAL
+
+
+def reward_accuracy(out: Path, lrm: Path, seed: int) -> dict[str, object]:
+    """The LRM's accuracy by timestep on pairs of the held-out combinations, as a row of its metrics."""
+    write_pairs(out / "pairs" / "held_out.parquet", VALIDATION_PAIRS, seed, held_out=True)
+    model = checkpoint.load_lrm(lrm).to(speed.device())
+    encoder = train_lrm.Encoder(PIPELINE, model, seed, "no")
+    pairs = PairDataset(out / "pairs" / "held_out.parquet", encoder.resolution)
+    shown = train_lrm.validate(model, encoder, DataLoader(pairs, 100, collate_fn=collate), list(range(1, 1000, 50)))
+    return {"kind": "validation", "global_step": config.shapes().lrm.max_steps, "held_out": True, **shown}
 
 
 def settings(out: Path, lrm: Path, seed: int) -> LPO:
@@ -133,6 +146,7 @@ def demo(options: Demo) -> tuple[dict[str, object], Path]:
         seconds[stage], start = time.perf_counter() - start, time.perf_counter()
 
     clear(out)
+    runs.write_json(out / MARK, asdict(options))
     lrm = train_reward(out, options.seed)
     lap("latent reward model")
     run = train_lpo.train(settings(out, lrm, options.seed))
@@ -143,20 +157,20 @@ def demo(options: Demo) -> tuple[dict[str, object], Path]:
     lap("evaluation")
     result |= {"seconds": seconds}
     runs.write_json(run / "evaluation.json", result)
+    rows = (out / "lrm" / "metrics.jsonl").read_text() + json.dumps(reward_accuracy(out, lrm, options.seed)) + "\n"
     (run / "lrm").mkdir(exist_ok=True)
-    (run / "lrm" / "metrics.jsonl").write_bytes((out / "lrm" / "metrics.jsonl").read_bytes())
+    (run / "lrm" / "metrics.jsonl").write_text(rows)
     return result, run
 
 
 def clear(out: Path) -> None:
-    """Remove an earlier demo. Refuses a directory that holds anything that a demo does not write."""
-    if out.exists() and not out.is_dir():
-        raise InputError(str(out), "is a file", "name a directory", "--out")
-    strange = sorted(p.name for p in out.glob("*") if p.name not in ("pairs", "lrm", "lpo", "prompts.json"))
-    if strange:
-        raise InputError(str(out), f"holds {strange[0]!r}, which no demo wrote", "name another directory", "--out")
+    """Remove an earlier demo, which is known by its mark, and make the directory."""
+    preflight.writable(out)
+    if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
+        raise InputError(str(out), "is no earlier demo", "name another directory", "--out")
     if out.exists():
         shutil.rmtree(out)
+    out.mkdir(parents=True)
 
 
 def verdict(result: dict) -> str:
@@ -174,12 +188,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--n", type=int, default=500, help="held-out pictures a run (default: 500)")
     parser.add_argument("--out", type=Path, help="keep the runs here (default: a temporary directory)")
     arguments = parser.parse_args(argv)
+    if arguments.n < 1 or arguments.out and arguments.out.exists():
+        parser.error("--n must be 1 or more, and --out a directory that does not exist yet")
     with tempfile.TemporaryDirectory() as scratch:
         root, rows = arguments.out or Path(scratch), []
         for seed in arguments.seeds:
             out = root / f"seed{seed}"
             lrm = train_reward(out, seed)
-            accuracy = last_validation(out / "lrm")["accuracy_by_timestep"]
+            accuracy = reward_accuracy(out, lrm, seed)["accuracy_by_timestep"]
             plain = settings(out, lrm, seed)
             control = replace(plain, out=str(out / "control"))
             before, captions = draw(None, arguments.n, seed)
@@ -188,12 +204,6 @@ def main(argv: list[str] | None = None) -> int:
                 rows.append((seed, name, evaluate(run, before, after, captions), accuracy))
         print(table(rows, arguments.n))
     return 0
-
-
-def last_validation(run: Path) -> dict:
-    """The last validation row of an LRM run."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["kind"] == "validation"][-1]
 
 
 def table(rows: list[tuple[int, str, dict, dict]], n: int) -> str:

@@ -176,12 +176,14 @@ MUTATIONS: list[Mutation] = [
         ("states of other parameters are read", "if {n: p.shape for n, p in self.parameters.items()} != ",
          "if False and "),
         ("weights are not restored", "parameter.data.copy_(state[name])", "pass"),
+        ("a killed write loses the directory", "if old.exists() and not target.exists():", "if False:"),
+        ("alpha of the file is ignored", "if alpha is not None and alpha != attached:", "if False:"),
         ("alpha is not exported", "            **_collate_lora_metadata({\"unet\": unet}))", "            )")),
     *of("data.py", "test_data.py",
         ("pictures lie on their side", "ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))",
          "Image.open(io.BytesIO(encoded))"),
-        ("counts of the kept rows", "self.counts = _counts(table[\"caption\"])",
-         "self.counts = _counts(table[\"caption\"].take(np.arange(len(table)) if keep is None else keep))"),
+        ("labels are not checked", "if wrong.any():", "if False:"),
+        ("the table's own counts are ignored", "return captions, labels, counts.astype(np.int64)", "pass"),
         ("filter keeps its bound", "(clip > 0)", "(clip >= 0)")),
 ]
 

@@ -1,5 +1,6 @@
 """Files: LRM directories and LoRAs survive the round trip, foreign and hostile ones are refused, writes are atomic."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -119,9 +120,9 @@ def test_text_encoder_of_the_lrm_goes_before_the_base(tiny_sd: Path, tiny_lrm: P
 
 @pytest.mark.parametrize("heads, message", [
     ({"visual_projection": {"weight": torch.zeros(16, 87)}, "logit_scale": 1.0}, "takes 87 features, .* gives 88"),
-    ({"logit_scale": 1.0}, "holds no visual_projection and logit_scale"),
-    ({"visual_projection": {"weight": torch.zeros(16, 88)}}, "holds no visual_projection and logit_scale"),
-    ([1, 2], "holds no visual_projection and logit_scale"),
+    ({"logit_scale": 1.0}, "holds no visual_projection.weight and logit_scale"),
+    ({"visual_projection": {"weight": torch.zeros(16, 88)}}, "holds no visual_projection.weight and logit_scale"),
+    ([1, 2], "holds no visual_projection.weight and logit_scale"),
 ])
 def test_heads_that_do_not_fit(tiny_lrm: Path, copied, heads: object, message: str) -> None:
     folder = copied(tiny_lrm)
@@ -275,13 +276,28 @@ def test_exported_lora_is_overwritten_whole(tiny_sd: Path, tmp_path: Path) -> No
 def test_lora_of_another_shape(tiny_sd: Path, tmp_path: Path) -> None:
     checkpoint.save_lora(with_lora(tiny_sd, 4), tmp_path)
     with pytest.raises(InputError, match=r"tensors differ .* \(4, \d+\) in the file, \(2, \d+\) wanted") as caught:
-        checkpoint.load_lora(with_lora(tiny_sd, 2), tmp_path)
+        checkpoint.load_lora(with_lora(tiny_sd, 2, 4), tmp_path)
     assert "--rank" in caught.value.remedy and caught.value.key == "--lora"
     with pytest.raises(InputError, match="absent wanted"):
         checkpoint.load_lora(with_lora(tiny_sd, 4, targets=("to_q",)), tmp_path)
     checkpoint.save_lora(with_lora(tiny_sd, 4, targets=("to_q", "to_v")), tmp_path)
     with pytest.raises(InputError, match="absent in the file"):
         checkpoint.load_lora(with_lora(tiny_sd, 4), tmp_path)
+
+
+def test_lora_of_another_alpha(tiny_sd: Path, tmp_path: Path) -> None:
+    checkpoint.save_lora(with_lora(tiny_sd, 4, 8), tmp_path)
+    with pytest.raises(InputError, match="was trained with alpha 8, this run uses 4") as caught:
+        checkpoint.load_lora(with_lora(tiny_sd, 4, 4), tmp_path)
+    assert caught.value.key == "--lora" and "--alpha 8" in caught.value.remedy
+
+
+def test_damaged_safetensors(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"garbage")
+    for read in (lambda: checkpoint.read_lora(file), lambda: checkpoint.read_text_projection(str(tmp_path))):
+        with pytest.raises(InputError, match="model.safetensors: cannot be read"):
+            read()
 
 
 def test_no_lora(tmp_path: Path) -> None:
@@ -291,8 +307,8 @@ def test_no_lora(tmp_path: Path) -> None:
 
 
 def test_official_and_diffusers_file_hold_the_same() -> None:
-    official = checkpoint.read_lora(GOLDEN / "lpo_sd15_checkpoint")
-    diffusers = checkpoint.read_lora(GOLDEN / checkpoint.LORA_DIFFUSERS)
+    official, _ = checkpoint.read_lora(GOLDEN / "lpo_sd15_checkpoint")
+    diffusers, _ = checkpoint.read_lora(GOLDEN / checkpoint.LORA_DIFFUSERS)
     assert official.keys() == diffusers.keys() and all(torch.equal(official[n], diffusers[n]) for n in official)
 
 
@@ -415,13 +431,39 @@ def test_replacing_a_directory(tmp_path: Path) -> None:
 
 
 def test_replacing_what_a_killed_run_left(tmp_path: Path) -> None:
-    left = tmp_path / f".file.{os.getpid()}.tmp"
-    left.mkdir()
-    (left / "half").write_text("half")
-    with checkpoint.replacing(tmp_path / "file") as aside:
-        assert not aside.exists()
-        aside.write_text("whole")
-    assert (tmp_path / "file").read_text() == "whole" and not left.exists()
+    for _ in range(2):  # the name of the second run's temporary is that of the first's
+        with checkpoint.replacing(tmp_path / "file") as aside:
+            aside.write_text("whole")
+        aside.mkdir()
+        (aside / "half").write_text("half")
+    with checkpoint.replacing(tmp_path / "file") as again:
+        assert not again.exists()
+        again.write_text("new")
+    assert (tmp_path / "file").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_directory_is_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between any two operations of the file system, the old or the new directory can be found again."""
+    def write(text: str) -> None:
+        with checkpoint.replacing(tmp_path / "folder") as aside:
+            aside.mkdir()
+            (aside / "file").write_text(text)
+    for survives in range(3):
+        write("old")
+        calls, real = [], os.replace
+
+        def replace(a: Path, b: Path, survives: int = survives, calls: list = calls, real=real) -> None:
+            if len(calls) == survives:
+                raise KeyboardInterrupt
+            calls.append(b)
+            real(a, b)
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(checkpoint.os, "replace", replace)
+            patch.setattr(checkpoint, "_remove", lambda path: None)  # a killed process does not clean up
+            write("new")
+        with contextlib.suppress(RuntimeError), checkpoint.replacing(tmp_path / "folder"):
+            raise RuntimeError  # the next run recovers, even if it fails
+        assert (tmp_path / "folder" / "file").read_text() in ("old", "new")
 
 
 def test_a_failed_save_leaves_the_lrm_before(tiny_sd: Path, tiny_lrm: Path, copied,

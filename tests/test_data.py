@@ -87,6 +87,12 @@ def test_jsonl_of_strings_and_another_key(tmp_path: Path) -> None:
     ("p.csv", b"caption\n", "holds no prompt"),
     ("p.csv", b"id,caption\n1,a\n2\n", "line 3 is NoneType, not text"),
     ("p.csv", b"caption\ncaf\xe9\n", "is not UTF-8"),
+    ("p.json", b"[" + b"1" * 5000 + b"]", "cannot be read"),
+    ("p.jsonl", b"1" * 5000, "cannot be read"),
+    ("p.csv", b"caption\n" + b"a" * 200_000, "cannot be read"),
+    ("p.json", b'["a", " \\n"]', "record 1 is blank"),
+    ("p.csv", b"id,caption\n1,a\n2,\n", "line 3 is blank"),
+    ("p.json", b'["a", "\\ud83d"]', "record 1 holds a lone surrogate"),
     ("p.parquet", b"PAR1", "is not parquet"),
     ("p.parquet", b"", "is not parquet"),
     ("p.yaml", b"- a", "unknown kind '.yaml'"),
@@ -196,15 +202,57 @@ def test_wrong_pairs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not parquet"):
         data.PairDataset(tmp_path / "text.parquet", 8)
     path = table(tmp_path / "p.parquet", ["a", "b"])
-    with pytest.raises(InputError, match="no pair is left"):
-        data.PairDataset(path, 8, np.array([], dtype=int))
-    with pytest.raises(InputError, match="more rows than the 2 pairs") as caught:
-        data.PairDataset(path, 8, np.array([0, 2]))
-    assert caught.value.key == "--scores"
-    empty = {name: values[:0] for name, values in columns(["a"]).items()}
-    pq.write_table(pa.table(empty).cast(pa.table(columns(["a"])).schema), tmp_path / "empty.parquet")
-    with pytest.raises(InputError, match="no pair is left"):
-        data.PairDataset(tmp_path / "empty.parquet", 8)
+    data.check_pairs(path, "--pairs", 2)
+    for rows in (1, 3):
+        with pytest.raises(InputError, match=f"holds 2 pairs, the score table has {rows} rows") as caught:
+            data.check_pairs(path, "--pairs", rows)
+        assert caught.value.key == "--scores"
+    pq.write_table(pa.table(columns(["a"])).slice(0, 0), tmp_path / "empty.parquet")
+    with pytest.raises(InputError, match="holds no pair"):
+        data.check_pairs(tmp_path / "empty.parquet", "--pairs")
+
+
+@pytest.mark.parametrize("changed, message", [
+    ({"caption": pa.array(["a", None])}, "row 1: the caption is None"),
+    ({"caption": pa.array([1, 2])}, "row 0: the caption is 1"),
+    ({"label_0": pa.array(["one", "two"])}, "a label is no number"),
+    ({"label_0": [1.0, 1.0]}, r"row 1: labels \[1.0, 1.0\]"),
+    ({"label_0": [1.0, 0.3], "label_1": [0.0, 0.7]}, r"row 1: labels \[0.3"),
+    ({"label_1": pa.array([0.0, None])}, r"row 1: labels \[0.0, nan\]"),
+    ({"label_0": [2.0, 0.0], "label_1": [-1.0, 1.0]}, r"row 0: labels \[2.0, -1.0\]"),
+    ({"num_example_per_prompt": [1, 0]}, "row 1: num_example_per_prompt is below 1"),
+    ({"num_example_per_prompt": pa.array([None, 1])}, "row 0: num_example_per_prompt is below 1"),
+])
+def test_wrong_records(tmp_path: Path, changed: dict, message: str) -> None:
+    path = table(tmp_path / "p.parquet", ["a", "b"], **changed)
+    for read in (lambda: data.check_pairs(path, "--pairs"), lambda: data.PairDataset(path, 8)):
+        with pytest.raises(InputError, match=message):
+            read()
+
+
+def test_counts_of_the_table_go_before_our_own(tmp_path: Path) -> None:
+    pairs = data.PairDataset(table(tmp_path / "p.parquet", ["a", "a"], num_example_per_prompt=[5, 7]), 8)
+    assert [pairs[i]["count"] for i in range(2)] == [5, 7]
+
+
+def test_files_that_do_not_go_together(tmp_path: Path) -> None:
+    table(tmp_path / "0.parquet", ["a"])
+    table(tmp_path / "1.parquet", ["b"], label_0=["one"])
+    with pytest.raises(InputError, match="cannot be read"):
+        data.PairDataset(tmp_path, 8)
+    pq.write_table(pa.table({"caption": ["a"]}), tmp_path / "1.parquet")
+    with pytest.raises(InputError, match="has no column 'label_0'"):
+        data.PairDataset(tmp_path, 8)
+
+
+def test_a_broken_picture_is_named(tmp_path: Path) -> None:
+    pairs = data.PairDataset(table(tmp_path / "p.parquet", ["a", "b"], jpg_1=[RED, b"no picture"]), 8)
+    assert len(pairs[0]["pixels"]) == 2
+    with pytest.raises(InputError, match="a picture of row 1 does not decode"):
+        pairs[1]
+    data.check_pairs(tmp_path / "p.parquet", "--pairs")  # the first pair alone is looked at
+    with pytest.raises(InputError, match="a picture of row 0 does not decode"):
+        data.check_pairs(table(tmp_path / "q.parquet", ["a"], jpg_0=[b""]), "--pairs")
 
 
 def test_collate(tmp_path: Path) -> None:
@@ -288,10 +336,11 @@ def scores(path: Path, rows: list, header: list[str] = HEADER, bom: bytes = b"")
 def test_filter(tmp_path: Path, strategy: int) -> None:
     expected = [i for i, (_, kept) in enumerate(ROWS) if strategy in kept]
     file = scores(tmp_path / "s.csv", [gaps for gaps, _ in ROWS])
-    assert data.mpcf(file, strategy).tolist() == expected
+    kept, count = data.mpcf(file, strategy)
+    assert kept.tolist() == expected and count == len(ROWS)
     other = [("x", *gaps[::-1]) for gaps, _ in ROWS]
     swapped = scores(tmp_path / "t.csv", other, ["uid", *HEADER[::-1]], b"\xef\xbb\xbf")
-    assert data.mpcf(swapped, strategy).tolist() == expected
+    assert data.mpcf(swapped, strategy)[0].tolist() == expected
 
 
 @pytest.mark.parametrize("content, message", [
@@ -300,7 +349,8 @@ def test_filter(tmp_path: Path, strategy: int) -> None:
     (",".join(HEADER).encode() + b"\n1,1,one,1\n", "a value is no number .*'one'"),
     (",".join(HEADER).encode() + b"\n1,1,,1\n", "a value is no number"),
     (",".join(HEADER).encode() + b"\n1,1\n", "a value is no number"),
-    (b"\xff\xfe", "utf-8"),
+    (b"\xff\xfe", "cannot be read"),
+    (",".join(HEADER).encode() + b"\n" + b"1" * 200_000 + b",1,1,1\n", "cannot be read"),
 ])
 def test_wrong_score_table(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "s.csv").write_bytes(content)
@@ -310,6 +360,7 @@ def test_wrong_score_table(tmp_path: Path, content: bytes, message: str) -> None
 
 
 def test_empty_and_absent_score_table(tmp_path: Path) -> None:
-    assert data.mpcf(scores(tmp_path / "s.csv", []), 2).tolist() == []
+    kept, count = data.mpcf(scores(tmp_path / "s.csv", []), 2)
+    assert kept.tolist() == [] and count == 0
     with pytest.raises(InputError, match="cannot be read"):
         data.mpcf(tmp_path / "nowhere.csv", 2)

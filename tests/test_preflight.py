@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -130,13 +130,14 @@ def test_sdxl_passes(bench: Bench, lpo: LPO, lrm: LRM, tiny_sdxl: Path) -> None:
 
 
 BAD_NUMBERS = [
-    ("epochs", 0), ("batch_size", 0), ("num_steps", 0), ("num_steps", 1001), ("train_batch_size", 0), ("accumulate", 0),
+    ("epochs", 0), ("batch_size", 0), ("num_steps", 0), ("num_steps", 1000), ("train_batch_size", 0), ("accumulate", 0),
     ("save_epochs", 0), ("save_batches", 0), ("num_candidates", 1), ("max_batches", -1), ("start_step", -1),
     ("stop_step", -1), ("pictures", -1), ("seed", -1), ("weight_decay", -0.1), ("learning_rate", -1e-5),
     ("guidance_scale", -1.0), ("alpha", -1.0), ("threshold_min", -0.1), ("eta", 0.0), ("beta", 0.0), ("clip_eps", 0.0),
     ("max_grad_norm", 0.0), ("adam_epsilon", 0.0), ("threshold_min", 1.0), ("threshold_max", 1.0), ("ema_decay", 1.0),
     ("adam_beta1", 1.0), ("adam_beta2", 1.0), ("rank", 0), ("learning_rate", float("nan")), ("eta", float("nan")),
-    ("beta", float("nan")), ("threshold_max", float("nan")),
+    ("beta", float("nan")), ("threshold_max", float("nan")), ("adam_beta1", -0.1), ("adam_beta2", -0.1),
+    ("ema_decay", -0.1),
 ]
 
 
@@ -189,11 +190,12 @@ PIPELINES = [
     (lambda b: b.without(b.sd, "vae"), "vae/config.json is missing"),
     (lambda b: b.without(b.sd, "text_encoder"), "text_encoder/config.json is missing"),
     (lambda b: b.without(b.sd, "tokenizer"), "tokenizer/ is missing"),
-    (lambda b: b.without(b.sd, "scheduler"), "scheduler/ is missing"),
-    (lambda b: b.without(b.sd, "unet/diffusion_pytorch_model.safetensors"), "unet/ holds no .safetensors"),
-    (lambda b: b.without(b.sd, "vae/diffusion_pytorch_model.safetensors"), "vae/ holds no .safetensors"),
-    (lambda b: b.without(b.sd, "text_encoder/model.safetensors"), "text_encoder/ holds no .safetensors"),
+    (lambda b: b.without(b.sd, "scheduler"), "scheduler/scheduler_config.json is missing"),
+    (lambda b: b.without(b.sd, "unet/diffusion_pytorch_model.safetensors"), "unet/ holds no full-precision"),
+    (lambda b: b.without(b.sd, "vae/diffusion_pytorch_model.safetensors"), "vae/ holds no full-precision .safetensors"),
+    (lambda b: b.without(b.sd, "text_encoder/model.safetensors"), "text_encoder/ holds no full-precision .safetensors"),
     (lambda b: b.broken(b.sd, "unet/config.json"), "cannot be read as JSON"),
+    (lambda b: b.broken(b.sd, "unet/config.json", "[1]"), "cannot be read as JSON"),
     (lambda b: b.with_config(b.sd, "unet", addition_embed_type="text_time"), "text_encoder_2/config.json is missing"),
 ]
 
@@ -248,34 +250,37 @@ def test_prompts_without_the_caption_key(bench: Bench, lpo: LPO) -> None:
 def test_lora(bench: Bench, lpo: LPO) -> None:
     refused(train_lpo.train, replace(lpo, lora=str(bench.tmp / "nowhere")), "--lora", "no LoRA there")
     refused(train_lpo.train, replace(lpo, lora=bench.file("bad.pt", "bad")), "--lora", "cannot be read safely")
-    refused(train_lpo.train, replace(lpo, lora=bench.lora(2)), "--lora", "tensors differ from the adapter")
+    two = bench.lora(2)
+    refused(train_lpo.train, replace(lpo, lora=two), "--lora", "was trained with alpha 2, this run uses 4")
+    refused(train_lpo.train, replace(lpo, lora=two, alpha=2.0), "--lora", "tensors differ from the adapter")
+    refused(train_lpo.train, replace(lpo, targets=("to_q", "nope")), "--targets", "no module of the denoiser")
 
 
 @pytest.mark.parametrize("key", ["pairs", "validation_pairs"])
 @pytest.mark.parametrize("make, message", [
-    (lambda b: str(b.tmp / "nowhere"), "no such file"),
+    (lambda b: str(b.tmp / "nowhere"), "no .parquet there"),
     (lambda b: b.file("empty/note.txt") and str(b.tmp / "empty"), "no .parquet there"),
     (lambda b: b.file("text.parquet", "text"), "is not parquet"),
     (lambda b: b.captions_alone(), "has no column 'jpg_0'"),
-    (lambda b: b.pairs(jpg_0=[b"no picture"] * 2), "the pictures of row 0 do not decode"),
-    (lambda b: b.pairs(jpg_1=[RED[:40], BLUE]), "the pictures of row 0 do not decode"),
-    (lambda b: b.pairs(jpg_1=pa.array([None, None], pa.binary())), "the pictures of row 0 do not decode"),
+    (lambda b: b.pairs(jpg_0=[b"no picture"] * 2), "a picture of row 0 does not decode"),
+    (lambda b: b.pairs(jpg_1=[RED[:40], BLUE]), "a picture of row 0 does not decode"),
+    (lambda b: b.pairs(jpg_1=pa.array([None, None], pa.binary())), "a picture of row 0 does not decode"),
 ])
 def test_pairs(bench: Bench, lrm: LRM, key: str, make: Callable[[Bench], str], message: str) -> None:
     refused(train_lrm.train, replace(lrm, **{key: make(bench)}), "--" + key.replace("_", "-"), message)
 
 
 def test_pairs_are_needed(lrm: LRM) -> None:
-    refused(train_lrm.train, replace(lrm, pairs=""), "--pairs", "no such file")
+    refused(train_lrm.train, replace(lrm, pairs=""), "--pairs", "no .parquet there")
 
 
 def test_score_table(bench: Bench, lrm: LRM) -> None:
     keep = (1, 1, 1, 1)
     refused(train_lrm.train, replace(lrm, scores=str(bench.tmp / "nowhere.csv")), "--scores", "cannot be read")
     too_long = scores(bench.tmp / "long.csv", [keep] * 3, HEADER)
-    refused(train_lrm.train, replace(lrm, scores=str(too_long)), "--scores", "more rows than the 2 pairs")
+    refused(train_lrm.train, replace(lrm, scores=str(too_long)), "--scores", "the score table has 3 rows")
     none = scores(bench.tmp / "none.csv", [(1, -9, 1, 1)] * 2, HEADER)
-    refused(train_lrm.train, replace(lrm, scores=str(none)), "--pairs", "no pair is left")
+    refused(train_lrm.train, replace(lrm, scores=str(none)), "--scores", "the filter keeps none of its 2 rows")
 
 
 def test_clip(bench: Bench, lrm: LRM) -> None:
@@ -294,12 +299,19 @@ def test_run_directory(bench: Bench, stage: str, request: pytest.FixtureRequest)
     refused(train, replace(settings, resume=True), "--out", "holds no state.pt to go on from")
     run = Path(settings.out)
     run.mkdir(parents=True)
-    (run / "metrics.jsonl").write_text("")
+    (run / checkpoint.STATE).write_text("not looked at")
+    (run / "config.json").write_text(json.dumps(asdict(settings)))
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
     with pytest.raises(InputError, match="holds a run already"):
         train(settings)
-    with pytest.raises(InputError, match="holds no state.pt"):
-        train(replace(settings, resume=True))
-    assert [p.name for p in run.iterdir()] == ["metrics.jsonl"]
+    for change in ({"seed": 7}, {"learning_rate": 0.5}, {"batch_size": 3}, {"model": str(bench.copy(bench.sd))}):
+        (key,) = change
+        with pytest.raises(InputError, match="was started with") as caught:
+            train(replace(settings, resume=True, **change))
+        assert caught.value.key == "--" + key.replace("_", "-")
+    check = {"lpo": preflight.lpo, "lrm": preflight.lrm}[stage]
+    check(replace(settings, resume=True, log_with="tensorboard"))  # this may change
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
 
 
 def test_recipes_are_valid() -> None:

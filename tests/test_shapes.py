@@ -123,6 +123,6 @@ def test_demo_writes_a_whole_run(tiny_recipe, tmp_path):
 
 
 def test_evaluate_prints_a_row_a_run(tiny_recipe, tmp_path, capsys):
-    assert evaluate.main(["--seeds", "4", "--n", "4", "--out", str(tmp_path)]) == 0
+    assert evaluate.main(["--seeds", "4", "--n", "4", "--out", str(tmp_path / "runs")]) == 0
     lines = capsys.readouterr().out.strip().splitlines()[-2:]
     assert lines[0].startswith("| 4 | LPO |") and lines[1].startswith("| 4 | shuffled |")

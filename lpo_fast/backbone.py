@@ -158,9 +158,9 @@ def load_down_mid(folder: Path) -> UNet2DConditionModel:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a diffusers model folder (all shards; full precision before an fp16 variant)."""
+    """The safetensors files of a model folder: all shards, of variants (.fp16, .non_ema) only if there is nothing else."""
     files = sorted(folder.glob("*.safetensors"))
-    return [f for f in files if ".fp16." not in f.name] or files
+    return [file for file in files if "." not in file.stem] or [file for file in files if ".fp16" in file.stem]
 
 
 def load_text(path: Path, family: Family, folder: Path | None = None) -> list[nn.Module]:

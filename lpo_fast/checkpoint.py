@@ -47,6 +47,8 @@ def replacing(target: Path) -> Iterator[Path]:
         os.replace(aside, target)
     finally:
         _remove(aside)
+        if old.exists() and not target.exists():
+            os.replace(old, target)
         _remove(old)
 
 
@@ -99,10 +101,15 @@ def new_lrm(base: Path, *, clip: str | None = None, generator: torch.Generator, 
 def read_heads(path: Path, channels: list[int]) -> dict:
     """state_dict.pt of an LRM directory, whose projection must fit the denoiser's channels."""
     heads = read_pickle(path / "state_dict.pt", "--lrm")
-    wanted = [heads.get(name) for name in ("visual_projection", "text_projection")] if isinstance(heads, dict) else [None]
-    if wanted[0] is None or "logit_scale" not in heads or any(w is not None and "weight" not in w for w in wanted):
-        raise InputError(str(path / "state_dict.pt"), "holds no visual_projection.weight and logit_scale",
-                         "use an LRM's own file", "--lrm")
+    try:
+        float(heads["logit_scale"])
+        shapes = {name: tuple(heads[name]["weight"].shape) for name in heads if name.endswith("_projection")}
+        outputs = {rows for rows, _ in shapes.values()}
+        if "visual_projection" not in shapes or len(outputs) != 1:
+            raise ValueError(f"projections {shapes}")
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        raise InputError(str(path / "state_dict.pt"), f"holds no visual_projection.weight and logit_scale ({error})",
+                         "use an LRM's own file", "--lrm") from error
     width, multi, mid = heads["visual_projection"]["weight"].shape[1], sum(channels) + channels[-1], channels[-1]
     if width not in (multi, mid):
         raise InputError(str(path), f"its visual projection takes {width} features, its denoiser gives {multi} "
@@ -209,7 +216,10 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], float | None]:
         raise InputError(str(path), "no LoRA there", f"give {LORA_DIFFUSERS}, {LORA_OFFICIAL} or their folder",
                          "--lora")
     if file.suffix != ".safetensors":
-        return read_pickle(file, "--lora"), None
+        state = read_pickle(file, "--lora")
+        if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+            raise InputError(str(file), "holds something else than named tensors", f"use a {LORA_OFFICIAL}", "--lora")
+        return state, None
     tensors, metadata = read_safetensors(file, "--lora")
     alpha = json.loads(metadata.get("lora_adapter_metadata", "{}")).get("unet.lora_alpha")
     state = convert_unet_state_dict_to_peft(tensors)
@@ -270,6 +280,6 @@ def load_state(file: Path, parts: dict[str, object]) -> dict:
             if part is not None:
                 part.load_state_dict(state[name])
         return state["at"]
-    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+    except (KeyError, ValueError, RuntimeError, TypeError, IndexError, AttributeError) as error:
         raise InputError(str(file), f"was saved with other settings ({error})", "resume with the run's own settings",
                          "--out") from error

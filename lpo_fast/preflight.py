@@ -59,7 +59,7 @@ def targets(unet: dict, names: tuple[str, ...]) -> None:
     """Every LoRA target must be the end of some module's name."""
     with torch.device("meta"):
         modules = [name for name, _ in UNet2DConditionModel.from_config(unet).named_modules()]
-    for target in names:
+    for target in names or ("",):
         if not any(name == target or name.endswith(f".{target}") for name in modules):
             raise InputError(target, "no module of the denoiser has this name", "use to_q, to_k, to_v, to_out.0, …",
                              "--targets")
@@ -87,12 +87,18 @@ def pipeline(model: str, flag: str) -> dict:
     family = backbone.family_of(unet)
     for part in ("unet", "vae", *(name for name, _ in family.encoders)):
         read_config(path / part, flag)
-        if not any(".fp16." not in file.name for file in backbone.weight_files(path / part)):
+        if not any("." not in file.stem for file in backbone.weight_files(path / part)):
             raise InputError(model, f"{part}/ holds no full-precision .safetensors", "download these weights", flag)
     read_config(path / "scheduler", flag, "scheduler_config.json")
     for part in family.tokenizers:
-        if not (path / part).is_dir():
+        if not (path / part).is_dir() or not any((path / part).iterdir()):
             raise InputError(model, f"is no whole pipeline: {part}/ is missing", "download all of it", flag)
+    if missing := [key for key in ("in_channels", "cross_attention_dim", "block_out_channels") if key not in unet]:
+        raise InputError(model, f"unet/config.json has no {missing[0]}", "name a Stable Diffusion directory", flag)
+    widths = [read_config(path / name, flag)["hidden_size"] for name, _ in family.encoders]
+    if sum(widths) != unet["cross_attention_dim"]:
+        raise InputError(model, f"its text encoders give {sum(widths)} features, its denoiser takes "
+                         f"{unet['cross_attention_dim']}", "use parts that belong together", flag)
     return unet
 
 
@@ -103,6 +109,9 @@ def reward_model(config: LPO) -> dict:
         raise InputError(config.lrm or "(none)", "no such directory",
                          "train one with `python -m lpo_fast.train lrm`, or download casiatao/LRM", "--lrm")
     unet = read_config(path / "unet", "--lrm")
+    for part in (part for part in ("unet", "text_encoder", "text_encoder_2") if (path / part).is_dir()):
+        if not backbone.weight_files(path / part):
+            raise InputError(config.lrm, f"{part}/ holds no .safetensors", "download all of it", "--lrm")
     if not (path / "state_dict.pt").is_file():
         raise InputError(config.lrm, "is no latent reward model: state_dict.pt is missing",
                          "name its top directory", "--lrm")
@@ -135,7 +144,7 @@ def directory(config: LPO | LRM) -> None:
     if not state.is_file():
         raise InputError(config.out, f"holds no {checkpoint.STATE} to go on from", "drop --resume, or name the run",
                          "--out")
-    before = json.loads((out / "config.json").read_text())
+    before = read_config(out, "--out")
     for key, value in asdict(config).items():
         value = list(value) if isinstance(value, tuple) else value
         if key not in MAY_CHANGE and before.get(key) != value:

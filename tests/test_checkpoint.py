@@ -480,3 +480,36 @@ def test_a_failed_save_leaves_the_lrm_before(tiny_sd: Path, tiny_lrm: Path, copi
     assert {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
     assert json.loads((folder / "lrm.json").read_text())["guidance_scale"] == 7.5
+
+
+def test_replacing_keeps_the_old_directory_when_the_new_one_was_never_made(tmp_path: Path) -> None:
+    with checkpoint.replacing(tmp_path / "run") as aside:
+        aside.mkdir()
+        (aside / "weights").write_text("old")
+    with pytest.raises(FileNotFoundError), checkpoint.replacing(tmp_path / "run"):
+        pass
+    assert (tmp_path / "run" / "weights").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_variants_are_no_shards(tmp_path: Path) -> None:
+    plain = "diffusion_pytorch_model-00001-of-00002"
+    for stem in (plain, "diffusion_pytorch_model.fp16-00001-of-00002", "diffusion_pytorch_model.non_ema"):
+        (tmp_path / f"{stem}.safetensors").touch()
+    assert [file.stem for file in backbone.weight_files(tmp_path)] == [plain]
+
+
+@pytest.mark.parametrize("heads", [torch.zeros(3), {"visual_projection": torch.zeros(3)}, [],
+                                   {"visual_projection": {"weight": torch.zeros(5)}, "logit_scale": torch.tensor(1.0)},
+                                   {"visual_projection": {"weight": torch.zeros(5, 88)}, "logit_scale": 1.0,
+                                    "text_projection": {"weight": torch.zeros(6, 16)}}])
+def test_heads_that_are_none(tmp_path: Path, heads: object) -> None:
+    torch.save(heads, tmp_path / "state_dict.pt")
+    with pytest.raises(InputError, match="--lrm"):
+        checkpoint.read_heads(tmp_path, [8, 16, 16, 24])
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), [1], {"a": 1}, "text"])
+def test_a_lora_file_of_something_else(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "unet_lora.pt")
+    with pytest.raises(InputError, match="--lora"):
+        checkpoint.read_lora(tmp_path)

@@ -227,10 +227,23 @@ def test_no_reward_model(bench: Bench, lpo: LPO, make: Callable[[Bench], str], m
     refused(train_lpo.train, replace(lpo, lrm=make(bench)), "--lrm", message)
 
 
+def test_the_policys_tokenizer_is_not_used_for_an_lrm_of_another_width(bench: Bench, lpo: LPO) -> None:
+    """SD2.1 is aligned with an LRM of SD1.5, whose official directory holds no tokenizer."""
+    bare = bench.without(bench.lrm, "tokenizer")
+    preflight.lpo(replace(lpo, lrm=bare))
+    text = bench.with_config(bench.sd, "text_encoder", hidden_size=20)
+    other = bench.with_config(Path(text), "unet", cross_attention_dim=20)
+    refused(train_lpo.train, replace(lpo, lrm=bare, model=other), "--lrm", "has no tokenizer")
+    preflight.lpo(replace(lpo, lrm=bare, model=other, lrm_base=str(bench.sd)))
+    preflight.lpo(replace(lpo, model=other))
+
+
 def test_text_projection_is_held_against_the_text_encoder_that_will_be_used(bench: Bench, lpo: LPO) -> None:
     folder = bench.without(bench.lrm, "text_encoder")
     preflight.lpo(replace(lpo, lrm=folder))
-    base = bench.with_config(bench.sd, "text_encoder", hidden_size=24)
+    text = bench.with_config(bench.sd, "text_encoder", hidden_size=24)
+    refused(train_lpo.train, replace(lpo, lrm=folder, lrm_base=text), "--lrm-base", "its text encoders give 24 features")
+    base = bench.with_config(Path(text), "unet", cross_attention_dim=24)
     refused(train_lpo.train, replace(lpo, lrm=folder, lrm_base=base), "--lrm", "its text encoder gives 24")
 
 

@@ -1,4 +1,4 @@
-"""Makes shapes/pipeline from nothing: python -m lpo_fast.shapes.pretrain (about twenty minutes on two CPU cores).
+"""Makes shapes/pipeline from nothing: python -m lpo_fast.shapes.pretrain (28 minutes on one CPU core).
 
 Three stages, each from the previous one's saved pipeline:
   vae       the autoencoder, 32x32x3 -> 8x8x4;

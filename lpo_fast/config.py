@@ -257,8 +257,8 @@ def shapes() -> Recipe:
     return Recipe(
         replace(recipe.lrm, seed=0, batch_size=64, max_steps=250, learning_rate=1e-3, weight_decay=0.01,
                 warmup_steps=20, warmup="linear", validate_steps=125, num_workers=0),
-        replace(recipe.lpo, seed=0, epochs=1, max_batches=7, batch_size=32, guidance_scale=2.25, rank=16,
-                learning_rate=1e-3, train_batch_size=32),
+        replace(recipe.lpo, seed=0, epochs=1, max_batches=8, batch_size=32, guidance_scale=2.25, rank=16,
+                learning_rate=7e-4, train_batch_size=32),
     )
 
 

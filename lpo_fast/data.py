@@ -24,7 +24,8 @@ def read_prompts(path: str, caption_key: str = "caption") -> list[str]:
     """Prompts of a .json, .jsonl, .txt, .csv or .parquet file. Raises InputError naming the file and the record."""
     file = Path(path)
     if not path or not file.is_file():
-        raise InputError(path or "(none)", "no such file", "name a file of prompts", "--prompts")
+        problem = "is a directory" if path and file.is_dir() else "no such file" if path else "is required"
+        raise InputError(path or "(none)", problem, "name a file of prompts", "--prompts")
     readers = {".json": _json, ".jsonl": _jsonl, ".txt": _txt, ".csv": _csv, ".parquet": _parquet}
     if file.suffix not in readers:
         raise InputError(path, f"unknown kind {file.suffix!r}", f"use {', '.join(readers)}", "--prompts")

@@ -21,6 +21,10 @@ def main(argv: list[str] | None = None) -> int:
                                      description="Say what this machine can do, and whether this code computes the method.")
     parser.add_argument("--golden", type=Path, metavar="DIR", help="directory of golden vectors to check against")
     arguments = parser.parse_args(argv)
+    if arguments.golden and not (arguments.golden / "configs.json").is_file():
+        print(f"error: --golden {arguments.golden}: holds no golden vectors (configs.json is missing); name their directory",
+              file=sys.stderr)
+        return 2
     here = runs.environment()
     for key in ("python", *runs.PACKAGES, "commit"):
         print(f"{key:>13}  {here[key] or 'not installed'}")
@@ -29,11 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         print(line)
     if arguments.golden is None:
         return 0
-    try:
-        return 1 if golden.check(arguments.golden) else 0
-    except InputError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+    return 1 if golden.check(arguments.golden) else 0
 
 
 def attention() -> str:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from diffusers import UNet2DConditionModel
 
 from lpo_fast import backbone, checkpoint, data
 from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
 
+TRACKERS = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
 # Settings that a resumed run may change.
 MAY_CHANGE = {"out", "resume", "epochs", "max_batches", "save_epochs", "save_batches", "pictures", "log_with", "num_workers"}
 
@@ -80,9 +82,14 @@ def read_config(folder: Path, flag: str, name: str = "config.json") -> dict:
 def pipeline(model: str, flag: str) -> dict:
     """The U-Net config of a diffusers directory, all parts of which are there."""
     path = Path(model)
-    if not model or not path.is_dir():
-        raise InputError(model or "(none)", "no such directory",
-                         "name a Stable Diffusion directory in diffusers layout", flag)
+    if not model:
+        raise InputError("(none)", "is required", "name a Stable Diffusion directory in diffusers layout", flag)
+    if path.is_file():
+        raise InputError(model, "is a single file", "convert it: StableDiffusionPipeline.from_single_file(FILE)"
+                         ".save_pretrained(DIR)", flag)
+    if not path.is_dir():
+        raise InputError(model, "no such directory", "name a Stable Diffusion directory in diffusers layout (hub names "
+                         "are not downloaded: hf download NAME --local-dir DIR)", flag)
     unet = read_config(path / "unet", flag)
     family = backbone.family_of(unet)
     for part in ("unet", "vae", *(name for name, _ in family.encoders)):
@@ -106,8 +113,10 @@ def reward_model(config: LPO) -> dict:
     """The U-Net config of the LRM's directory, whose widths fit together."""
     path = Path(config.lrm)
     if not config.lrm or not path.is_dir():
-        raise InputError(config.lrm or "(none)", "no such directory",
+        raise InputError(config.lrm or "(none)", "no such directory" if config.lrm else "is required",
                          "train one with `python -m lpo_fast.train lrm`, or download casiatao/LRM", "--lrm")
+    if (path / "checkpoint-final").is_dir():
+        raise InputError(config.lrm, "is the run directory", f"name {path / 'checkpoint-final'}", "--lrm")
     unet = read_config(path / "unet", "--lrm")
     for part in (part for part in ("unet", "text_encoder", "text_encoder_2") if (path / part).is_dir()):
         if not backbone.weight_files(path / part):
@@ -136,7 +145,11 @@ def directory(config: LPO | LRM) -> None:
     """Refuse a run directory that cannot be written, that holds a run, or (to resume) whose run had other settings."""
     out = Path(config.out)
     writable(out)
+    if config.log_with and config.log_with not in TRACKERS:
+        raise InputError(config.log_with, "no such tracker", f"use {', '.join(TRACKERS)}", "--log-with")
     state = out / checkpoint.STATE
+    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
+        raise InputError(config.out, "holds something else than a run", "choose a directory of its own", "--out")
     if not config.resume and state.is_file():
         raise InputError(config.out, "holds a run already", "choose another directory, or go on with --resume", "--out")
     if not config.resume:

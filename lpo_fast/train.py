@@ -67,6 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # inside the loops it is caught, and saves first
+        print("stopped outside the training loop", file=sys.stderr)
+        return 130
     return 0
 
 

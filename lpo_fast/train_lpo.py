@@ -111,6 +111,8 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
     batches = -(-len(prompts) // config.batch_size)
     total = min(config.epochs * batches, config.max_batches or config.epochs * batches)
     done = at["epoch"] * batches + at["batch"]
+    runs.say(f"LPO on {device}, precision {policy.precision} | {len(prompts)} prompts | batches {done} to {total} | "
+             f"{sum(p.numel() for p in trainable(policy.unet)):,} parameters train")
     bar = tqdm(total=total, initial=done, desc="LPO", unit="batch", leave=False, disable=None)
     with runs.stoppable() as stopped:
         while done < total and not stopped:
@@ -148,6 +150,9 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
         run.close()
         runs.say(f"stopped after step {at['step']}; go on with --resume")
         raise SystemExit(128 + stopped[0])
+    if at["step"] == 0:
+        runs.say("warning: no pair was valid, so nothing was trained: lower --threshold-min and --threshold-max, or check "
+                 "the reward model's accuracy")
     finish(config, policy, sched, prompts, shape, ema)
     run.close()
     return out

@@ -154,6 +154,8 @@ def train(config: LRM) -> Path:
         run.truncate(at["metrics"])
     loader = DataLoader(pairs, batch_sampler=list(batches(config, len(pairs), at["step"])),
                         num_workers=config.num_workers, collate_fn=collate)
+    runs.say(f"LRM on {device}, precision {encoder.precision} | {len(pairs)} pairs | steps {at['step']} to {config.max_steps}"
+             f" | {sum(p.numel() for p in lrm.parameters() if p.requires_grad):,} parameters train")
     all_timesteps = list(range(1, config.largest_timestep + 1, 50))
     bar = tqdm(total=config.max_steps, initial=at["step"], desc="LRM", unit="step", leave=False, disable=None)
     with runs.stoppable() as stopped:

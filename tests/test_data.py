@@ -118,10 +118,10 @@ def test_wrong_prompt_tables(tmp_path: Path, columns: dict, message: str) -> Non
         data.read_prompts(str(tmp_path / "p.parquet"))
 
 
-@pytest.mark.parametrize("name", ["", "nowhere.json", "."])
-def test_no_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize("name, problem", [("", "is required"), ("nowhere.json", "no such file"), (".", "is a directory")])
+def test_no_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, problem: str) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match=problem):
         data.read_prompts(name)
 
 

@@ -182,9 +182,9 @@ def test_lrm_numbers(lrm: LRM, changes: dict, flag: str, message: str) -> None:
 
 # What is wrong with the directory that --model or --lrm-base names: (what to do to a good one, message).
 PIPELINES = [
-    (lambda b: "", "no such directory"),
+    (lambda b: "", "is required"),
     (lambda b: str(b.tmp / "nowhere"), "no such directory"),
-    (lambda b: b.file("file.txt"), "no such directory"),
+    (lambda b: b.file("file.txt"), "is a single file"),
     (lambda b: str(b.tmp), "unet/config.json is missing"),
     (lambda b: str(b.sd / "unet"), "unet/config.json is missing"),
     (lambda b: b.without(b.sd, "vae"), "vae/config.json is missing"),
@@ -210,7 +210,7 @@ def test_no_pipeline(bench: Bench, lpo: LPO, lrm: LRM, make: Callable[[Bench], s
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda b: "", "no such directory"),
+    (lambda b: "", "is required"),
     (lambda b: str(b.tmp / "nowhere"), "no such directory"),
     (lambda b: str(b.tmp), "unet/config.json is missing"),
     (lambda b: str(b.sd), "is no latent reward model: state_dict.pt is missing"),
@@ -248,7 +248,7 @@ def test_text_projection_is_held_against_the_text_encoder_that_will_be_used(benc
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"prompts": ""}, "no such file"), ({"prompts": "nowhere.json"}, "no such file"),
+    ({"prompts": ""}, "is required"), ({"prompts": "nowhere.json"}, "no such file"),
 ])
 def test_prompts(lpo: LPO, changes: dict, message: str) -> None:
     refused(train_lpo.train, replace(lpo, **changes), "--prompts", message)

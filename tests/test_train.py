@@ -258,13 +258,29 @@ def test_eight_bit_optimizer(settings):
 def test_trackers_write_and_a_missing_one_only_warns(settings, tmp_path, capsys):
     out = train_lpo.train(replace(settings, log_with="tensorboard", pictures=0))
     assert list(out.rglob("events.out.tfevents*"))
-    train_lpo.train(replace(settings, log_with="nonesuch", out=str(tmp_path / "b"), pictures=0))
-    assert "warning: --log-with nonesuch" in capsys.readouterr().err
+    train_lpo.train(replace(settings, log_with="aim", out=str(tmp_path / "b"), pictures=0))
+    assert "warning: --log-with aim" in capsys.readouterr().err
+    with pytest.raises(preflight.InputError, match="--log-with nonesuch: no such tracker"):
+        train_lpo.train(replace(settings, log_with="nonesuch", out=str(tmp_path / "c"), pictures=0))
 
 
-def test_no_valid_pair_is_no_failure(settings):
+def test_a_directory_with_something_else_is_refused(settings, tmp_path):
+    model = Path(shutil.copytree(PIPELINE, tmp_path / "model"))
+    with pytest.raises(preflight.InputError, match="--out .*: holds something else than a run"):
+        train_lpo.train(replace(settings, model=str(model), out=str(model)))
+
+
+def test_control_c_before_the_loop(monkeypatch, capsys):
+    def stop(settings):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "run", stop)
+    assert train.main([]) == 130 and "stopped" in capsys.readouterr().err
+
+
+def test_no_valid_pair_is_no_failure(settings, capsys):
     out = train_lpo.train(replace(settings, threshold_min=0.998, threshold_max=0.999, pictures=0))
     assert rows(out, "train") == [] and len(rows(out, "batch")) == 2
+    assert "nothing was trained" in capsys.readouterr().out
 
 
 def test_too_long_prompts_are_counted_once(settings, tmp_path, capsys):

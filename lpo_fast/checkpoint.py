@@ -34,9 +34,7 @@ def replacing(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     aside, old = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old"))
     _remove(aside)  # a killed run's
-    if old.exists() and not target.exists():  # killed between the two renames below
-        os.replace(old, target)
-    _remove(old)
+    _settle(old, target)  # killed between the two renames below
     try:
         yield aside
         for file in [aside] if aside.is_file() else sorted(p for p in aside.rglob("*") if p.is_file()):
@@ -47,9 +45,14 @@ def replacing(target: Path) -> Iterator[Path]:
         os.replace(aside, target)
     finally:
         _remove(aside)
-        if old.exists() and not target.exists():
-            os.replace(old, target)
-        _remove(old)
+        _settle(old, target)
+
+
+def _settle(old: Path, target: Path) -> None:
+    """Bring the old one back unless a new one took its place."""
+    if old.exists() and not target.exists():
+        os.replace(old, target)
+    _remove(old)
 
 
 def _remove(path: Path) -> None:

@@ -122,11 +122,16 @@ def column_names(path: Path, flag: str) -> list[str]:
     return [name for name in names[0] if all(name in other for other in names)]
 
 
+def require_columns(path: Path, columns: Sequence[str], flag: str) -> None:
+    """Refuse parquet files that lack a column."""
+    names = column_names(path, flag)
+    if missing := [c for c in columns if c not in names]:
+        raise InputError(str(path), f"has no column {missing[0]!r}, only {', '.join(names)}", "rename its columns", flag)
+
+
 def read_table(path: Path, columns: Sequence[str], flag: str) -> pa.Table:
     """Some columns of a .parquet file or of all such files in a directory."""
-    if missing := [c for c in columns if c not in column_names(path, flag)]:
-        raise InputError(str(path), f"has no column {missing[0]!r}, only {', '.join(column_names(path, flag))}",
-                         "rename its columns", flag)
+    require_columns(path, columns, flag)
     try:
         tables = [pq.read_table(file, columns=list(columns)) for file in parquet_files(path, flag)]
         return pa.concat_tables(tables, promote_options="default")
@@ -189,9 +194,7 @@ def read_pairs(path: Path, flag: str) -> tuple[list[str], np.ndarray, np.ndarray
 
 def check_pairs(path: Path, flag: str, scored: int | None = None) -> None:
     """Columns, captions, labels, the first pair's pictures, and that a score table has a row a pair (scored rows)."""
-    if missing := [c for c in PAIR_COLUMNS if c not in column_names(path, flag)]:
-        raise InputError(str(path), f"has no column {missing[0]!r}, only {', '.join(column_names(path, flag))}",
-                         "rename its columns", flag)
+    require_columns(path, PAIR_COLUMNS, flag)
     count = len(read_pairs(path, flag)[0])
     if count == 0:
         raise InputError(str(path), "holds no pair", "add pairs", flag)

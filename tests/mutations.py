@@ -169,7 +169,7 @@ MUTATIONS: list[Mutation] = [
         ("adapters stay off", "layer._disable_adapters = False", "pass")),
     *of("policy.py", "test_golden.py::test_golden[lpo_sd15_weights0]",
         ("reference is the trained model", "with adapters_off(self.unet):", "if True:")),
-    *of("checkpoint.py", "test_checkpoint.py",
+    *of("checkpoint.py", "test_checkpoint.py test_run_state.py",
         ("pickles run code", "weights_only=True", "weights_only=False"),
         ("a failed write replaces the file", "    finally:\n        _remove(aside)",
          "    finally:\n        aside.exists() and os.replace(aside, target)"),

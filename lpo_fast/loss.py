@@ -14,6 +14,9 @@ from lpo_fast import schedule
 from lpo_fast.schedule import SIGMA, Schedule
 
 HALF_LOG_2PI = 0.9189385175704956  # fp32, as in the official code: a constant of every log density
+METRICS = ("train_loss", "train_ratio_win", "train_ratio_lose", "train_win_prob_policy", "train_win_prob_ref",
+           "train_lose_prob_policy", "train_lose_prob_ref", "implicit_acc", "train_margin")  # the official names first
+
 
 def guide(null: Tensor, text: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance: null + scale·(text − null)."""
@@ -28,7 +31,10 @@ def log_density(sched: Schedule, x_p: Tensor, mean: Tensor, t: Tensor) -> Tensor
 
 
 class StepDPO(NamedTuple):
-    """loss: []. The rest without gradient, [N] a pair; ratios are clamped, log densities are means over C, H, W."""
+    """loss: []. The rest without gradient, [N] a pair; ratios are clamped, log densities are means over C, H, W.
+
+    totals: [9], Σ_i weight_i · metric_i of METRICS, where *_prob_* are densities and the margin is r_w − r_l.
+    """
 
     loss: Tensor
     pair_loss: Tensor
@@ -38,6 +44,7 @@ class StepDPO(NamedTuple):
     win_ref: Tensor
     lose_policy: Tensor
     lose_ref: Tensor
+    totals: Tensor
 
 
 def step_dpo(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Tensor, policy: tuple[Tensor, Tensor],
@@ -65,8 +72,10 @@ def step_dpo(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Ten
     pair_loss = -F.logsigmoid(beta * (log_win - log_lose))
     with torch.no_grad():
         densities = [log_density(sched, x_p, mean, t) for x_p in (winner, loser) for mean in (mean_policy, mean_ref)]
-        metrics = pair_loss.detach(), log_win.exp(), log_lose.exp(), *densities
-    return StepDPO((weight * pair_loss).sum(), *metrics)
+        win, lose = log_win.exp(), log_lose.exp()
+        metrics = [pair_loss, win, lose, *(d.exp() for d in densities), (win > lose).to(dtype), win - lose]
+        totals = (weight * torch.stack(metrics)).sum(1)
+    return StepDPO((weight * pair_loss).sum(), pair_loss.detach(), win, lose, *densities, totals)
 
 
 def preference(text: Tensor, image_0: Tensor, image_1: Tensor, logit_scale: Tensor, label_0: Tensor, label_1: Tensor,

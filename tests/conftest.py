@@ -9,16 +9,32 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers and transformers are impo
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before kernels are defined
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import lpo_fast
-from lpo_fast import backbone, checkpoint
+from lpo_fast import backbone, checkpoint, launch
 from lpo_fast.golden import Golden
+
+launch.INTERPRETED = False  # the references run, except in tests that ask for ``kernels``
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENIZER = Path(lpo_fast.__file__).parent / "shapes" / "pipeline" / "tokenizer"
 CONFIGS = json.loads((GOLDEN / "configs.json").read_text())
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch):
+    """Kernels run in this test, under Triton's interpreter without a GPU, and fresh memory holds NaN (or huge integers)."""
+    monkeypatch.setattr(launch, "INTERPRETED", not torch.cuda.is_available())
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills torch.empty and the like
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @pytest.fixture(scope="session")

@@ -81,7 +81,7 @@ def test_step_dpo_equals_the_slow_statement(kind: str, apart: float, beta: float
     assert torch.allclose(got.loss, losses.mean(), rtol=1e-9)
     assert torch.allclose(got.pair_loss, losses, rtol=1e-8, atol=1e-12)
     assert torch.allclose(torch.stack([got.ratio_win, got.ratio_lose], 1), ratios, rtol=1e-9)
-    assert torch.allclose(torch.stack(got[4:], 1), densities, rtol=1e-7, atol=1e-7)
+    assert torch.allclose(torch.stack(got[4:8], 1), densities, rtol=1e-7, atol=1e-7)
     assert not any(field.requires_grad for field in got[1:])
     own = torch.autograd.grad(got.loss, batch["policy"])
     expected = torch.autograd.grad(losses.mean(), batch["policy"])
@@ -220,14 +220,14 @@ class Line:
                                       "shift": torch.tensor([shift], dtype=torch.float64)})
         self.calls = 0
 
-    def predict(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         self.calls += 1
-        return 0.5 * x_t, self.unet["scale"] * x_t + self.unet["shift"] * prompts[:, None, None, None]
+        return torch.cat([0.5 * x_t, self.unet["scale"] * x_t + self.unet["shift"] * prompts[:, None, None, None]])
 
     @torch.no_grad()
-    def reference(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+    def reference(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         self.calls += 1
-        return 0.5 * x_t, 0.5 * x_t
+        return torch.cat([0.5 * x_t, 0.5 * x_t])
 
 
 def pairs_of(batch: dict) -> Pairs:
@@ -245,7 +245,7 @@ def test_train_step_is_one_step_of_the_mean_loss(size: int, accumulate: int, max
     pairs = pairs_of(drawn)._replace(winner=torch.cat([drawn["loser"][:1], drawn["winner"][1:]]),
                                      loser=torch.cat([drawn["winner"][:1], drawn["loser"][1:]]))
     at = pairs.x_t, pairs.t, pairs.prompt
-    batch = pairs._asdict() | {"policy": policy.predict(*at), "reference": policy.reference(*at)}
+    batch = pairs._asdict() | {"policy": policy.predict(*at).chunk(2), "reference": policy.reference(*at).chunk(2)}
     losses, ratios, densities = slow(sched, "epsilon", batch, beta=20, eps=0.1)
     expected = torch.autograd.grad(losses.mean(), list(policy.unet.parameters()))
     norm = math.sqrt(sum(g.square().sum().item() for g in expected))

@@ -4,8 +4,12 @@ import math
 
 import pytest
 import torch
+from conftest import DEVICE
+from torch import Tensor
 
 from lpo_fast import noise
+from lpo_fast.launch import jit, launch, tl
+from lpo_fast.noise import box_muller
 
 ONES = 0xFFFFFFFF
 # Random123, examples/kat_vectors, "philox4x32 10": counter, key, result.
@@ -32,6 +36,13 @@ def philox_python(seed: int, counter: list[int]) -> list[int]:
         counter = [b >> 32 ^ counter[1] ^ key[0], b & ONES, a >> 32 ^ counter[3] ^ key[1], a & ONES]
         key = [key[0] + 0x9E3779B9 & ONES, key[1] + 0xBB67AE85 & ONES]
     return counter
+
+
+def apart(a: Tensor, b: Tensor) -> int:
+    """Largest distance in ulp of two fp32 tensors."""
+    a, b = (x.cpu().contiguous().view(torch.int32).long() for x in (a, b))
+    a, b = (torch.where(x < 0, -(x & 0x7FFFFFFF), x) for x in (a, b))
+    return (a - b).abs().max().item()
 
 
 @pytest.mark.parametrize("seed, epoch, item, step, candidate", [
@@ -133,3 +144,60 @@ def test_any_shape(shape: tuple[int, ...]) -> None:
     assert z.shape == (3, 2, *shape) and z.dtype == torch.float32
     longer = noise.normal(0, 0, torch.tensor([8, 9]), 0, 3, (200,))
     assert torch.equal(z.flatten(2), longer[..., :math.prod(shape)])  # an element's number does not depend on the size
+
+
+def test_tensors_give_the_same_numbers() -> None:
+    """Seed, epoch and step may be tensors, whose values may change without another compilation."""
+    def draw(run: Tensor, step: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+        return noise.normal(*run, items, step, 3, (2, 3)), noise.integers(*run, items, step, 1000)
+    compiled, items = torch.compile(draw, fullgraph=True, backend="aot_eager", dynamic=False), torch.tensor([3, 2**33])
+    cases = [(42, 1, 5), (2**40 + 7, 2**32 + 3, noise.INITIAL), (2**63 - 1, ONES, 0), (-5, 0, 999)]
+    for i, (seed, epoch, step) in enumerate(cases):
+        expected = noise.normal(seed, epoch, items, step, 3, (2, 3)), noise.integers(seed, epoch, items, step, 1000)
+        with torch.compiler.set_stance("fail_on_recompile" if i > 0 else "default"):
+            got = compiled(torch.tensor([seed, epoch]), torch.tensor(step), items)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        got = draw(torch.tensor([seed, epoch]), torch.tensor([step]), items)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("run", torch.zeros(3, dtype=torch.int64), r"noise.run has shape \(3,\), expected \(2,\)"),
+    ("run", torch.zeros(2), "noise.run is torch.float32, expected torch.int64"),
+    ("items", torch.zeros(4, dtype=torch.int64), r"noise.items has shape \(4,\), expected \(5,\)"),
+    ("items", torch.zeros(5, dtype=torch.int32), "noise.items is torch.int32"),
+    ("items", torch.zeros(5, dtype=torch.int64, device="meta"), "noise.items is on meta, expected cpu"),
+    ("step", torch.zeros(2, dtype=torch.int64), r"noise.step has shape \(2,\), expected \[\] or \[1\]"),
+    ("step", torch.zeros(1), "noise.step is torch.float32"),
+])
+def test_rejected_counters(field: str, value: Tensor, message: str) -> None:
+    good = noise.Counter(*(torch.zeros(size, dtype=torch.int64) for size in ((2,), (), (5,))))
+    noise.expect_counter("noise", good, torch.zeros(5, 4, 8, 8))
+    noise.expect_counter("noise", good._replace(step=torch.zeros(1, dtype=torch.int64)), torch.zeros(5))
+    with pytest.raises(ValueError, match=message):
+        noise.expect_counter("noise", good._replace(**{field: value}), torch.zeros(5))
+
+
+@jit
+def _probe(length_ptr, turn_ptr, first_ptr, second_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    length, turn = tl.load(length_ptr + i).to(tl.uint32), tl.load(turn_ptr + i).to(tl.uint32)
+    first, second = box_muller(length, turn)
+    tl.store(first_ptr + i, first)
+    tl.store(second_ptr + i, second)
+
+
+def test_box_muller_in_a_kernel(kernels) -> None:
+    """Quarter and eighth turns and their neighbours, the longest and the shortest radius, and any others."""
+    turns = [(turn + near) % 2**24 << 8 for turn in range(0, 2**24, 2**21) for near in (-1, 0, 1)] + [0x1FF, ONES]
+    lengths = [0, 255, 256, ONES, ONES - 255, ONES - 256, 2**31]
+    random = torch.randint(2**32, (2, 2048), generator=torch.Generator().manual_seed(0))
+    pairs = torch.cartesian_prod(torch.tensor(lengths), torch.tensor(turns)).T
+    words = torch.cat([pairs, random], 1)[:, :2048].contiguous().to(DEVICE)
+    first, second = torch.empty(2, 2048, device=DEVICE)
+    launch(_probe, (1,), words[0].contiguous(), words[1].contiguous(), first, second, N=2048)
+    u = [[(word >> 8) / 2**24 for word in row] for row in words.tolist()]
+    length = [math.sqrt(-2 * math.log(x + 2**-24)) for x in u[0]]
+    for got, wave in ((first, math.cos), (second, math.sin)):
+        expected = [r * wave(2 * math.pi * x) for r, x in zip(length, u[1], strict=True)]
+        assert apart(got, torch.tensor(expected, dtype=torch.float64).float()) <= 1

@@ -1,0 +1,273 @@
+"""The pairwise DPO loss of LPO, from the networks' outputs to the loss and its metrics, and back to both outputs.
+
+    m = null + g·(text − null),   mean = sqrt(a_p)·x0(x_t, m) + direction·e(x_t, m)       of the policy and the reference
+    Δ = log p_policy(x_p|x_t) − log p_ref(x_p|x_t),   r = clamp(exp Δ, 1 − eps, 1 + eps)  of the winner and the loser
+    loss = Σ_i weight_i · −log sigmoid(beta (log r_w − log r_l))                          (arXiv 2502.01051, eq. 11)
+
+``train_lpo.pair_loss`` calls it, once a forward pass. One launch reads the seven latents (null and text pass counted as one)
+once, and one writes both guidance branches of the gradient; plain PyTorch launches some sixty kernels each way. The
+difference of the means is taken from the difference of the outputs, so that what nearly cancels is subtracted first.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lpo_fast import loss
+from lpo_fast.launch import DTYPES, channels_last, dense, expect, expect_tensor, fused, jit, launch, power_of_2, tl
+from lpo_fast.loss import HALF_LOG_2PI, METRICS, StepDPO
+from lpo_fast.schedule import Schedule
+
+BLOCK = 1024  # elements of a program; not yet measured on a GPU
+SUMMED = 1024  # partial sums that the last program takes at a time; not yet measured on a GPU
+SUMS, VALUES = 6, 9  # partial sums a program; values a pair: the seven of StepDPO and both log ratios before the clamp
+
+
+def pair_loss_reference(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Tensor, policy: Tensor,
+                        reference: Tensor, weight: Tensor, *, guidance: float, beta: float, eps: float) -> StepDPO:
+    """The definition, ``loss.step_dpo``; arguments as ``pair_loss``."""
+    return loss.step_dpo(sched, x_t, winner, loser, t, policy.chunk(2), reference.chunk(2), guidance=guidance, beta=beta,
+                         eps=eps, weight=weight)
+
+
+@jit
+def _coefficients(table_ptr, t_ptr, n):
+    """x0_x, x0_m, e_x, e_m, sqrt_a_p, direction, sigma of pair n."""
+    row = table_ptr + tl.load(t_ptr + n) * 7
+    return (tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5),
+            tl.load(row + 6))
+
+
+@jit
+def _slope(x0_m, e_m, sqrt_a_p, direction):
+    """∂mean/∂m where x0 is not clipped; in fp64, as the two terms nearly cancel at small timesteps."""
+    return (sqrt_a_p.to(tl.float64) * x0_m + direction.to(tl.float64) * e_m).to(tl.float32)
+
+
+@jit
+def _outputs(outputs_ptr, n, pairs, element, mask, C: tl.constexpr, HW: tl.constexpr, LAST: tl.constexpr):
+    """Null and text output of NCHW elements of pair n, in fp32."""
+    place = element % HW * C + element // HW if LAST else element
+    null = tl.load(outputs_ptr + n * (C * HW) + place, mask=mask, other=0.0).to(tl.float32)
+    text = tl.load(outputs_ptr + (n + pairs) * (C * HW) + place, mask=mask, other=0.0).to(tl.float32)
+    return null, text
+
+
+@jit
+def _clipped(x, low, high):
+    """x within [low, high], NaN kept."""
+    return tl.where(x > high, high, tl.where(x < low, low, x))
+
+
+@jit
+def _forward_kernel(table_ptr, x_ptr, winner_ptr, loser_ptr, t_ptr, policy_ptr, reference_ptr, weight_ptr, partial_ptr,
+                    count_ptr, values_ptr, totals_ptr, loss_ptr, pairs, guidance, beta, low, high, clip,
+                    HALF_LOG_2PI: tl.constexpr, C: tl.constexpr, HW: tl.constexpr, LAST: tl.constexpr, CLIP: tl.constexpr,
+                    SUMS: tl.constexpr, SPLITS: tl.constexpr, SPLITS_2: tl.constexpr, PAIRS_2: tl.constexpr,
+                    BLOCK: tl.constexpr):
+    # A program: the sums of one block of one pair. The last to finish adds them up, in an order that never changes.
+    n, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    element = split * BLOCK + tl.arange(0, BLOCK)
+    mask = element < C * HW
+    x0_x, x0_m, e_x, e_m, sqrt_a_p, direction, _ = _coefficients(table_ptr, t_ptr, n)
+    x_t = tl.load(x_ptr + n * (C * HW) + element, mask=mask, other=0.0)
+    winner = tl.load(winner_ptr + n * (C * HW) + element, mask=mask, other=0.0)
+    loser = tl.load(loser_ptr + n * (C * HW) + element, mask=mask, other=0.0)
+    null, text = _outputs(policy_ptr, n, pairs, element, mask, C, HW, LAST)
+    null_ref, text_ref = _outputs(reference_ptr, n, pairs, element, mask, C, HW, LAST)
+    m, m_ref = null + guidance * (text - null), null_ref + guidance * (text_ref - null_ref)
+    apart = (null - null_ref) + guidance * ((text - text_ref) - (null - null_ref))  # m − m_ref
+    x0, x0_ref = x0_x * x_t + x0_m * m, x0_x * x_t + x0_m * m_ref
+    mean_apart = _slope(x0_m, e_m, sqrt_a_p, direction) * apart
+    if CLIP:
+        inside = (tl.abs(x0) <= clip) & (tl.abs(x0_ref) <= clip)
+        x0, x0_ref = _clipped(x0, -clip, clip), _clipped(x0_ref, -clip, clip)
+        mean_apart = tl.where(inside, mean_apart, sqrt_a_p * (x0 - x0_ref) + direction * e_m * apart)
+    mean = sqrt_a_p * x0 + direction * (e_x * x_t + e_m * m)
+    mean_ref = sqrt_a_p * x0_ref + direction * (e_x * x_t + e_m * m_ref)
+    w, w_ref, l, l_ref = winner - mean, winner - mean_ref, loser - mean, loser - mean_ref  # noqa: E741
+    place = partial_ptr + (n * SPLITS + split) * SUMS
+    tl.store(place, tl.sum(tl.where(mask, mean_apart * (w + w_ref), 0.0), 0))
+    tl.store(place + 1, tl.sum(tl.where(mask, mean_apart * (l + l_ref), 0.0), 0))
+    tl.store(place + 2, tl.sum(tl.where(mask, w * w, 0.0), 0))
+    tl.store(place + 3, tl.sum(tl.where(mask, w_ref * w_ref, 0.0), 0))
+    tl.store(place + 4, tl.sum(tl.where(mask, l * l, 0.0), 0))
+    tl.store(place + 5, tl.sum(tl.where(mask, l_ref * l_ref, 0.0), 0))
+
+    tl.debug_barrier()  # all of this program's sums are written before it counts itself
+    if tl.atomic_add(count_ptr, 1, sem="acq_rel") == pairs * SPLITS - 1:
+        lane = tl.arange(0, 16)
+        totals = tl.zeros([16], tl.float64)
+        for first in range(0, pairs, PAIRS_2):
+            i = first + tl.arange(0, PAIRS_2)
+            real = i < pairs
+            t = tl.load(t_ptr + i, mask=real, other=0)
+            sigma = tl.load(table_ptr + t * 7 + 6, mask=real, other=1.0).to(tl.float64)
+            weight = tl.load(weight_ptr + i, mask=real, other=0.0).to(tl.float64)
+            scale = 2 * sigma * sigma * (C * HW)
+            log_win = _total(partial_ptr, i, real, 0, SUMS, SPLITS, SPLITS_2) / scale
+            log_lose = _total(partial_ptr, i, real, 1, SUMS, SPLITS, SPLITS_2) / scale
+            offset = -tl.log(sigma) - HALF_LOG_2PI
+            win_policy = offset - _total(partial_ptr, i, real, 2, SUMS, SPLITS, SPLITS_2) / scale
+            win_ref = offset - _total(partial_ptr, i, real, 3, SUMS, SPLITS, SPLITS_2) / scale
+            lose_policy = offset - _total(partial_ptr, i, real, 4, SUMS, SPLITS, SPLITS_2) / scale
+            lose_ref = offset - _total(partial_ptr, i, real, 5, SUMS, SPLITS, SPLITS_2) / scale
+            tl.store(values_ptr + 7 * pairs + i, log_win.to(tl.float32), mask=real)
+            tl.store(values_ptr + 8 * pairs + i, log_lose.to(tl.float32), mask=real)
+            log_win, log_lose = _clipped(log_win, low, high), _clipped(log_lose, low, high)
+            z = beta * (log_win - log_lose)
+            value = tl.where(z < 0, -z, 0.0) + tl.log(1 + tl.exp(-tl.abs(z)))  # −log sigmoid(z)
+            win, lose = tl.exp(log_win), tl.exp(log_lose)
+            tl.store(values_ptr + i, value.to(tl.float32), mask=real)
+            tl.store(values_ptr + pairs + i, win.to(tl.float32), mask=real)
+            tl.store(values_ptr + 2 * pairs + i, lose.to(tl.float32), mask=real)
+            tl.store(values_ptr + 3 * pairs + i, win_policy.to(tl.float32), mask=real)
+            tl.store(values_ptr + 4 * pairs + i, win_ref.to(tl.float32), mask=real)
+            tl.store(values_ptr + 5 * pairs + i, lose_policy.to(tl.float32), mask=real)
+            tl.store(values_ptr + 6 * pairs + i, lose_ref.to(tl.float32), mask=real)
+            metrics = (value, win, lose, tl.exp(win_policy), tl.exp(win_ref), tl.exp(lose_policy), tl.exp(lose_ref),
+                       (win > lose).to(tl.float64), win - lose)
+            for k in tl.static_range(len(metrics)):
+                totals += tl.where(lane == k, tl.sum(tl.where(real, weight * metrics[k], 0.0), 0), 0.0)
+        tl.store(totals_ptr + lane, totals.to(tl.float32), mask=lane < len(metrics))
+        tl.store(loss_ptr + lane, totals.to(tl.float32), mask=lane < 1)
+
+
+@jit
+def _total(partial_ptr, i, real, WHICH: tl.constexpr, SUMS: tl.constexpr, SPLITS: tl.constexpr, SPLITS_2: tl.constexpr):
+    """One of the sums of pairs i over all their blocks, in fp64."""
+    split = tl.arange(0, SPLITS_2)
+    place = partial_ptr + (i.to(tl.int64)[:, None] * SPLITS + split[None, :]) * SUMS + WHICH
+    mask = real[:, None] & (split < SPLITS)[None, :]
+    return tl.sum(tl.load(place, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float64), 1)
+
+
+@jit
+def _backward_kernel(grad_ptr, table_ptr, x_ptr, winner_ptr, loser_ptr, t_ptr, policy_ptr, weight_ptr, values_ptr, out_ptr,
+                     pairs, guidance, beta, low, high, clip, C: tl.constexpr, HW: tl.constexpr, LAST: tl.constexpr,
+                     CLIP: tl.constexpr, BLOCK: tl.constexpr):
+    # ∂Δ/∂mean = (x_p − mean)/(σ²·CHW); the reference drops out. A program: a block of one pair, both branches.
+    n = tl.program_id(0).to(tl.int64)
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = element < C * HW
+    x0_x, x0_m, e_x, e_m, sqrt_a_p, direction, sigma = _coefficients(table_ptr, t_ptr, n)
+    log_win, log_lose = tl.load(values_ptr + 7 * pairs + n), tl.load(values_ptr + 8 * pairs + n)
+    win, lose = _clipped(log_win, low, high), _clipped(log_lose, low, high)
+    small = tl.exp(-tl.abs(beta * (win - lose)))
+    share = tl.where(win > lose, small, 1.0) / (1 + small)  # sigmoid(−beta (log r_w − log r_l))
+    slope = -tl.load(grad_ptr) * tl.load(weight_ptr + n) * beta * share / (sigma * sigma * (C * HW))
+    slope_win = tl.where((log_win > high) | (log_win < low), 0.0, slope)  # NaN is not clamped away
+    slope_lose = tl.where((log_lose > high) | (log_lose < low), 0.0, -slope)
+
+    x_t = tl.load(x_ptr + n * (C * HW) + element, mask=mask, other=0.0)
+    winner = tl.load(winner_ptr + n * (C * HW) + element, mask=mask, other=0.0)
+    loser = tl.load(loser_ptr + n * (C * HW) + element, mask=mask, other=0.0)
+    null, text = _outputs(policy_ptr, n, pairs, element, mask, C, HW, LAST)
+    m = null + guidance * (text - null)
+    x0 = x0_x * x_t + x0_m * m
+    through = _slope(x0_m, e_m, sqrt_a_p, direction)
+    if CLIP:
+        through = tl.where((x0 > clip) | (x0 < -clip), direction * e_m, through)
+        x0 = _clipped(x0, -clip, clip)
+    mean = sqrt_a_p * x0 + direction * (e_x * x_t + e_m * m)
+    grad = (slope_win * (winner - mean) + slope_lose * (loser - mean)) * through
+    place = element % HW * C + element // HW if LAST else element
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    tl.store(out_ptr + n * (C * HW) + place, ((1 - guidance) * grad).to(dtype), mask=mask)
+    tl.store(out_ptr + (n + pairs) * (C * HW) + place, (guidance * grad).to(dtype), mask=mask)
+
+
+def _bounds(eps: float) -> tuple[float, float]:
+    """Of log r; −inf where 1 − eps is not positive."""
+    return math.log1p(-eps) if eps < 1 else -math.inf, math.log1p(eps)
+
+
+def _settings(outputs: Tensor, clip: float) -> dict:
+    """What both kernels are compiled for. outputs: [2N, C, H, W]."""
+    return {"C": outputs.shape[1], "HW": outputs.shape[2] * outputs.shape[3], "LAST": channels_last(outputs),
+            "CLIP": math.isfinite(clip), "BLOCK": BLOCK}
+
+
+@torch.library.custom_op("lpo_fast::pair_loss", mutates_args=())
+def _op(table: Tensor, x_t: Tensor, winner: Tensor, loser: Tensor, t: Tensor, policy: Tensor, reference: Tensor,
+        weight: Tensor, guidance: float, beta: float, eps: float, clip: float) -> tuple[Tensor, Tensor, Tensor]:
+    pairs, size = len(t), x_t[0].numel() if len(t) else 0
+    values, empty = torch.empty(VALUES, pairs, device=t.device), torch.empty if pairs else torch.zeros
+    value, totals = empty((), device=t.device), empty(len(METRICS), device=t.device)
+    if not pairs:
+        return value, totals, values
+    splits = -(-size // BLOCK)
+    splits_2 = power_of_2(splits)
+    partial, count = torch.empty(pairs, splits, SUMS, device=t.device), torch.zeros(1, dtype=torch.int32, device=t.device)
+    launch(_forward_kernel, (pairs, splits), table, x_t, winner, loser, t, policy, reference, weight, partial, count, values,
+           totals, value, pairs, guidance, beta, *_bounds(eps), clip, HALF_LOG_2PI=HALF_LOG_2PI, SUMS=SUMS, SPLITS=splits,
+           SPLITS_2=splits_2, PAIRS_2=min(power_of_2(pairs), max(SUMMED // splits_2, 1)), **_settings(policy, clip))
+    return value, totals, values
+
+
+@_op.register_fake
+def _(table, x_t, winner, loser, t, policy, reference, weight, guidance, beta, eps, clip):
+    return table.new_empty(()), table.new_empty(len(METRICS)), table.new_empty(VALUES, t.shape[0])
+
+
+@torch.library.custom_op("lpo_fast::pair_loss_backward", mutates_args=())
+def _op_backward(grad: Tensor, table: Tensor, x_t: Tensor, winner: Tensor, loser: Tensor, t: Tensor, policy: Tensor,
+                 weight: Tensor, values: Tensor, guidance: float, beta: float, eps: float, clip: float) -> Tensor:
+    out = torch.empty_like(policy)
+    if len(t):
+        launch(_backward_kernel, (len(t), -(-x_t[0].numel() // BLOCK)), grad, table, x_t, winner, loser, t, policy, weight,
+               values, out, len(t), guidance, beta, *_bounds(eps), clip, **_settings(policy, clip))
+    return out
+
+
+@_op_backward.register_fake
+def _(grad, table, x_t, winner, loser, t, policy, weight, values, guidance, beta, eps, clip):
+    return torch.empty_like(policy)
+
+
+def _setup(ctx, inputs, output) -> None:
+    table, x_t, winner, loser, t, policy, _, weight, *ctx.settings = inputs
+    ctx.save_for_backward(table, x_t, winner, loser, t, policy, weight, output[2])
+
+
+def _backward(ctx, grad: Tensor, *_):  # of the loss; the metrics have none
+    return *[None] * 5, _op_backward(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 6
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+def pair_loss(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Tensor, policy: Tensor, reference: Tensor,
+              weight: Tensor, *, guidance: float, beta: float, eps: float) -> StepDPO:
+    """Loss and metrics of N pairs, with gradient to the policy's outputs.
+
+    x_t, winner, loser: fp32 [N, C, H, W]; t: int64 [N] in [0, 1000); policy, reference: network outputs [2N, C, H, W], null
+    pass first, fp32, fp16 or bf16, NCHW or channels-last; weight: fp32 [N], 0 for padding. float64 latents take the
+    reference. eps: bound of the ratios; from 1 on they have no lower bound. Sums are in fp32 and the same in every run.
+    Raises ValueError for anything else, and for a guidance, beta or eps that is not finite.
+    """
+    expect(x_t.ndim == 4, f"x_t has shape {tuple(x_t.shape)}, expected [N, C, H, W]")
+    expect(x_t[:1].numel() > 0 or len(x_t) == 0, f"x_t has shape {tuple(x_t.shape)}: no elements")
+    exact = (torch.float32, torch.float64)
+    for name, x in (("x_t", x_t), ("winner", winner), ("loser", loser)):
+        expect_tensor(name, x, x_t.shape, x_t, exact)
+        expect(x.dtype == x_t.dtype and not x.requires_grad, f"{name} must be {x_t.dtype} as x_t is, and without gradient")
+    expect_tensor("t", t, x_t.shape[:1], x_t, (torch.int64,))
+    expect_tensor("weight", weight, x_t.shape[:1], x_t, exact)
+    expect_tensor("sched.table", sched.table, sched.table.shape, x_t, (x_t.dtype,))
+    for name, outputs in (("policy", policy), ("reference", reference)):
+        expect_tensor(name, outputs, (2 * len(x_t), *x_t.shape[1:]), x_t)
+    expect(not (reference.requires_grad or weight.requires_grad), "reference and weight must be without gradient")
+    for name, number in (("guidance", guidance), ("beta", beta), ("eps", eps)):
+        expect(math.isfinite(number), f"{name} is {number}, expected a finite number")
+    if not (fused(x_t) and policy.dtype in DTYPES and reference.dtype in DTYPES):
+        return pair_loss_reference(sched, x_t, winner, loser, t, policy, reference, weight, guidance=guidance, beta=beta,
+                                   eps=eps)
+    policy = dense(policy)
+    layout = torch.channels_last if channels_last(policy) else torch.contiguous_format
+    value, totals, values = _op(
+        sched.table, x_t.contiguous(), winner.contiguous(), loser.contiguous(), t.contiguous(), policy,
+        reference.contiguous(memory_format=layout), weight.float().contiguous(), guidance, beta, eps,
+        math.inf if sched.clip is None else sched.clip)
+    return StepDPO(value, *values[:7].detach(), totals.detach())

@@ -1,0 +1,123 @@
+"""From K scored candidates to a pair and the latent to go on from.
+
+    best, worst = argmax_k, argmin_k scores[k],   margin = scores[best] − scores[worst],   valid = margin > gap[t]
+    winner, loser, next = x_p[best], x_p[worst], x_p[choice]                          (arXiv 2502.01051, section 3.3)
+
+``sample.trajectory`` calls it once a step. choice is given, or drawn in the kernel: the integer of ``noise.integers``. One
+launch reads three latents an item and writes three; plain PyTorch launches a dozen kernels for the numbers, some fifty for
+the draw, and three gathers.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lpo_fast import noise, select
+from lpo_fast.launch import expect, expect_tensor, fused, jit, launch, tl
+from lpo_fast.noise import CHOICE, Counter, words_at
+
+BLOCK = 512  # elements of a program, 16 bytes a thread; not yet measured on a GPU
+
+
+class Selection(NamedTuple):
+    """best, worst: int64 [B] candidate numbers; margin: [B]; valid: bool [B]; winner, loser, next: [B, C, H, W]."""
+
+    best: Tensor
+    worst: Tensor
+    margin: Tensor
+    valid: Tensor
+    winner: Tensor
+    loser: Tensor
+    next: Tensor
+
+
+def pair_select_reference(scores: Tensor, x_p: Tensor, gap: Tensor, t: Tensor, choice: Tensor | Counter) -> Selection:
+    """The definition, ``select.pairs`` and three gathers; arguments as ``pair_select``."""
+    if isinstance(choice, Counter):
+        seed, epoch = choice.run
+        choice = noise.integers(seed, epoch, choice.items, choice.step, len(scores))
+    pair, rows = select.pairs(scores, gap[t]), torch.arange(scores.shape[1], device=scores.device)
+    return Selection(*pair, x_p[pair.best, rows], x_p[pair.worst, rows], x_p[choice, rows])
+
+
+@jit
+def _kernel(scores_ptr, x_ptr, gap_ptr, t_ptr, t_stride, choice, best_ptr, worst_ptr, margin_ptr, valid_ptr, winner_ptr,
+            loser_ptr, next_ptr, batch, K: tl.constexpr, D: tl.constexpr, GIVEN: tl.constexpr, CHOICE: tl.constexpr,
+            BLOCK: tl.constexpr):
+    # A program: BLOCK elements of the three latents of one item. choice: (numbers,), or run, step and items of a Counter.
+    b = tl.program_id(0).to(tl.int64)
+    high = tl.load(scores_ptr + b)
+    low, best = high, b * 0
+    worst = best
+    for k in tl.static_range(1, K):
+        score = tl.load(scores_ptr + k * batch + b)
+        nan = (score != score) & (high == high)  # the first NaN is best and worst, as in torch.max and torch.min
+        above, below = (score > high) | nan, (score < low) | nan
+        high, best = tl.where(above, score, high), tl.where(above, k, best)
+        low, worst = tl.where(below, score, low), tl.where(below, k, worst)
+    if GIVEN:
+        go_on = tl.load(choice[0] + b)
+    else:
+        word, _, _, _ = words_at(choice[0], choice[1], choice[2], b, CHOICE, tl.full([], 0, tl.uint32))
+        go_on = word.to(tl.int64) % K
+    if tl.program_id(1) == 0:
+        tl.store(best_ptr + b, best)
+        tl.store(worst_ptr + b, worst)
+        tl.store(margin_ptr + b, high - low)
+        tl.store(valid_ptr + b, high - low > tl.load(gap_ptr + tl.load(t_ptr + b * t_stride)))
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask, out = element < D, b * D + element
+    size = tl.where((go_on >= 0) & (go_on < K), D, 0)
+    tl.store(winner_ptr + out, tl.load(x_ptr + (best * batch + b) * D + element, mask=mask), mask=mask)
+    tl.store(loser_ptr + out, tl.load(x_ptr + (worst * batch + b) * D + element, mask=mask), mask=mask)
+    going_on = tl.load(x_ptr + (go_on * batch + b) * D + element, mask=element < size, other=float("nan"))
+    tl.store(next_ptr + out, going_on, mask=mask)
+
+
+@torch.library.custom_op("lpo_fast::pair_select", mutates_args=())
+def _op(scores: Tensor, x_p: Tensor, gap: Tensor, t: Tensor, choice: list[Tensor]) -> tuple[
+        Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (k, batch), size = scores.shape, x_p[0, 0].numel() if x_p.shape[1] else 0
+    best, worst = t.new_empty(batch), t.new_empty(batch)
+    margin, valid = scores.new_empty(batch), t.new_empty(batch, dtype=torch.bool)
+    latents = [x_p.new_empty(x_p.shape[1:]) for _ in range(3)]
+    launch(_kernel, (batch, max(-(-size // BLOCK), 1)), scores.contiguous(), x_p.contiguous(), gap.contiguous(),
+           t, t.stride(0), tuple(n.contiguous() for n in choice), best, worst, margin, valid, *latents, batch, K=k, D=size,
+           GIVEN=len(choice) == 1, CHOICE=CHOICE, BLOCK=BLOCK)
+    return best, worst, margin, valid, *latents
+
+
+@_op.register_fake
+def _(scores, x_p, gap, t, choice):
+    best, worst = t.new_empty(t.shape), t.new_empty(t.shape)
+    margin, valid = scores.new_empty(t.shape), t.new_empty(t.shape, dtype=torch.bool)
+    return best, worst, margin, valid, *(x_p.new_empty(x_p.shape[1:]) for _ in range(3))
+
+
+def pair_select(scores: Tensor, x_p: Tensor, gap: Tensor, t: Tensor, choice: Tensor | Counter) -> Selection:
+    """Best and worst of K candidates x_p [K, B, C, H, W] by scores [K, B], and the one to go on from.
+
+    scores, x_p, gap: fp32, or float64, which takes the reference. gap [N]: the smallest margin of a valid pair, exclusive,
+    of every training timestep; t: int64 [B] in [0, N). choice: int64 [B] in [0, K), or a Counter. Ties go to the first
+    candidate; the first NaN score is best and worst, and its pair is not valid. A choice outside [0, K) is not looked for
+    (that would read it back): its ``next`` is NaN, or the reference raises IndexError. There is no gradient: call it under
+    no_grad if scores or x_p require one. Raises ValueError for anything else.
+    """
+    dtypes = torch.float32, torch.float64
+    expect(x_p.ndim == 5, f"x_p has shape {tuple(x_p.shape)}, expected [K, B, C, H, W]")
+    expect(len(x_p) > 0, "x_p holds no candidates")
+    expect_tensor("x_p", x_p, x_p.shape, x_p, dtypes)
+    expect_tensor("scores", scores, x_p.shape[:2], x_p, dtypes[:1] if x_p.dtype == torch.float32 else dtypes)
+    expect_tensor("gap", gap, (gap.numel(),), x_p, dtypes[:1] if x_p.dtype == torch.float32 else dtypes)
+    expect_tensor("t", t, x_p.shape[1:2], x_p, (torch.int64,))
+    given = not isinstance(choice, Counter)
+    if given:
+        expect_tensor("choice", choice, t.shape, x_p, (torch.int64,))
+    else:
+        noise.expect_counter("choice", choice, t)
+    no_grad = not (torch.is_grad_enabled() and (scores.requires_grad or x_p.requires_grad))
+    expect(no_grad, "scores or x_p requires a gradient, but there is none; expected torch.no_grad()")
+    if not fused(x_p):
+        return pair_select_reference(scores, x_p, gap, t, choice)
+    return Selection(*_op(scores, x_p, gap, t, [choice] if given else list(choice)))

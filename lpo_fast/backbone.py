@@ -119,12 +119,11 @@ def added_conditions(text: Text, sizes: Tensor | None) -> dict[str, Tensor] | No
     return None if sizes is None else {"text_embeds": text.pooled, "time_ids": sizes.expand(len(text), -1)}
 
 
-def predict(unet: nn.Module, x_t: Tensor, t: Tensor, text: Text, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Network outputs (null, text) for latents x_t [B, C, H, W] at t [B], both branches in one batch."""
+def predict(unet: nn.Module, x_t: Tensor, t: Tensor, text: Text, sizes: Tensor | None = None) -> Tensor:
+    """Network outputs [2B, C, H, W], null pass first, for latents x_t [B, C, H, W] at t [B]."""
     both = text.guided()
-    out = unet(torch.cat([x_t, x_t]), torch.cat([t, t]), both.context, return_dict=False,
-               added_cond_kwargs=added_conditions(both, sizes))[0]
-    return out.chunk(2)
+    return unet(torch.cat([x_t, x_t]), torch.cat([t, t]), both.context, return_dict=False,
+                added_cond_kwargs=added_conditions(both, sizes))[0]
 
 
 def down_mid(unet: nn.Module, x: Tensor, t: Tensor, text: Text, sizes: Tensor | None) -> tuple[list[Tensor], Tensor]:

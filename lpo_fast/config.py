@@ -3,6 +3,7 @@
 ``check`` refuses, before anything is loaded or written, every value that cannot work, with its key and the remedy.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -107,6 +108,7 @@ class LPO:
 
     def check(self) -> None:
         """Raise InputError for a setting that cannot work."""
+        _finite(self)
         _at_least(self, 1, "epochs", "batch_size", "num_steps", "train_batch_size", "accumulate", "save_epochs",
                   "save_batches")
         _at_least(self, 2, "num_candidates")
@@ -156,8 +158,8 @@ class LRM:
     """Pool every down block, not the mid block alone."""
     multi_scale_cfg: bool = False
     """Guide the down blocks' features as well."""
-    guidance_scale: float = 7.5
-    """Guidance of the mid feature; 1 switches it off."""
+    guidance_scale: tuple[float, ...] = (7.5,)
+    """Guidance of the mid feature; 1 switches it off. Several: interpolated over the timesteps, from t = 0 to 999."""
     freeze_text_encoder: bool = False
     """Train the denoiser and the projections alone."""
     resolution: int = 0
@@ -197,9 +199,11 @@ class LRM:
 
     def check(self) -> None:
         """Raise InputError for a setting that cannot work."""
+        _finite(self)
         _at_least(self, 1, "batch_size", "max_steps", "validate_steps")
-        _at_least(self, 0, "seed", "resolution", "warmup_steps", "weight_decay", "num_workers", "guidance_scale",
-                  "learning_rate")
+        _at_least(self, 0, "seed", "resolution", "warmup_steps", "weight_decay", "num_workers", "learning_rate")
+        if not self.guidance_scale or min(self.guidance_scale) < 0:
+            _refuse(self, "guidance_scale", "not one or more numbers of at least 0", "use 7.5, or 1 for none")
         _above(self, 0, "max_grad_norm")
         if not 1 <= self.largest_timestep <= 999:
             _refuse(self, "largest_timestep", "not a training timestep", "use 1 to 999")
@@ -260,6 +264,13 @@ def shapes() -> Recipe:
         replace(recipe.lpo, seed=0, epochs=1, max_batches=8, batch_size=32, guidance_scale=2.25, rank=16,
                 learning_rate=7e-4, train_batch_size=32),
     )
+
+
+def _finite(config: LPO | LRM) -> None:
+    for key, value in vars(config).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+            _refuse(config, key, "not a finite number", "use a finite number")
 
 
 def _flag(key: str) -> str:

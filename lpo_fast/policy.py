@@ -27,22 +27,21 @@ class Policy:
         self.unet, self.text, self.sizes, self.precision = unet, text, sizes, precision
         self.frozen = copy.deepcopy(unet).requires_grad_(False) if full else None
 
-    def predict(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
-        """(null, text) outputs in fp32 for latents x_t [B, C, H, W] at t [B] and prompt numbers [B]."""
+    def predict(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
+        """Outputs [2B, C, H, W], null pass first, in the network's precision; x_t [B, C, H, W], t, prompt numbers [B]."""
         return self._evaluate(self.unet, x_t, t, prompts)
 
     @torch.no_grad()
-    def reference(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+    def reference(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         """The same of the model that training started from."""
         if self.frozen is not None:
             return self._evaluate(self.frozen, x_t, t, prompts)
         with adapters_off(self.unet):
             return self._evaluate(self.unet, x_t, t, prompts)
 
-    def _evaluate(self, unet: nn.Module, x_t: Tensor, t: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+    def _evaluate(self, unet: nn.Module, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         with speed.autocast(self.precision):
-            null, text = backbone.predict(unet, x_t, t, self.text[prompts], self.sizes)
-        return null.float(), text.float()
+            return backbone.predict(unet, x_t, t, self.text[prompts], self.sizes)
 
 
 @contextmanager

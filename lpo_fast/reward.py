@@ -8,38 +8,48 @@ enhancement): V_mid = null + g·(text − null). T is the prompt's pooled embedd
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lpo_fast import backbone
 from lpo_fast.backbone import Family, Text
-from lpo_fast.loss import guide
+from lpo_fast.kernels.reward_pool import reward_pool
+
+TIMESTEPS = 1000  # of training
 
 
-def pool(maps: Tensor) -> Tensor:
-    """Mean over H and W in fp32 or better: [B, C, H, W] → [B, C]."""
-    return maps.mean((2, 3), dtype=torch.promote_types(maps.dtype, torch.float32))
+def guidance_table(scale: Sequence[float]) -> Tensor:
+    """g of every training timestep, fp32 [1000]: ``scale``, spread evenly from t = 0 to 999 and interpolated linearly.
+
+    Guidance below 1 is none: g is at least 1.
+    """
+    at = np.linspace(0, TIMESTEPS - 1, len(scale))
+    return torch.from_numpy(np.interp(np.arange(TIMESTEPS), at, scale)).float().clamp(min=1)
 
 
 class LatentRewardModel(nn.Module):
     """Scores noisy latents. Parameters: denoiser (down and mid), text encoders, projections, logit_scale.
 
-    guidance_scale: g of the mid feature; at 1 or below the null pass is not run. multi_scale: pool every down block too.
+    guidance_scale: g of the mid feature, one number or several over the timesteps (``guidance_table``); where none is above
+    1 the null pass is not run. multi_scale: pool every down block too.
     multi_scale_cfg: guide the down features as well (SDXL leaves its first stage alone, as the official code does).
     sizes: SDXL's time ids [1, 6].
     """
 
     def __init__(self, family: Family, unet: nn.Module, text_encoders: Sequence[nn.Module],
                  visual_projection: Tensor, text_projection: Tensor | None, logit_scale: Tensor, *,
-                 multi_scale: bool = True, multi_scale_cfg: bool = False, guidance_scale: float = 7.5,
+                 multi_scale: bool = True, multi_scale_cfg: bool = False, guidance_scale: float | Sequence[float] = 7.5,
                  sizes: Tensor | None = None):
         super().__init__()
         self.family, self.unet, self.text_encoders = family, unet, nn.ModuleList(text_encoders)
         self.visual_projection = linear(visual_projection)
         self.text_projection = None if text_projection is None else linear(text_projection)
         self.logit_scale = nn.Parameter(torch.as_tensor(logit_scale, dtype=torch.float32))
-        self.multi_scale, self.multi_scale_cfg, self.guidance_scale = multi_scale, multi_scale_cfg, guidance_scale
+        self.multi_scale, self.multi_scale_cfg = multi_scale, multi_scale_cfg
+        self.guidance_scale = tuple(guidance_scale) if isinstance(guidance_scale, Sequence) else (guidance_scale,)
+        self.register_buffer("guidance", guidance_table(self.guidance_scale), persistent=False)
         self.register_buffer("sizes", sizes, persistent=False)
 
     def encode(self, ids: list[Tensor], null_ids: list[Tensor]) -> Text:
@@ -50,20 +60,12 @@ class LatentRewardModel(nn.Module):
 
     def image_features(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
         """V/|V| [B, P] of latents x [B, C, H, W] at timesteps t [B]; text: one prompt a latent."""
-        guided = self.guidance_scale > 1
-        if guided:
-            x, t, text = torch.cat([x, x]), torch.cat([t, t]), text.guided()
-        stages, mid = backbone.down_mid(self.unet, x, t, text, self.sizes)
-
-        def feature(maps: Tensor, guide_it: bool) -> Tensor:
-            if not guided:
-                return pool(maps)
-            null, with_text = maps.chunk(2)
-            return guide(pool(null), pool(with_text), self.guidance_scale) if guide_it else pool(with_text)
-
-        first_guided = 1 if self.family.time_ids else 0
-        down = [feature(maps, self.multi_scale_cfg and i >= first_guided) for i, maps in enumerate(stages)]
-        v = torch.cat([*(down if self.multi_scale else []), feature(mid, True)], -1)
+        guided = max(self.guidance_scale) > 1
+        passes = (torch.cat([x, x]), torch.cat([t, t]), text.guided()) if guided else (x, t, text)
+        stages, mid = backbone.down_mid(self.unet, *passes, self.sizes)
+        down, first_guided = stages if self.multi_scale else [], 1 if self.family.time_ids else 0
+        flags = [guided and self.multi_scale_cfg and i >= first_guided for i in range(len(down))]
+        v = reward_pool([*down, mid], [*flags, guided], t, self.guidance)
         return normalized(self.visual_projection, v)
 
     def text_features(self, text: Text) -> Tensor:

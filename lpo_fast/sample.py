@@ -4,18 +4,20 @@ Shapes are static and nothing is read back to the host inside a trajectory: ever
 which are valid. The trajectory goes on from a uniformly random candidate (arXiv 2502.01051, section 3.3).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lpo_fast import noise, schedule, select
-from lpo_fast.loss import guide
-from lpo_fast.schedule import SIGMA, Schedule
+from lpo_fast import noise
+from lpo_fast.kernels.ddim_candidates import ddim_candidates
+from lpo_fast.kernels.pair_select import pair_select
+from lpo_fast.noise import Counter
+from lpo_fast.schedule import Schedule
 
-Predict = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (x_t [B,C,H,W], t [B], prompts [B]) → null, text
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t [B,C,H,W], t [B], prompts [B]) → [2B,C,H,W], null pass first
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [N,C,H,W], t [N], prompts [N]) → scores [N]
 
 
@@ -47,18 +49,12 @@ class CounterNoise:
         """x_T, [B, C, H, W]."""
         return noise.normal(self.seed, self.epoch, self.prompts, noise.INITIAL, 1, self.shape)[0]
 
-    def normal(self, step: int, candidates: int) -> Tensor:
-        """z of the candidates, [K, B, C, H, W]."""
-        return noise.normal(self.seed, self.epoch, self.prompts, step, candidates, self.shape)
-
-    def choice(self, step: int, candidates: int) -> Tensor:
-        """The candidate to go on from, int64 [B]."""
-        return noise.integers(self.seed, self.epoch, self.prompts, step, candidates)
-
-
-def candidates(sched: Schedule, x_t: Tensor, model_output: Tensor, t: Tensor, z: Tensor) -> Tensor:
-    """x_p = mean + sigma·z for K candidates. x_t, model_output: [B, C, H, W]; t: [B]; z: [K, B, C, H, W]."""
-    return schedule.mean(sched, x_t, model_output, t) + sched.table[t, SIGMA][:, None, None, None] * z
+    def steps(self, count: int) -> Iterator[tuple[Counter, Counter]]:
+        """Of each denoising step, where the candidates' noise and the choice among them come from: one counter for both."""
+        device = self.prompts.device
+        run = torch.tensor([self.seed, self.epoch], device=device)
+        for step in torch.arange(count, device=device):
+            yield (Counter(run, step, self.prompts),) * 2
 
 
 @torch.no_grad()
@@ -70,20 +66,19 @@ def trajectory(predict: Predict, score: Score, sched: Schedule, gap: Tensor, dra
     candidate is drawn and no pair made; the trajectory ends before step ``stop`` if that is positive. All candidates
     are scored at the current step's t.
     """
-    x, rows = draw.initial(), torch.arange(len(prompts), device=prompts.device)
-    steps, all_scores = [], []
-    for step in range(stop if stop > 0 else len(sched.timesteps)):
+    x, steps, all_scores = draw.initial(), [], []
+    for step, (z, choice) in enumerate(draw.steps(stop if stop > 0 else len(sched.timesteps))):
         t = sched.timesteps[step].expand(len(prompts))
         k = num_candidates if step >= start else 1
-        x_p = candidates(sched, x, guide(*predict(x, t, prompts), guidance), t, draw.normal(step, k))
+        x_p = ddim_candidates(sched, x, predict(x, t, prompts), t, guidance=guidance, noise=z, candidates=k)
         if step < start:
             x = x_p[0]
             continue
         scores = score(x_p.flatten(0, 1), t.repeat(k), prompts.repeat(k)).view(k, -1)
-        pair = select.pairs(scores, gap[t])
-        steps.append(Pairs(x, x_p[pair.best, rows], x_p[pair.worst, rows], t, prompts, pair.valid))
+        pair = pair_select(scores, x_p, gap, t, choice)
+        steps.append(Pairs(x, pair.winner, pair.loser, t, prompts, pair.valid))
         all_scores.append(scores)
-        x = x_p[draw.choice(step, k), rows]
+        x = pair.next
     return Pairs(*(torch.cat(field) for field in zip(*steps, strict=True))), torch.stack(all_scores)
 
 
@@ -91,7 +86,7 @@ def trajectory(predict: Predict, score: Score, sched: Schedule, gap: Tensor, dra
 def generate(predict: Predict, sched: Schedule, draw: CounterNoise, prompts: Tensor, *, guidance: float) -> Tensor:
     """Denoise B prompts all the way without candidates: latents x_0 [B, C, H, W]."""
     x = draw.initial()
-    for step, timestep in enumerate(sched.timesteps):
+    for timestep, (z, _) in zip(sched.timesteps, draw.steps(len(sched.timesteps)), strict=True):
         t = timestep.expand(len(prompts))
-        x = candidates(sched, x, guide(*predict(x, t, prompts), guidance), t, draw.normal(step, 1))[0]
+        x = ddim_candidates(sched, x, predict(x, t, prompts), t, guidance=guidance, noise=z, candidates=1)[0]
     return x

@@ -13,21 +13,22 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lpo_fast import checkpoint, loss, noise, preflight, runs, sample, select, speed
+from lpo_fast import checkpoint, noise, preflight, runs, sample, select, speed
 from lpo_fast import policy as policies
 from lpo_fast.config import LPO
-from lpo_fast.loss import StepDPO
+from lpo_fast.kernels.pair_loss import pair_loss
+from lpo_fast.loss import METRICS, StepDPO
 from lpo_fast.policy import Policy, trainable
 from lpo_fast.sample import CounterNoise, Pairs, Score
 from lpo_fast.schedule import Schedule
 
 
-def pair_loss(policy: Policy, sched: Schedule, pairs: Pairs, weight: Tensor, *, guidance: float, beta: float,
-              eps: float) -> StepDPO:
+def evaluate(policy: Policy, sched: Schedule, pairs: Pairs, weight: Tensor, *, guidance: float, beta: float,
+             eps: float) -> StepDPO:
     """One policy and one reference evaluation serve both members of each pair. weight: [N], see ``loss.step_dpo``."""
     at = pairs.x_t, pairs.t, pairs.prompt
-    return loss.step_dpo(sched, pairs.x_t, pairs.winner, pairs.loser, pairs.t, policy.predict(*at),
-                         policy.reference(*at), guidance=guidance, beta=beta, eps=eps, weight=weight)
+    return pair_loss(sched, pairs.x_t, pairs.winner, pairs.loser, pairs.t, policy.predict(*at), policy.reference(*at),
+                     weight, guidance=guidance, beta=beta, eps=eps)
 
 
 def padded(pairs: Pairs, size: int) -> Pairs:
@@ -40,24 +41,20 @@ def padded(pairs: Pairs, size: int) -> Pairs:
 def train_step(policy: Policy, sched: Schedule, pairs: Pairs, optimizer: torch.optim.Optimizer,
                scaler: torch.amp.GradScaler, config: LPO) -> dict[str, float]:
     """One optimizer step on up to train_batch_size · accumulate pairs; its metrics, official names first."""
-    total, parts = len(pairs.t), []
+    total, metrics = len(pairs.t), 0
     for first in range(0, total, config.train_batch_size):
         micro = padded(pairs.take(slice(first, first + config.train_batch_size)), config.train_batch_size)
-        out = pair_loss(policy, sched, micro, micro.valid / total, guidance=config.guidance_scale,
-                        beta=config.beta, eps=config.clip_eps)
+        out = evaluate(policy, sched, micro, micro.valid / total, guidance=config.guidance_scale, beta=config.beta,
+                       eps=config.clip_eps)
         scaler.scale(out.loss).backward()
-        parts.append([field.detach()[micro.valid] for field in out[1:]])
+        metrics = metrics + out.totals
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(trainable(policy.unet), config.max_grad_norm)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    losses, win, lose, *densities = (torch.cat(field) for field in zip(*parts, strict=True))
-    means = [losses, win, lose, *(d.exp() for d in densities), (win > lose).float(), win - lose]
-    names = ("train_loss", "train_ratio_win", "train_ratio_lose", "train_win_prob_policy", "train_win_prob_ref",
-             "train_lose_prob_policy", "train_lose_prob_ref", "implicit_acc", "train_margin")
-    values = torch.stack([*(m.mean() for m in means), grad_norm]).tolist()
-    return dict(zip((*names, "grad_norm"), values, strict=True)) | {"lr": optimizer.param_groups[0]["lr"]}
+    values = torch.cat([metrics, grad_norm[None]]).tolist()
+    return dict(zip((*METRICS, "grad_norm"), values, strict=True)) | {"lr": optimizer.param_groups[0]["lr"]}
 
 
 def batch_metrics(pairs: Pairs, scores: Tensor) -> dict[str, object]:

@@ -40,7 +40,7 @@ def test_lrm_round_trip(tiny_sd: Path, tmp_path: Path, settings: dict) -> None:
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in lrm.state_dict().items())
     assert not again.training and not any(p.requires_grad for p in again.parameters())
     assert (again.guidance_scale, again.multi_scale, again.multi_scale_cfg) == (
-        settings.get("guidance_scale", 7.5), settings.get("multi_scale", True), settings.get("multi_scale_cfg", False))
+        (settings.get("guidance_scale", 7.5),), settings.get("multi_scale", True), settings.get("multi_scale_cfg", False))
     parts = {"unet", "text_encoder", "tokenizer", "state_dict.pt", "lrm.json"}
     assert {p.name for p in (tmp_path / "lrm").iterdir()} == parts
     other = checkpoint.load_lrm(tmp_path / "lrm", guidance_scale=9.0)  # what the directory records wins
@@ -101,7 +101,7 @@ def test_a_directory_without_settings_tokenizer_and_text_encoder(tiny_sd: Path, 
     torch.save(heads | {"logit_scale": 2.6592}, folder / "state_dict.pt")  # a float is one of the official forms
     lrm = checkpoint.load_lrm(folder, tiny_sd, guidance_scale=7.5)
     assert torch.allclose(scores(lrm, tiny_sd), scores(checkpoint.load_lrm(tiny_lrm), tiny_lrm), rtol=1e-5)
-    assert checkpoint.load_lrm(folder, tiny_sd, guidance_scale=2.0).guidance_scale == 2.0
+    assert checkpoint.load_lrm(folder, tiny_sd, guidance_scale=2.0).guidance_scale == (2.0,)
 
 
 def test_text_encoder_of_the_lrm_goes_before_the_base(tiny_sd: Path, tiny_lrm: Path, copied) -> None:

@@ -136,7 +136,7 @@ BAD_NUMBERS = [
     ("guidance_scale", -1.0), ("alpha", -1.0), ("threshold_min", -0.1), ("eta", 0.0), ("beta", 0.0), ("clip_eps", 0.0),
     ("max_grad_norm", 0.0), ("adam_epsilon", 0.0), ("threshold_min", 1.0), ("threshold_max", 1.0), ("ema_decay", 1.0),
     ("adam_beta1", 1.0), ("adam_beta2", 1.0), ("rank", 0), ("learning_rate", float("nan")), ("eta", float("nan")),
-    ("beta", float("nan")), ("threshold_max", float("nan")), ("adam_beta1", -0.1), ("adam_beta2", -0.1),
+    ("beta", float("nan")), ("threshold_max", float("nan")), ("beta", float("inf")), ("adam_beta1", -0.1), ("adam_beta2", -0.1),
     ("ema_decay", -0.1),
 ]
 
@@ -170,7 +170,10 @@ def test_settings_that_only_look_wrong(lpo: LPO) -> None:
     ({"validate_steps": 0}, "--validate-steps", "below 1"), ({"seed": -1}, "--seed", "below 0"),
     ({"resolution": -1}, "--resolution", "below 0"), ({"warmup_steps": -1}, "--warmup-steps", "below 0"),
     ({"weight_decay": -1.0}, "--weight-decay", "below 0"), ({"num_workers": -1}, "--num-workers", "below 0"),
-    ({"guidance_scale": -1.0}, "--guidance-scale", "below 0"), ({"learning_rate": -1.0}, "--learning-rate", "below 0"),
+    ({"guidance_scale": (7.5, -1.0)}, "--guidance-scale", "at least 0"),
+    ({"guidance_scale": ()}, "--guidance-scale", "at least 0"),
+    ({"guidance_scale": (1.0, float("inf"))}, "--guidance-scale", "not a finite number"),
+    ({"learning_rate": -1.0}, "--learning-rate", "below 0"),
     ({"max_grad_norm": 0.0}, "--max-grad-norm", "not above 0"),
     ({"largest_timestep": 0}, "--largest-timestep", "not a training timestep"),
     ({"largest_timestep": 1000}, "--largest-timestep", "not a training timestep"),

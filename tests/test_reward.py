@@ -74,16 +74,18 @@ class World:
             return outputs[0].last_hidden_state, outputs[0].pooler_output
         return torch.cat([out.hidden_states[-2] for out in outputs], -1), outputs[1].text_embeds
 
-    def slow(self, *, multi_scale: bool, multi_scale_cfg: bool, guidance_scale: float) -> Tensor:
+    def slow(self, *, multi_scale: bool, multi_scale_cfg: bool, guidance_scale: float | tuple[float, float]) -> Tensor:
         """Scores by the definition, a latent and a branch at a time."""
         scores = []
         for i in range(PROMPTS):
             (down, mid), (null_down, null_mid) = self.residuals(i, i), self.residuals(i, PROMPTS)
-            if guidance_scale > 1:
-                mid = null_mid + guidance_scale * (mid - null_mid)
+            start, end = guidance_scale if isinstance(guidance_scale, tuple) else (guidance_scale,) * 2
+            g = start + (end - start) * self.t[i].item() / 999
+            if g > 1:
+                mid = null_mid + g * (mid - null_mid)
                 if multi_scale_cfg:
                     untouched = 1 if self.name == "sdxl" else 0
-                    down = [d if k < untouched else n + guidance_scale * (d - n)
+                    down = [d if k < untouched else n + g * (d - n)
                             for k, (d, n) in enumerate(zip(down, null_down, strict=True))]
             v = self.visual[multi_scale] @ torch.cat([*(down if multi_scale else []), mid])
             words = self.context(i)[1][0]
@@ -99,11 +101,11 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("multi_scale, multi_scale_cfg, guidance_scale", [
     (True, False, 7.5), (True, True, 7.5), (False, False, 7.5), (True, False, 1.0), (True, True, 0.5),
-    (False, False, 0.5),
+    (False, False, 0.5), (True, False, (1.5, 7.5)), (True, True, (0.0, 5.0)),
 ])
 @torch.no_grad()
 def test_score_equals_the_slow_statement(world: World, multi_scale: bool, multi_scale_cfg: bool,
-                                         guidance_scale: float) -> None:
+                                         guidance_scale: float | tuple[float, float]) -> None:
     settings = {"multi_scale": multi_scale, "multi_scale_cfg": multi_scale_cfg, "guidance_scale": guidance_scale}
     lrm = world.lrm(**settings)
     got = lrm.score(world.x, world.t, world.text(lrm))
@@ -155,10 +157,27 @@ def test_gradient_reaches_every_part(world: World) -> None:
     lrm.zero_grad(set_to_none=True)
 
 
-def test_pool_and_linear() -> None:
-    maps = torch.randn(2, 3, 4, 5)
-    assert torch.allclose(reward.pool(maps), maps.sum((2, 3)) / 20)
-    assert reward.pool(maps.bfloat16()).dtype == torch.float32 and reward.pool(maps.double()).dtype == torch.float64
+def test_guidance_of_every_timestep() -> None:
+    table = reward.guidance_table((2.0, 11.99, 0.5))
+    assert table.shape == (1000,) and table.dtype == torch.float32 and table[0] == 2 and table[999] == 1
+    for t in (1, 250, 499):  # the middle number is at 499.5
+        assert math.isclose(table[t], 2 + 9.99 * t / 499.5, rel_tol=1e-6)
+    for t in (500, 700, 940):
+        assert math.isclose(table[t], 11.99 - 11.49 * (t - 499.5) / 499.5, rel_tol=1e-6)
+    assert torch.equal(reward.guidance_table([7.5]), torch.full((1000,), 7.5))
+    assert torch.equal(reward.guidance_table([0.0, 0.9]), torch.ones(1000))
+
+
+def test_the_null_pass_is_run_only_if_some_timestep_is_guided(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, down_mid = [], backbone.down_mid
+    monkeypatch.setattr(backbone, "down_mid", lambda unet, x, *rest: rows.append(len(x)) or down_mid(unet, x, *rest))
+    for scale in (7.5, (1.0, 1.5), 1.0, (0.0, 1.0), 0.5):
+        lrm = world.lrm(guidance_scale=scale)
+        lrm.score(world.x, world.t, world.text(lrm))
+    assert rows == [2 * PROMPTS, 2 * PROMPTS, PROMPTS, PROMPTS, PROMPTS]
+
+
+def test_linear() -> None:
     weight = torch.randn(3, 2, dtype=torch.float16)
     layer = reward.linear(weight)
     assert layer.bias is None and layer.weight.dtype == torch.float32 and torch.equal(layer.weight.half(), weight)
@@ -186,7 +205,7 @@ def test_predict_evaluates_both_branches(world: World) -> None:
     lrm = world.lrm()
     with torch.no_grad():
         text = world.text(lrm)
-        null, with_text = backbone.predict(world.unet, world.x, world.t, text, lrm.sizes)
+        null, with_text = backbone.predict(world.unet, world.x, world.t, text, lrm.sizes).chunk(2)
         for i in range(PROMPTS):
             for got, row in ((null[i], PROMPTS), (with_text[i], i)):
                 context, pooled = world.context(row)

@@ -181,7 +181,7 @@ def test_a_failed_save_leaves_the_lrm_before(tiny_sd: Path, tiny_lrm: Path, copi
         checkpoint.save_lrm(lrm, backbone.load_tokenizers(tiny_sd, SD), folder)
     assert {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
-    assert json.loads((folder / "lrm.json").read_text())["guidance_scale"] == 7.5
+    assert json.loads((folder / "lrm.json").read_text())["guidance_scale"] == [7.5]
 
 
 def test_replacing_keeps_the_old_directory_when_the_new_one_was_never_made(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The trajectory against a slow statement, one prompt at a time in float64, with a linear denoiser and scorer."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,11 +25,11 @@ class Fake:
         self.scored: list[Tensor] = []
 
     @staticmethod
-    def outputs(x: Tensor, t: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+    def outputs(x: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         t, prompts = (v.to(x.dtype)[:, None, None, None] for v in (t, prompts))
-        return 0.5 * x + 1e-4 * t, 0.6 * x - 0.05 * prompts
+        return torch.cat([0.5 * x + 1e-4 * t, 0.6 * x - 0.05 * prompts])
 
-    def predict(self, x: Tensor, t: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, x: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         assert len(x) == len(t) == len(prompts) and not torch.is_grad_enabled()
         self.predicted.append(t)
         return self.outputs(x, t, prompts)
@@ -65,7 +66,7 @@ def slow(prompt: int, steps: int = 6, k: int = 4, threshold: float = 0.9, start:
     rows = []
     for step, t in enumerate(times[:stop or None]):
         p, sigma = max(t - 1000 // steps, 0), deviations[step]
-        null, text = (m[0] for m in fake.outputs(x[None], torch.tensor([t]), item))
+        null, text = fake.outputs(x[None], torch.tensor([t]), item)
         e = null + GUIDANCE * (text - null)
         x0 = (x - math.sqrt(1 - a[t]) * e) / math.sqrt(a[t])
         mean = math.sqrt(a[p]) * x0 + math.sqrt(1 - a[p] - sigma**2) * e
@@ -124,17 +125,20 @@ def test_winner_and_loser_have_the_extreme_scores() -> None:
 def test_goes_on_from_the_drawn_candidate() -> None:
     """The best, the worst, the first and others are all gone on from, as the draw says."""
     class Draw(sample.CounterNoise):
-        def choice(self, step: int, candidates: int) -> Tensor:
-            return torch.tensor([step % candidates, (step + 1) % candidates])
+        def steps(self, count: int) -> Iterator[tuple[noise.Counter, Tensor]]:
+            for step, (counter, _) in enumerate(super().steps(count)):
+                yield counter, torch.tensor([step % 3, (step + 1) % 3])
     fake, sched, index = Fake(), schedule.from_config(CONFIG, 6), torch.tensor([0, 1])
     draw = Draw(SEED, EPOCH, index, SHAPE)
     pairs, _ = sample.trajectory(fake.predict, fake.score, sched, torch.zeros(1000), draw, index, guidance=GUIDANCE,
                                  num_candidates=3)
     x_t, t = pairs.x_t.view(6, 2, *SHAPE), pairs.t.view(6, 2)
-    for step in range(5):
-        null, text = fake.outputs(x_t[step], t[step], index)
-        x_p = sample.candidates(sched, x_t[step], null + GUIDANCE * (text - null), t[step], draw.normal(step, 3))
-        assert torch.allclose(x_t[step + 1], x_p[draw.choice(step, 3), torch.arange(2)], atol=1e-5)
+    for step, (_, choice) in zip(range(5), draw.steps(5), strict=True):
+        null, text = fake.outputs(x_t[step], t[step], index).chunk(2)
+        z = noise.normal(SEED, EPOCH, index, step, 3, SHAPE)
+        sigma = sched.table[t[step], schedule.SIGMA][:, None, None, None]
+        x_p = schedule.mean(sched, x_t[step], null + GUIDANCE * (text - null), t[step]) + sigma * z
+        assert torch.allclose(x_t[step + 1], x_p[choice, torch.arange(2)], atol=1e-5)
 
 
 def test_calls() -> None:

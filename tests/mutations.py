@@ -163,7 +163,7 @@ MUTATIONS: list[Mutation] = [
     *of("noise.py", "test_noise.py",
         ("nine rounds", "for _ in range(10):", "for _ in range(9):"),
         ("key is not advanced", "k0 + 0x9E3779B9 & _MASK", "k0"),
-        ("epoch is ignored", "torch.full_like(element, epoch & _MASK)", "torch.zeros_like(element)"),
+        ("epoch is ignored", "& _MASK, epoch & _MASK)", "& _MASK, 0)"),
         ("item is ignored", "items[None, :, None] & _MASK", "items[None, :, None] * 0"),
         ("candidates share noise", "(step << 16 | candidates)", "(step << 16 | candidates * 0)"),
         ("sine for both normals", "[radius * angle.cos(), radius * angle.sin()]",

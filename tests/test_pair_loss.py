@@ -172,6 +172,14 @@ def test_before_the_first_update_the_ratio_is_exactly_one() -> None:
     assert (grad.double() - torch.cat([-4 * expected, 5 * expected])).abs().max() < limit
 
 
+def test_what_nearly_cancels_is_subtracted_first() -> None:
+    """Outputs that differ in their last bits: Δ is right to rounding of itself, not of the outputs."""
+    sched, b, beta = schedules("epsilon"), batch((8, 4, 7, 7), apart=1e-6), 1e7
+    exact = pair_loss_reference(replace(sched, table=sched.table.double()), *b.double(), guidance=5.0, beta=beta, eps=0.5)
+    out = pair_loss(sched, *b, guidance=5.0, beta=beta, eps=0.5)
+    assert_close("pair loss", out.pair_loss, exact.pair_loss, 1 + beta * sizes(sched, b, 5.0)["ratio"].sum(0), 4 * 7 * 7)
+
+
 def test_metrics_are_weighted_sums() -> None:
     sched, b = schedules("v_prediction"), batch((6, 4, 7, 7), apart=3e-2, output=0.3)
     out = pair_loss(sched, *b, **SETTINGS)

@@ -34,7 +34,8 @@ def test_step_equals_diffusers(kind: str, clip: float | None, steps: int, eta: f
     assert len(checked) >= steps - 1
     for t in checked[:: max(len(checked) // 40, 1)]:
         expected = reference.step(out, t, x, eta=eta, variance_noise=z).prev_sample
-        got = ddim_candidates(sched, x, torch.cat([out, out]), torch.tensor([t, t]), guidance=1.0, noise=z[None], candidates=1)[0]
+        outputs, at = torch.cat([out, out]), torch.tensor([t, t])
+        got = ddim_candidates(sched, x, outputs, at, guidance=1.0, noise=z[None], candidates=1)[0]
         assert torch.allclose(got, expected, rtol=1e-10, atol=1e-10), t
 
 

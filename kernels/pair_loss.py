@@ -20,7 +20,7 @@ from lpo_fast.loss import HALF_LOG_2PI, METRICS, StepDPO
 from lpo_fast.schedule import Schedule
 
 BLOCK = 1024  # elements of a program; not yet measured on a GPU
-SUMMED = 1024  # partial sums that the last program takes at a time; not yet measured on a GPU
+SUMMED = 256  # partial sums that the last program takes at a time; not yet measured on a GPU
 SUMS, VALUES = 6, 9  # partial sums a program; values a pair: the seven of StepDPO and both log ratios before the clamp
 
 
@@ -63,9 +63,9 @@ def _clipped(x, low, high):
 @jit
 def _forward_kernel(table_ptr, x_ptr, winner_ptr, loser_ptr, t_ptr, policy_ptr, reference_ptr, weight_ptr, partial_ptr,
                     count_ptr, values_ptr, totals_ptr, loss_ptr, pairs, guidance, beta, low, high, clip,
-                    HALF_LOG_2PI: tl.constexpr, C: tl.constexpr, HW: tl.constexpr, LAST: tl.constexpr, CLIP: tl.constexpr,
-                    SUMS: tl.constexpr, SPLITS: tl.constexpr, SPLITS_2: tl.constexpr, PAIRS_2: tl.constexpr,
-                    BLOCK: tl.constexpr):
+                    HALF_LOG_2PI: tl.constexpr, METRICS: tl.constexpr, C: tl.constexpr, HW: tl.constexpr, LAST: tl.constexpr,
+                    CLIP: tl.constexpr, SUMS: tl.constexpr, SPLITS: tl.constexpr, SPLITS_2: tl.constexpr,
+                    PAIRS_2: tl.constexpr, BLOCK: tl.constexpr):
     # A program: the sums of one block of one pair. The last to finish adds them up, in an order that never changes.
     n, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     element = split * BLOCK + tl.arange(0, BLOCK)
@@ -130,7 +130,7 @@ def _forward_kernel(table_ptr, x_ptr, winner_ptr, loser_ptr, t_ptr, policy_ptr, 
                        (win > lose).to(tl.float64), win - lose)
             for k in tl.static_range(len(metrics)):
                 totals += tl.where(lane == k, tl.sum(tl.where(real, weight * metrics[k], 0.0), 0), 0.0)
-        tl.store(totals_ptr + lane, totals.to(tl.float32), mask=lane < len(metrics))
+        tl.store(totals_ptr + lane, totals.to(tl.float32), mask=lane < METRICS)
         tl.store(loss_ptr + lane, totals.to(tl.float32), mask=lane < 1)
 
 
@@ -201,8 +201,9 @@ def _op(table: Tensor, x_t: Tensor, winner: Tensor, loser: Tensor, t: Tensor, po
     splits_2 = power_of_2(splits)
     partial, count = torch.empty(pairs, splits, SUMS, device=t.device), torch.zeros(1, dtype=torch.int32, device=t.device)
     launch(_forward_kernel, (pairs, splits), table, x_t, winner, loser, t, policy, reference, weight, partial, count, values,
-           totals, value, pairs, guidance, beta, *_bounds(eps), clip, HALF_LOG_2PI=HALF_LOG_2PI, SUMS=SUMS, SPLITS=splits,
-           SPLITS_2=splits_2, PAIRS_2=min(power_of_2(pairs), max(SUMMED // splits_2, 1)), **_settings(policy, clip))
+           totals, value, pairs, guidance, beta, *_bounds(eps), clip, HALF_LOG_2PI=HALF_LOG_2PI, METRICS=len(METRICS),
+           SUMS=SUMS, SPLITS=splits, SPLITS_2=splits_2, PAIRS_2=min(power_of_2(pairs), max(SUMMED // splits_2, 1)),
+           **_settings(policy, clip))
     return value, totals, values
 
 

@@ -79,7 +79,18 @@ def sizes(sched: Schedule, b: Batch, guidance: float, cast: bool = False) -> dic
     slope = sqrt_a_p * x0_m + direction * e_m
     x = b.x_t.double().abs()
     mean, mean_ref = (sqrt_a_p * (x0_x * x + x0_m * k) + direction * (e_x * x + e_m * k) for k in (m, m_ref))
-    apart = slope * (m + m_ref if cast or sched.clip is not None else output(b.policy.detach().double() - b.reference.double()))
+    apart = slope * (m + m_ref if cast else output(b.policy.detach().double() - b.reference.double()))
+    if sched.clip is not None:  # where exactly one x0 is clipped, or rounding decides whether, x0 − x0_ref is rounded
+        sides = []
+        for outputs, k in ((b.policy, m), (b.reference, m_ref)):
+            null, text = outputs.detach().double().chunk(2)
+            signed = sched.table.double()[b.t].T[..., None, None, None]
+            x0, rounding = signed[0] * b.x_t + signed[1] * (null + guidance * (text - null)), 8 * EPS * (x0_x * x + x0_m * k)
+            sides.append(torch.where(x0 > sched.clip + rounding, 1, torch.where(x0 < -sched.clip - rounding, -1, 0)))
+            sides.append(torch.where(x0 > sched.clip - rounding, 1, torch.where(x0 < -sched.clip + rounding, -1, 0)))
+        same = (sides[0] == sides[1]) & (sides[1] == sides[2]) & (sides[2] == sides[3])
+        apart = apart + torch.where(same, 0.0, sqrt_a_p * (2 * x0_x * x + x0_m * (m + m_ref)))
+    apart = apart + torch.finfo(torch.float64).eps / EPS * (mean + mean_ref)  # the definition, in fp64, subtracts these
     away = torch.stack([x_p.double().abs() + mean + mean_ref for x_p in (b.winner, b.loser)])
     ratio = (apart * 2 * away).flatten(2).mean(2) / (2 * sigma.flatten() ** 2)
     return {"away": away, "ratio": ratio, "slope": slope, "density": away.square().flatten(2).mean(2) / sigma.flatten() ** 2}

@@ -96,6 +96,8 @@ class LPO:
     """Export an exponential moving average of the trained weights; 0: export the weights."""
     mixed_precision: Precision = "auto"
     """Precision of the networks; auto: fp16 on CUDA, fp32 on a CPU."""
+    fused_norms: bool = False
+    """GroupNorm fused with what stands around it, in channels-last networks; no gain is measured yet."""
 
     save_epochs: int = 1
     """Epochs between checkpoints."""
@@ -189,6 +191,8 @@ class LRM:
     """Weight of the batch loss in `both`."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """Precision of the networks; auto: bf16 on CUDA, fp32 on a CPU."""
+    fused_norms: bool = False
+    """GroupNorm fused with what stands around it, in channels-last networks; no gain is measured yet."""
 
     validate_steps: int = 100
     """Steps between validations and saved states; the best checkpoint is what is handed on."""

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lpo_fast import backbone, checkpoint, runs, sample, schedule, speed
+from lpo_fast import backbone, checkpoint, runs, sample, schedule, speed, surgery
 from lpo_fast.backbone import Text
 from lpo_fast.config import LPO
 from lpo_fast.sample import CounterNoise, Predict, Score
@@ -67,6 +67,8 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
     model = Path(config.model)
     precision = speed.precision(config.mixed_precision, "fp16")
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").to(device).eval()
+    if config.fused_norms:
+        surgery.fuse_norms(unet)
     family = backbone.family_of(unet.config)
     encoders = [e.to(device).eval() for e in backbone.load_text(model, family)]
     tokenizers = backbone.load_tokenizers(model, family)
@@ -93,6 +95,8 @@ def load_score(config: LPO, prompts: list[str], device: torch.device) -> Score:
     """The LRM as a function of latents, timesteps and prompt numbers; its text features are computed here, once."""
     path, base = Path(config.lrm), Path(config.lrm_base or config.model)
     lrm = checkpoint.load_lrm(path, base).to(device)
+    if config.fused_norms:
+        surgery.fuse_norms(lrm.unet)
     tokenizers = backbone.load_tokenizers(path if (path / "tokenizer").is_dir() else base, lrm.family)
     text = backbone.encode_prompts(lrm.family, tokenizers, list(lrm.text_encoders), prompts, zero_null=False)
     lrm.text_encoders = nn.ModuleList()  # never needed again

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from lpo_fast import backbone, checkpoint, loss, noise, preflight, runs, schedule, speed
+from lpo_fast import backbone, checkpoint, loss, noise, preflight, runs, schedule, speed, surgery
 from lpo_fast.backbone import Text
 from lpo_fast.config import LRM
 from lpo_fast.data import PairDataset, collate
@@ -134,6 +134,8 @@ def train(config: LRM) -> Path:
         multi_scale=config.multi_scale, multi_scale_cfg=config.multi_scale_cfg, guidance_scale=config.guidance_scale)
     lrm.to(device).train()
     lrm.text_encoders.requires_grad_(not config.freeze_text_encoder)
+    if config.fused_norms:
+        surgery.fuse_norms(lrm.unet)
     encoder = Encoder(model, lrm, config.seed, speed.precision(config.mixed_precision, "bf16"))
     resolution = config.resolution or encoder.resolution
     pairs = PairDataset(Path(config.pairs), resolution, keep)

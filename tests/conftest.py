@@ -51,6 +51,13 @@ def text_config(name: str, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
         "pad_token_id": tokenizer.pad_token_id})
 
 
+def two_stages(name: str, **changes) -> dict:
+    """Config of the first and the last stage of a denoiser, a layer each, for what the interpreter has to go through."""
+    config = CONFIGS[name] | changes
+    listed = {key: (values[0], values[-1]) for key, values in config.items() if isinstance(values, list | tuple)}
+    return config | listed | {"layers_per_block": 1, "sample_size": 8}
+
+
 def make_sd(folder: Path) -> Path:
     """A random Stable Diffusion 1.5 in miniature: 4×8×8 latents, 16×16 pictures, 16 tokens."""
     torch.manual_seed(0)

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import two_stages
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lpo_fast import backbone, checkpoint, config, launch, train_lpo, train_lrm
-from lpo_fast.shapes import PIPELINE, evaluate, world
+from lpo_fast.shapes import evaluate, world
 
 STEPS = 3
 
@@ -32,6 +34,15 @@ class Operators(TorchDispatchMode):
 
 def rows(run: Path, kind: str) -> list[dict]:
     return [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["kind"] == kind]
+
+
+@pytest.fixture
+def small(copied, tiny_sd: Path) -> Path:
+    """A model whose denoiser has two stages."""
+    folder = copied(tiny_sd)
+    torch.manual_seed(0)
+    UNet2DConditionModel(**two_stages("unet_sd15")).save_pretrained(folder / "unet")
+    return folder
 
 
 @pytest.fixture
@@ -65,27 +76,29 @@ def assert_rows_close(first: Path, second: Path, kind: str) -> None:
         assert a == pytest.approx(b, rel=2e-3, abs=1e-6)
 
 
-def test_lrm_loop(kernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pairs: Path) -> None:
-    settings = replace(config.shapes().lrm, model=str(PIPELINE), pairs=str(pairs), validation_pairs="", num_workers=0,
-                       out=str(tmp_path / "lrm"), batch_size=8, max_steps=STEPS, warmup_steps=0, learning_rate=1e-4,
-                       guidance_scale=(1.0, 7.5))
+def test_lrm_loop(kernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pairs: Path, small: Path) -> None:
+    settings = replace(config.shapes().lrm, model=str(small), pairs=str(pairs), validation_pairs="", num_workers=0,
+                       out=str(tmp_path / "lrm"), batch_size=2, max_steps=STEPS, warmup_steps=0, learning_rate=1e-4,
+                       guidance_scale=(1.0, 7.5), fused_norms=True)
     references, ours, called = both(monkeypatch, train_lrm.train, settings)
-    assert called == {"reward_pool", "reward_pool_backward"}
+    assert called == {"reward_pool", "reward_pool_backward", "group_norm_silu", "group_norm_silu_backward"}
     assert_rows_close(references, ours, "train")
     first, second = (checkpoint.load_lrm(run / train_lrm.FINAL).state_dict() for run in (references, ours))
-    start = checkpoint.new_lrm(PIPELINE, generator=torch.Generator().manual_seed(settings.seed)).state_dict()
+    start = checkpoint.new_lrm(small, generator=torch.Generator().manual_seed(settings.seed)).state_dict()
     assert distance(second, first, start) < 2e-3 * distance(first, start, start)
 
 
-def test_lpo_loop(kernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    lrm = checkpoint.new_lrm(PIPELINE, generator=torch.Generator().manual_seed(0))
-    checkpoint.save_lrm(lrm, backbone.load_tokenizers(PIPELINE, lrm.family), tmp_path / "lrm")
-    (tmp_path / "prompts.json").write_text(json.dumps(world.captions(held_out=False)[:6]))
-    settings = replace(config.shapes().lpo, model=str(PIPELINE), lrm=str(tmp_path / "lrm"), pictures=0, max_batches=0,
-                       prompts=str(tmp_path / "prompts.json"), out=str(tmp_path / "run"), batch_size=3, num_steps=4,
-                       train_batch_size=5, threshold_min=0.0, threshold_max=0.001, mixed_precision="no", learning_rate=1e-4)
+def test_lpo_loop(kernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small: Path) -> None:
+    lrm = checkpoint.new_lrm(small, generator=torch.Generator().manual_seed(0))
+    checkpoint.save_lrm(lrm, backbone.load_tokenizers(small, lrm.family), tmp_path / "lrm")
+    (tmp_path / "prompts.json").write_text(json.dumps(world.captions(held_out=False)[:4]))
+    settings = replace(config.shapes().lpo, model=str(small), lrm=str(tmp_path / "lrm"), pictures=0, max_batches=0,
+                       prompts=str(tmp_path / "prompts.json"), out=str(tmp_path / "run"), batch_size=2, num_steps=2,
+                       num_candidates=3, train_batch_size=2, threshold_min=0.0, threshold_max=0.001,
+                       mixed_precision="no", learning_rate=1e-4, fused_norms=True)
     references, ours, called = both(monkeypatch, train_lpo.train, settings)
-    assert called == {"reward_pool", "pair_loss", "pair_loss_backward", "ddim_candidates", "pair_select"}
+    assert called == {"reward_pool", "pair_loss", "pair_loss_backward", "ddim_candidates", "pair_select", "group_norm_silu",
+                      "group_norm_silu_backward"}
     assert_rows_close(references, ours, "train")
     first, second = (load_file(run / "pytorch_lora_weights.safetensors") for run in (references, ours))
     start = {name: 0 * weight for name, weight in first.items() if "lora_B" in name or "lora.up" in name}

@@ -1,7 +1,8 @@
 """python -m lpo_fast.doctor [--golden DIR]: what this machine can do, and whether this code computes the method.
 
-Prints versions, devices, attention and 8-bit support; with --golden it checks every file of a directory of golden vectors
-(see golden.py) and exits with 1 if any check fails.
+Prints versions, devices, attention and 8-bit support. On a GPU it runs every kernel against its reference at production's
+sizes, with the error and the rate; with --golden it checks every file of a directory of golden vectors (see golden.py).
+Exits with 1 if any check fails.
 """
 
 import argparse
@@ -11,8 +12,10 @@ from pathlib import Path
 import torch
 from diffusers.utils import is_xformers_available
 
-from lpo_fast import golden, runs, speed
+from lpo_fast import golden, launch, runs, speed
 from lpo_fast.errors import InputError
+from lpo_fast.launch import triton
+from lpo_fast.operators import OPERATORS, Operator, error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,9 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{'device':>13}  {here['gpu'] or 'CPU only'} ({here['cores']} cores)")
     for line in attention(), eight_bit():
         print(line)
-    if arguments.golden is None:
-        return 0
-    return 1 if golden.check(arguments.golden) else 0
+    failures = kernels()
+    if arguments.golden is not None:
+        failures += golden.check(arguments.golden)
+    return 1 if failures else 0
 
 
 def attention() -> str:
@@ -52,6 +56,51 @@ def eight_bit() -> str:
     except (InputError, RuntimeError, OSError) as problem:
         state = f"does not run ({problem})"
     return f"{'8-bit AdamW':>13}  {state}"
+
+
+def kernels() -> int:
+    """Run every kernel and print a line for each pass: error, time, rate. The number of those that failed.
+
+    Under Triton's interpreter sizes are small and there is no time.
+    """
+    cuda = torch.cuda.is_available()
+    if not cuda and not launch.INTERPRETED:
+        print(f"{'kernels':>13}  need CUDA, the references run here (TRITON_INTERPRET=1 interprets them, for tests)")
+        return 0
+    failures, copy = 0, copy_rate() if cuda else None
+    print(f"{'kernels':>13}  against their references in float64" + (f"; copying runs at {copy:.0f} GB/s" if cuda else ""))
+    for operator in OPERATORS.values():
+        for size, settings in (operator.sizes if cuda else operator.small).items():
+            for backward in (False, True) if operator.differentiable else (False,):
+                try:
+                    report = kernel(operator, settings, backward, copy)
+                except (AssertionError, RuntimeError) as problem:
+                    failures, report = failures + 1, f"FAILED: {str(problem).splitlines()[0]}"
+                print(f"{operator.name:>16}  {size:<10}  {'backward' if backward else 'forward':<8}  {report}", flush=True)
+    return failures
+
+
+def kernel(operator: Operator, settings: dict, backward: bool, copy: float | None) -> str:
+    """Error of one pass and, where copying runs at ``copy`` GB/s, its median time and rate.
+
+    Raises AssertionError if the result is wrong, RuntimeError if the kernel does not run.
+    """
+    torch.manual_seed(0)
+    arguments = operator.inputs(speed.device(), **settings)
+    call, = operator.calls(operator.kernel, [arguments], backward)
+    report = f"error {error(operator.name, call(), operator.truth(arguments, backward)):.1e}"
+    if copy is not None:
+        milliseconds = triton.testing.do_bench(call, return_mode="median")
+        rate = operator.moved(arguments, backward) / milliseconds / 1e6
+        report += f"  {milliseconds * 1e3:7.1f} µs  {rate:5.0f} GB/s  {rate / copy:4.0%} of copying"
+    return report
+
+
+def copy_rate() -> float:
+    """GB read and written a second by a copy within the GPU."""
+    source = torch.zeros(2**28, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / triton.testing.do_bench(lambda: target.copy_(source), return_mode="median") / 1e6
 
 
 if __name__ == "__main__":

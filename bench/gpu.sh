@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# bench/gpu.sh [STAGE ...]: everything that wants a GPU, in stages of at most 8 minutes; without one a dry run on the CPU.
+#
+# Stages: test_<op> and bench_<op> of every kernel, test_launch, doctor. All by default, less those that an earlier call has
+# finished (build/gpu/; remove it to begin again). Logs and the benchmarks' rows go to $OUT (bench/results) as they come,
+# beside the rows that bench/results has already. PYTHON: the interpreter; .site/ may hold packages that it lacks. COMMIT:
+# what is measured, where there is no git. Exit status 1 if a stage fails.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${OUT:-bench/results} python=${PYTHON:-python3} state=build/gpu
+export PYTHONPATH=$PWD/.site:$PWD${PYTHONPATH:+:$PYTHONPATH}
+mkdir -p "$out" "$state"
+[ "$out" -ef bench/results ] || cp -n bench/results/*.json "$out" 2>/dev/null
+
+stages=("$@")
+if [ $# -eq 0 ]; then
+    for file in lpo_fast/launch.py kernels/*.py; do stages+=("test_$(basename "$file" .py)"); done
+    stages+=(doctor)
+    for file in bench/bench_*.py; do stages+=("$(basename "$file" .py)"); done
+fi
+failed=()
+for stage in "${stages[@]}"; do
+    if [ $# -eq 0 ] && [ -e "$state/$stage" ]; then continue; fi
+    pytest=(pytest -q --disable-warnings -p no:cacheprovider)
+    case $stage in
+        test_*) command=("${pytest[@]}" "tests/$stage.py") ;;
+        bench_*) command=("${pytest[@]}" "bench/$stage.py" --benchmark-only --results "$out") ;;
+        doctor) command=(lpo_fast.doctor --golden tests/golden) ;;
+        *) echo "no such stage: $stage"; exit 2 ;;
+    esac
+    echo "== $stage"
+    start=$SECONDS
+    if timeout 480 "$python" -m "${command[@]}" 2>&1 | tee "$out/gpu-$stage.txt"; then touch "$state/$stage"; else failed+=("$stage"); fi
+    echo "== $stage: $((SECONDS - start)) s"
+done
+[ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

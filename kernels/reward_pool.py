@@ -129,7 +129,8 @@ def _op(maps: Sequence[Tensor], guided: Sequence[bool], t: Tensor, guidance: Ten
     out = torch.empty(batch, sum(stage.shape[1] for stage in maps), device=t.device)
     if batch:
         sizes, programs, width = _sizes(maps, guided, batch, forward=True)
-        launch(_forward_kernel, (batch, programs), tuple(maps), t, guidance, out, batch, sizes=sizes, WIDTH=width, warps=WARPS)
+        launch(_forward_kernel, (batch, programs), tuple(maps), t.contiguous(), guidance.contiguous(), out, batch, sizes=sizes,
+               WIDTH=width, warps=WARPS)
     return out
 
 
@@ -143,8 +144,8 @@ def _op_backward(grad: Tensor, maps: Sequence[Tensor], guided: Sequence[bool], t
     batch, grads = len(t), [torch.empty_like(dense(stage)) for stage in maps]
     if batch:
         sizes, programs, width = _sizes(grads, guided, batch, forward=False)
-        launch(_backward_kernel, (len(maps[0]), programs), grad.contiguous(), t, guidance, tuple(grads), batch,
-               sizes=sizes, WIDTH=width, warps=WARPS)
+        launch(_backward_kernel, (len(maps[0]), programs), grad.contiguous(), t.contiguous(), guidance.contiguous(),
+               tuple(grads), batch, sizes=sizes, WIDTH=width, warps=WARPS)
     return grads
 
 

@@ -7,7 +7,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: demo test lint mutations
+.PHONY: demo test lint aot mutations
 demo: $(VENV)/.done
 	$(VENV)/bin/python -m lpo_fast.train demo
 
@@ -16,6 +16,9 @@ test: $(VENV)/.done
 
 lint: $(VENV)/.done
 	$(VENV)/bin/ruff check .
+
+aot: $(VENV)/.done
+	$(VENV)/bin/python bench/aot.py
 
 mutations: $(VENV)/.done
 	$(VENV)/bin/python tests/mutations.py

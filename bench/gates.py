@@ -69,7 +69,7 @@ def main() -> int:
         rows, failed = [], 0
         for shown, command in (
             ("python -m pytest " + " ".join(tests := [f"tests/test_{name}.py" for name in ("launch", *names)]),
-             ["-m", "pytest", "-q", "--disable-warnings", "-p", "no:cacheprovider", *tests]),
+             ["-m", "pytest", "--disable-warnings", "-p", "no:cacheprovider", *tests]),
             (f"python bench/aot.py --out {table.name}", ["bench/aot.py", "--out", str(table)]),
         ):
             status, closing = gate(command, environment)

@@ -21,7 +21,7 @@ fi
 failed=()
 for stage in "${stages[@]}"; do
     if [ $# -eq 0 ] && [ -e "$state/$stage" ]; then continue; fi
-    pytest=(pytest -q --disable-warnings -p no:cacheprovider)
+    pytest=(pytest --disable-warnings -p no:cacheprovider)
     case $stage in
         test_*) command=("${pytest[@]}" "tests/$stage.py") ;;
         bench_*) command=("${pytest[@]}" "bench/$stage.py" --benchmark-only --results "$out") ;;

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lpo_fast.launch import DTYPES, channels_last, dense, expect, expect_tensor, fused, jit, launch, power_of_2, tl
 
-WARPS, TILE = 16, 16384  # of a program; elements at once, 4 loads of 16 bytes a thread in fp16; not yet measured on a GPU
+WARPS, TILE = 4, 4096  # of a program; elements at once, 4 loads of 16 bytes a thread in fp16; not yet measured on a GPU
 CHUNK = 65536  # elements that one forward program reduces, at most if there are rows enough; not yet measured on a GPU
 
 
@@ -35,10 +35,10 @@ def reward_pool_reference(maps: Sequence[Tensor], guided: Sequence[bool], t: Ten
 
 
 @jit
-def _mean(rows, C: tl.constexpr, HW: tl.constexpr, LAST: tl.constexpr, c, CB: tl.constexpr, SB: tl.constexpr):
+def _mean(rows, end, C: tl.constexpr, HW: tl.constexpr, LAST: tl.constexpr, c, CB: tl.constexpr, SB: tl.constexpr):
     """Mean over HW of channels c [CB] of one picture. LAST: channels-last [HW, C], else [C, HW]."""
     total = tl.zeros([CB, SB], tl.float32)
-    for first in range(0, HW, SB):
+    for first in range(0, end, SB):
         s = first + tl.arange(0, SB)
         offset = s[None, :] * C + c[:, None] if LAST else c[:, None] * HW + s[None, :]
         total += tl.load(rows + offset, mask=(c < C)[:, None] & (s < HW)[None, :], other=0.0).to(tl.float32)
@@ -54,10 +54,11 @@ def _pool(stage, t_ptr, guidance_ptr, out_ptr, batch, b, block, size: tl.constex
     CB: tl.constexpr = size[5]
     SB: tl.constexpr = size[6]
     c = block * CB + tl.arange(0, CB)
-    feature = _mean(stage + (b + (size[4] - 1) * batch) * (C * HW), C, HW, LAST, c, CB, SB)
+    end = tl.minimum(batch, 1) * HW  # HW, unknown to the compiler, which would unroll the loop and spill
+    feature = _mean(stage + (b + (size[4] - 1) * batch) * (C * HW), end, C, HW, LAST, c, CB, SB)
     if size[3]:
         g = tl.load(guidance_ptr + tl.load(t_ptr + b))
-        null = _mean(stage + b * (C * HW), C, HW, LAST, c, CB, SB)
+        null = _mean(stage + b * (C * HW), end, C, HW, LAST, c, CB, SB)
         feature = null + g * (feature - null)
     tl.store(out_ptr + b * WIDTH + size[7] + c, feature, mask=c < C)
 

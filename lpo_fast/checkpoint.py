@@ -123,7 +123,7 @@ def read_heads(path: Path, channels: list[int]) -> dict:
 def load_lrm(path: Path, base: Path | None = None, **settings) -> LatentRewardModel:
     """An LRM directory, official or ours. ``base`` supplies the text encoders that an official one may lack.
 
-    Settings that the directory does not record (guidance_scale, multi_scale_cfg) are taken from ``settings``.
+    guidance_scale and multi_scale_cfg are those of ``settings``, or else those that the directory records.
     Raises InputError if weights are missing or widths do not fit.
     """
     unet = backbone.load_down_mid(path / "unet")
@@ -133,7 +133,7 @@ def load_lrm(path: Path, base: Path | None = None, **settings) -> LatentRewardMo
     text = heads["text_projection"]["weight"] if "text_projection" in heads else None
     recorded = json.loads((path / "lrm.json").read_text()) if (path / "lrm.json").is_file() else {}
     multi_scale = visual.shape[1] == sum(feature_widths(unet, True))
-    settings = {"guidance_scale": 7.5, **settings, **recorded, "multi_scale": multi_scale}
+    settings = {"guidance_scale": 7.5, **recorded, **settings, "multi_scale": multi_scale}
     lrm = LatentRewardModel(family, unet, backbone.load_text(base or path, family, path), visual, text,
                             heads["logit_scale"], sizes=size_conditions(base or path, family, unet), **settings)
     return lrm.requires_grad_(False).eval()
@@ -210,39 +210,39 @@ def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
             **_collate_lora_metadata({"unet": unet}))
 
 
-def read_lora(path: Path) -> tuple[dict[str, Tensor], float | None]:
+def read_lora(path: Path, key: str = "--lora") -> tuple[dict[str, Tensor], float | None]:
     """Adapter tensors (official names) and, where recorded, alpha of an official or diffusers LoRA file or its folder."""
     file = Path(path)
     if file.is_dir():
         file = next((file / n for n in (LORA_DIFFUSERS, LORA_OFFICIAL) if (file / n).is_file()), file)
     if not file.is_file():
         raise InputError(str(path), "no LoRA there", f"give {LORA_DIFFUSERS}, {LORA_OFFICIAL} or their folder",
-                         "--lora")
+                         key)
     if file.suffix != ".safetensors":
-        state = read_pickle(file, "--lora")
+        state = read_pickle(file, key)
         if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-            raise InputError(str(file), "holds something else than named tensors", f"use a {LORA_OFFICIAL}", "--lora")
+            raise InputError(str(file), "holds something else than named tensors", f"use a {LORA_OFFICIAL}", key)
         return state, None
-    tensors, metadata = read_safetensors(file, "--lora")
+    tensors, metadata = read_safetensors(file, key)
     alpha = json.loads(metadata.get("lora_adapter_metadata", "{}")).get("unet.lora_alpha")
     state = convert_unet_state_dict_to_peft(tensors)
     return {name.removeprefix("unet."): t for name, t in state.items() if not name.endswith(".alpha")}, alpha
 
 
-def load_lora(unet: UNet2DConditionModel, path: Path) -> None:
+def load_lora(unet: UNet2DConditionModel, path: Path, key: str = "--lora") -> None:
     """Put a LoRA's values into the attached adapter. Raises InputError unless names, shapes and alpha are the same."""
-    (state, alpha), own = read_lora(path), lora_state(unet)
+    (state, alpha), own = read_lora(path, key), lora_state(unet)
     attached = unet.peft_config["default"].lora_alpha
     if alpha is not None and alpha != attached:
         raise InputError(str(path), f"was trained with alpha {alpha:g}, this run uses {attached:g}",
-                         f"use --alpha {alpha:g}", "--lora")
+                         f"use --alpha {alpha:g}", key)
     wrong = sorted(n for n in state.keys() | own.keys()
                    if n not in own or n not in state or state[n].shape != own[n].shape)
     if wrong:
         name = wrong[0]
         shapes = [str(tuple(s[name].shape)) if name in s else "absent" for s in (state, own)]
         raise InputError(str(path), f"{len(wrong)} tensors differ from the adapter of this run, the first {name!r}: "
-                         f"{shapes[0]} in the file, {shapes[1]} wanted", "match --rank and --targets to the file", "--lora")
+                         f"{shapes[0]} in the file, {shapes[1]} wanted", "match --rank and --targets to the file", key)
     set_peft_model_state_dict(unet, state)
 
 

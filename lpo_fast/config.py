@@ -19,10 +19,18 @@ class LPO:
 
     model: str = ""
     """Stable Diffusion in diffusers layout: a local directory."""
+    vae: str = ""
+    """VAE of another directory or hub name (SDXL's fp16-fixed one, say); default: the model's."""
     lrm: str = ""
     """Latent reward model: a directory written by `lrm` or by the official code."""
     lrm_base: str = ""
     """Diffusers directory with what the LRM's directory lacks: tokenizer, a frozen text encoder (default: the model)."""
+    lrm_tokenizer: str = ""
+    """Directory of the LRM's tokenizer; default: the one in its own directory, or in its base."""
+    lrm_guidance: tuple[float, ...] = ()
+    """Guidance of the LRM's mid feature, as in LRM training; default: what its directory records, or 7.5."""
+    lrm_multi_scale_cfg: bool | None = None
+    """Guide the LRM's down features too; default: what its directory records, or not."""
     prompts: str = ""
     """Prompts: .json (strings, or objects with the caption key), .jsonl, .txt (a line each), .csv or .parquet."""
     caption_key: str = "caption"
@@ -31,6 +39,8 @@ class LPO:
     """Run directory."""
     resume: bool = False
     """Go on from the state in the run directory."""
+    resume_from: str = ""
+    """Start from a checkpoint_{epoch} directory (or the newest of a directory of them), official or ours, in a new run."""
     seed: int = 42
     """All randomness is a function of the seed, the epoch, the prompt, the step and the candidate."""
     epochs: int = 5
@@ -40,6 +50,10 @@ class LPO:
 
     batch_size: int = 5
     """Prompts a sampling batch."""
+    shuffle: bool = True
+    """A new order of the prompts each epoch."""
+    drop_last: bool = False
+    """Leave out an epoch's last prompt batch if it is smaller."""
     num_steps: int = 20
     """Denoising steps T."""
     eta: float = 1.0
@@ -78,6 +92,8 @@ class LPO:
     """DPO's inverse temperature."""
     clip_eps: float = 0.1
     """Ratios are clamped to 1 ± clip_eps."""
+    train_cfg: bool = True
+    """Guidance in training as in sampling; without it the text pass alone (guidance 1)."""
     learning_rate: float = 6e-5
     """Constant."""
     optimizer: Optimizer = "adamw"
@@ -98,24 +114,46 @@ class LPO:
     """Precision of the networks; auto: fp16 on CUDA, fp32 on a CPU."""
     fused_norms: bool = False
     """GroupNorm fused with what stands around it, in channels-last networks; no gain is measured yet."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """PyTorch's attention or xformers'."""
+    checkpointing: bool = False
+    """Activation checkpointing: less memory in training, about a third more time."""
+    tf32: bool = True
+    """TensorFloat-32 in what runs in fp32 on CUDA."""
 
     save_epochs: int = 1
     """Epochs between checkpoints."""
-    save_batches: int = 50
-    """Prompt batches between saved states (for --resume)."""
+    keep_checkpoints: int = 0
+    """Checkpoints kept, the newest; 0: all."""
+    save_steps: int = 50
+    """Optimizer steps between saved states (for --resume)."""
+    preempt_exit_code: int = 0
+    """Exit code after SIGTERM or SIGINT; 0: 128 + the signal's number."""
     pictures: int = 16
     """Prompts drawn before and after for the report."""
+    validation_prompts: tuple[str, ...] = ()
+    """Prompts drawn during training."""
+    validation_pictures: int = 2
+    """Pictures of each of them."""
+    validate_epochs: int = 1
+    """Epochs between such drawings."""
     log_with: str = ""
     """Tracker of accelerate: tensorboard, wandb, …"""
+    tracker_project: str = "lpo"
+    """The tracker's project."""
+    tracker_entity: str = ""
+    """The tracker's team (wandb)."""
+    run_name: str = ""
+    """The run's name in the tracker; default: the tracker's choice."""
 
     def check(self) -> None:
         """Raise InputError for a setting that cannot work."""
         _finite(self)
-        _at_least(self, 1, "epochs", "batch_size", "num_steps", "train_batch_size", "accumulate", "save_epochs",
-                  "save_batches")
+        _at_least(self, 1, "epochs", "batch_size", "num_steps", "train_batch_size", "accumulate", "save_epochs", "save_steps",
+                  "validation_pictures", "validate_epochs")
         _at_least(self, 2, "num_candidates")
         _at_least(self, 0, "max_batches", "start_step", "stop_step", "pictures", "seed", "weight_decay", "adam_beta1",
-                  "learning_rate", "guidance_scale", "alpha", "threshold_min", "ema_decay", "adam_beta2")
+                  "learning_rate", "guidance_scale", "alpha", "threshold_min", "ema_decay", "adam_beta2", "keep_checkpoints")
         _above(self, 0, "eta", "beta", "clip_eps", "max_grad_norm", "adam_epsilon")
         _below(self, 1, "threshold_min", "threshold_max", "ema_decay", "adam_beta1", "adam_beta2")
         if self.num_steps > 999:
@@ -127,6 +165,16 @@ class LPO:
             _refuse(self, "stop_step", f"beyond the {self.num_steps} steps", "use at most --num-steps")
         if self.start_step >= last:
             _refuse(self, "start_step", f"no step is left before step {last}", "use a smaller start")
+        if not 0 <= self.preempt_exit_code <= 255:
+            _refuse(self, "preempt_exit_code", "no exit code", "use 0 to 255")
+        if self.lrm_guidance and min(self.lrm_guidance) < 0:
+            _refuse(self, "lrm_guidance", "not numbers of at least 0", "use 7.5, or 1 for none")
+        if not all(prompt.strip() for prompt in self.validation_prompts):
+            _refuse(self, "validation_prompts", "one is blank", "drop it")
+        if self.resume and self.resume_from:
+            _refuse(self, "resume_from", "--resume goes on from the run directory", "drop one of the two")
+        if self.lora and self.resume_from:
+            _refuse(self, "resume_from", "--lora starts from other weights", "drop one of the two")
         if self.full and self.lora:
             _refuse(self, "lora", "full fine-tuning has no LoRA to start from", "drop --lora or --full")
         if not self.full:
@@ -200,6 +248,12 @@ class LRM:
     """Processes that decode pictures."""
     log_with: str = ""
     """Tracker of accelerate: tensorboard, wandb, …"""
+    tracker_project: str = "reward_model"
+    """The tracker's project."""
+    tracker_entity: str = ""
+    """The tracker's team (wandb)."""
+    run_name: str = ""
+    """The run's name in the tracker; default: the tracker's choice."""
 
     def check(self) -> None:
         """Raise InputError for a setting that cannot work."""

@@ -1,4 +1,4 @@
-"""The one kind of error that a user's input can cause: it names the key, the value and the remedy."""
+"""The errors that are told in a line: what a user's input can cause, and the end of another process."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
     def __init__(self, value: str, problem: str, remedy: str, key: str = ""):
         self.key, self.value, self.problem, self.remedy = key, value, problem, remedy
         super().__init__(f"{key + ' ' if key else ''}{value}: {problem}; {remedy}")
+
+
+class PeerError(RuntimeError):
+    """Another process ended while this one waited for it."""

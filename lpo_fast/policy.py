@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from lpo_fast import backbone, checkpoint, runs, sample, schedule, speed, surgery
 from lpo_fast.backbone import Text
@@ -69,6 +70,9 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").to(device).eval()
     if config.fused_norms:
         surgery.fuse_norms(unet)
+    speed.attention(unet, config.attention)
+    if config.checkpointing:
+        unet.enable_gradient_checkpointing()
     family = backbone.family_of(unet.config)
     encoders = [e.to(device).eval() for e in backbone.load_text(model, family)]
     tokenizers = backbone.load_tokenizers(model, family)
@@ -94,10 +98,14 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
 def load_score(config: LPO, prompts: list[str], device: torch.device) -> Score:
     """The LRM as a function of latents, timesteps and prompt numbers; its text features are computed here, once."""
     path, base = Path(config.lrm), Path(config.lrm_base or config.model)
-    lrm = checkpoint.load_lrm(path, base).to(device)
+    settings = {"guidance_scale": config.lrm_guidance or None, "multi_scale_cfg": config.lrm_multi_scale_cfg}
+    lrm = checkpoint.load_lrm(path, base, **{k: v for k, v in settings.items() if v is not None}).to(device)
     if config.fused_norms:
         surgery.fuse_norms(lrm.unet)
+    speed.attention(lrm.unet, config.attention)
     tokenizers = backbone.load_tokenizers(path if (path / "tokenizer").is_dir() else base, lrm.family)
+    if config.lrm_tokenizer:
+        tokenizers = [CLIPTokenizer.from_pretrained(config.lrm_tokenizer)] * len(tokenizers)
     text = backbone.encode_prompts(lrm.family, tokenizers, list(lrm.text_encoders), prompts, zero_null=False)
     lrm.text_encoders = nn.ModuleList()  # never needed again
     precision = speed.precision(config.mixed_precision, "fp16")

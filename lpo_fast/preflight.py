@@ -10,13 +10,14 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from diffusers import UNet2DConditionModel
 
-from lpo_fast import backbone, checkpoint, data
+from lpo_fast import backbone, checkpoint, data, outputs
 from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
 
 TRACKERS = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
 # Settings that a resumed run may change.
-MAY_CHANGE = {"out", "resume", "epochs", "max_batches", "save_epochs", "save_batches", "pictures", "log_with", "num_workers"}
+MAY_CHANGE = {"out", "resume", "epochs", "max_batches", "save_epochs", "save_steps", "keep_checkpoints",
+              "preempt_exit_code", "pictures", "log_with", "tracker_project", "tracker_entity", "run_name", "num_workers"}
 
 
 def lpo(config: LPO) -> list[str]:
@@ -32,6 +33,8 @@ def lpo(config: LPO) -> list[str]:
         targets(unet, config.targets)
     if config.lora:
         checkpoint.read_lora(Path(config.lora))
+    if config.resume_from:
+        outputs.find_checkpoint(Path(config.resume_from), config.full)
     directory(config)
     return prompts
 

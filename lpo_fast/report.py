@@ -210,20 +210,38 @@ def pictures(folder: Path) -> str:
         about = captions[i] if i < len(captions) and isinstance(captions[i], dict) else {}
         card = f'<figure><figcaption>{escape(str(about.get("caption", i)))}</figcaption><div class="pair">'
         for stage in ("before", "after"):
-            try:
-                image = Image.open(io.BytesIO((folder / f"{i:03d}_{stage}.png").read_bytes())).convert("RGB")
-            except (OSError, ValueError, SyntaxError):  # missing, or cut off while it was written
-                continue
-            image.thumbnail((EMBED, EMBED))
-            image.save(data := io.BytesIO(), "PNG")
-            card += (f'<span><img class="{"small" * (image.width <= SMALL)}" alt="{stage}" width="{image.width}" '
-                     f'src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">{stage} '
-                     f"{MARKS.get(str(about.get(f'{stage}_right')), '')}</span>")
+            image = embedded(folder / f"{i:03d}_{stage}.png", EMBED)
+            if image:
+                card += (f'<span>{image} alt="{stage}">{stage} '
+                         f"{MARKS.get(str(about.get(f'{stage}_right')), '')}</span>")
         cards.append(card + "</div></figure>")
     rest = f'<details><summary>{len(cards) - OPEN} more</summary><div class="pictures">{"".join(cards[OPEN:])}</div>'
     how = f"{len(cards)} of {len(numbers)} pairs, in order, same seeds. ✓: shows what its caption asks for."
     grid = section("Pictures before and after alignment", how, *cards[:OPEN], cls="pictures")
     return grid + (rest + "</details>" if len(cards) > OPEN else "")
+
+
+def embedded(file: Path, size: int) -> str:
+    """A picture as the start of an <img> tag, at most ``size`` pixels wide and high; "" if it is none."""
+    try:
+        image = Image.open(io.BytesIO(file.read_bytes())).convert("RGB")
+    except (OSError, ValueError, SyntaxError):  # missing, or cut off while it was written
+        return ""
+    image.thumbnail((size, size))
+    image.save(data := io.BytesIO(), "PNG")
+    return (f'<img class="{"small" * (image.width <= SMALL)}" width="{image.width}" '
+            f'src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"')
+
+
+def validation(folder: Path) -> str:
+    """The grids drawn during training, the first and the last few."""
+    files = sorted((int(p.stem.partition("_")[2]), p) for p in folder.glob("validation_*.png")
+                   if p.stem.partition("_")[2].isdecimal())
+    shown = files[:1] + files[1:][-3:]
+    grids = [f'<figure>{image} alt="epoch {epoch}"><figcaption>after epoch {epoch}</figcaption></figure>'
+             for epoch, file in shown if (image := embedded(file, 2 * EMBED))]
+    prompts = "; ".join(escape(str(prompt)) for prompt in parse(read(folder / "validation.json"), list))
+    return section("Validation pictures", f"A row a prompt, the same noise every time: {prompts}.", *grids)
 
 
 def lrm(train: list[dict], checks: list[dict]) -> str:
@@ -282,7 +300,8 @@ def write(run_dir: str | Path) -> Path:
         times["LPO, median prompt batch"] = f"{np.nanmedian(speed):.3g} prompts/s"
     about = (escape(d[key]) for d, key in ((config, "model"), (environment, "date")) if isinstance(d.get(key), str))
     body = [f'<h1>{name}</h1><p class="muted">{" · ".join(about)}</p>', headline(found, train, batches, checks),
-            pictures(run / "pictures"), lrm(of_kind(rows, "train", True), checks), lpo(train, batches)]
+            pictures(run / "pictures"), validation(run / "pictures"), lrm(of_kind(rows, "train", True), checks),
+            lpo(train, batches)]
     for title, value in ("Time per stage (h:mm:ss)", times), ("Settings", config), ("What ran", environment):
         inner = f"<summary>{len(value)} entries</summary><table>{table(value)}</table></details>" if value else ""
         body.append(section(title, "", inner and f"<details{' open' * (value is not config)}>{inner}", cls=""))

@@ -17,27 +17,31 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from tqdm import tqdm
 
+from lpo_fast import ranks
 from lpo_fast.config import LPO, LRM
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "xformers")
 
 
 class Run:
-    """An open run directory; rows go to metrics.jsonl and, if asked, to a tracker."""
+    """An open run directory; rows go to metrics.jsonl and, if asked, to a tracker. Of many processes, the main one writes."""
 
-    def __init__(self, config: LPO | LRM, name: str):
-        self.out, self.started = Path(config.out), time.perf_counter()
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_json(self.out / "config.json", asdict(config))
-        write_json(self.out / "environment.json", environment())
-        self.tracker = _tracker(config.log_with, self.out, name, asdict(config))
+    def __init__(self, config: LPO | LRM):
+        self.out, self.started, self.tracker, writes = Path(config.out), time.perf_counter(), None, ranks.main()
+        if writes:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_json(self.out / "config.json", asdict(config))
+            write_json(self.out / "environment.json", environment())
+            self.tracker = _tracker(config)
         mode = "a" if config.resume else "w"
-        self.metrics = open(self.out / "metrics.jsonl", mode, encoding="utf-8")
-        self.timings = open(self.out / "timings.jsonl", mode, encoding="utf-8")
+        self.metrics, self.timings = (open(self.out / f"{name}.jsonl" if writes else os.devnull, mode, encoding="utf-8")
+                                      for name in ("metrics", "timings"))
 
     def log(self, kind: str, step: int, **row) -> None:
         """A row of metrics."""
@@ -48,6 +52,14 @@ class Run:
         if self.tracker:
             self.tracker.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=step)
 
+    def show(self, name: str, step: int, pictures: list[Image.Image]) -> None:
+        """Pictures for the tracker, if it takes any."""
+        for tracker in self.tracker.trackers if self.tracker else ():
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: np.stack([np.asarray(p) for p in pictures])}, step, dataformats="NHWC")
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({name: pictures}, step)
+
     def time(self, **row) -> None:
         """A row of timings."""
         self.timings.write(json.dumps(row) + "\n")
@@ -55,8 +67,9 @@ class Run:
 
     def truncate(self, size: int) -> None:
         """Drop metrics written after the state that a resumed run starts from."""
-        self.metrics.truncate(size)
-        self.metrics.seek(size)
+        if ranks.main():
+            self.metrics.truncate(size)
+            self.metrics.seek(size)
 
     @property
     def size(self) -> int:
@@ -102,13 +115,16 @@ def commit() -> str | None:
         return None
 
 
-def _tracker(name: str, out: Path, project: str, config: dict) -> Accelerator | None:
+def _tracker(config: LPO | LRM) -> Accelerator | None:
     """accelerate's tracker, or None with a warning: a missing package or login must not cost the run."""
+    name, out = config.log_with, Path(config.out)
     if not name:
         return None
+    wandb = {key: value for key, value in (("name", config.run_name), ("entity", config.tracker_entity)) if value}
     try:
         accelerator = Accelerator(log_with=name, project_dir=out)
-        accelerator.init_trackers(project, config={k: str(v) for k, v in config.items()})
+        accelerator.init_trackers(config.tracker_project, config={k: str(v) for k, v in asdict(config).items()},
+                                  init_kwargs={"wandb": wandb} if name == "wandb" else {})
         if not accelerator.trackers:
             raise RuntimeError("its package is not installed")
         return accelerator
@@ -119,9 +135,10 @@ def _tracker(name: str, out: Path, project: str, config: dict) -> Accelerator | 
 
 
 def say(line: str) -> None:
-    """A line above the progress bar."""
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
+    """A line above the progress bar, by the main process."""
+    if ranks.main():
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
 
 
 def memory() -> str:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable
 
 import torch
+from diffusers import UNet2DConditionModel
+from diffusers.utils import is_xformers_available
 from torch import nn
 
 from lpo_fast.errors import InputError
@@ -23,6 +25,27 @@ def precision(setting: str, on_cuda: str) -> str:
 def autocast(setting: str) -> torch.autocast:
     """The context in which networks run; latents, densities and scores stay in fp32 around it."""
     return torch.autocast(device().type, DTYPES[setting], enabled=setting != "no")
+
+
+def xformers_runs() -> bool:
+    """Whether xformers' attention runs on this device."""
+    if not (torch.cuda.is_available() and is_xformers_available()):
+        return False
+    from xformers.ops import memory_efficient_attention
+    try:
+        q = torch.zeros(1, 8, 1, 64, dtype=torch.float16, device="cuda")
+        memory_efficient_attention(q, q, q)
+    except (NotImplementedError, RuntimeError):  # built for another torch or GPU
+        return False
+    return True
+
+
+def attention(unet: UNet2DConditionModel, name: str) -> None:
+    """PyTorch's attention ("sdpa") or xformers' in every transformer of a denoiser. Raises InputError where it cannot run."""
+    if name == "xformers":
+        if not xformers_runs():
+            raise InputError(name, "does not run here", "use sdpa, which computes the same", "--attention")
+        unet.enable_xformers_memory_efficient_attention()
 
 
 def optimizer(name: str, parameters: Iterable[nn.Parameter], **settings) -> torch.optim.Optimizer:

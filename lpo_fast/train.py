@@ -3,36 +3,39 @@
 demo (or nothing)   both stages on the embedded world, judged from pixels: minutes on a laptop
 lrm                 train a latent reward model from preference pairs
 lpo                 align a Stable Diffusion model with a latent reward model
+--config FILE.py …  the official LPO script's launch line (official.py)
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from lpo_fast import config
+from lpo_fast import config, official
 from lpo_fast.config import LPO, LRM, Demo
-from lpo_fast.errors import InputError
+from lpo_fast.errors import InputError, PeerError
 
 
 def run(settings: Demo | LRM | LPO) -> None:
     """One command; prints where its results lie. The heavy imports wait until the command line is read."""
-    from lpo_fast import checkpoint, report, train_lpo, train_lrm
+    from lpo_fast import checkpoint, ranks, report, runs, train_lpo, train_lrm
     from lpo_fast.shapes import evaluate
     match settings:
         case Demo():
             settings.check()
             result, out = evaluate.demo(settings)
-            print(evaluate.verdict(result))
+            runs.say(evaluate.verdict(result))
         case LRM():
             out = train_lrm.train(settings)
-            print(f"latent reward model: {out / train_lrm.FINAL}")
+            runs.say(f"latent reward model: {out / train_lrm.FINAL}")
         case LPO():
             out = train_lpo.train(settings)
-            print(f"weights: {out / ('unet' if settings.full else checkpoint.LORA_DIFFUSERS)}")
-    print(f"report: {report.write(out)}")
+            runs.say(f"weights: {out / ('unet' if settings.full else checkpoint.LORA_DIFFUSERS)}")
+    if ranks.main():
+        runs.say(f"report: {report.write(out)}")
 
 
 def recipe(argv: list[str]) -> config.Recipe:
@@ -49,7 +52,12 @@ def recipe(argv: list[str]) -> config.Recipe:
 
 
 def parse(argv: list[str]) -> Demo | LRM | LPO:
-    """Settings of a command line; without a word it is the demo."""
+    """Settings of a command line, ours or an official one; without a word it is the demo."""
+    if official.is_launch(argv):
+        settings, notes = official.parse(argv)
+        if os.environ.get("RANK", "0") == "0":  # of many processes one
+            print(*(f"note: {note}" for note in notes), sep="\n", flush=True)
+        return settings
     defaults = recipe(argv)
     stages = (Annotated[Demo, tyro.conf.subcommand("demo")]
               | Annotated[LRM, tyro.conf.subcommand("lrm", default=defaults.lrm)]
@@ -67,6 +75,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
+    except PeerError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # inside the loops it is caught, and saves first
         print("stopped outside the training loop", file=sys.stderr)
         return 130

@@ -1,19 +1,21 @@
-"""The LPO loop: sample pairs for a batch of prompts, train the policy on them, repeat (arXiv 2502.01051)."""
+"""The LPO loop: sample pairs for a batch of prompts, train the policy on them, repeat (arXiv 2502.01051).
 
-import json
+With many processes a prompt batch is batch_size prompts of each. Valid pairs of all are pooled in an order that does not
+depend on who sampled them, shuffled, and dealt out; gradients are summed.
+"""
+
 import math
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lpo_fast import checkpoint, noise, preflight, runs, sample, select, speed
+from lpo_fast import checkpoint, noise, official, outputs, preflight, ranks, runs, sample, select, speed
 from lpo_fast import policy as policies
 from lpo_fast.config import LPO
 from lpo_fast.kernels.pair_loss import pair_loss
@@ -38,23 +40,52 @@ def padded(pairs: Pairs, size: int) -> Pairs:
     return pairs.take(torch.where(real, index, 0))._replace(valid=real)
 
 
+def micro_batches(pairs: Pairs, size: int) -> Iterator[Pairs]:
+    """This process's part of an optimizer step's pairs, ``size`` at a time; as many times in every process."""
+    rank, world, total = ranks.state().process_index, ranks.count(), len(pairs.t)
+    for first in range(0, -(-total // world), size):
+        part = pairs.take(slice(rank + first * world, rank + (first + size) * world, world))
+        yield padded(part, size) if len(part.t) else padded(pairs, size)._replace(valid=torch.zeros_like(
+            pairs.valid[:1]).expand(size))
+
+
 def train_step(policy: Policy, sched: Schedule, pairs: Pairs, optimizer: torch.optim.Optimizer,
                scaler: torch.amp.GradScaler, config: LPO) -> dict[str, float]:
-    """One optimizer step on up to train_batch_size · accumulate pairs; its metrics, official names first."""
-    total, metrics = len(pairs.t), 0
-    for first in range(0, total, config.train_batch_size):
-        micro = padded(pairs.take(slice(first, first + config.train_batch_size)), config.train_batch_size)
-        out = evaluate(policy, sched, micro, micro.valid / total, guidance=config.guidance_scale, beta=config.beta,
-                       eps=config.clip_eps)
+    """One optimizer step on up to train_batch_size · accumulate pairs a process; its metrics, official names first."""
+    metrics, parameters = 0, trainable(policy.unet)
+    for micro in micro_batches(pairs, config.train_batch_size):
+        out = evaluate(policy, sched, micro, micro.valid / len(pairs.t), beta=config.beta, eps=config.clip_eps,
+                       guidance=config.guidance_scale if config.train_cfg else 1.0)
         scaler.scale(out.loss).backward()
         metrics = metrics + out.totals
+    ranks.sum_gradients(parameters)
     scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(trainable(policy.unet), config.max_grad_norm)
+    grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    values = torch.cat([metrics, grad_norm[None]]).tolist()
+    values = torch.cat([ranks.total(metrics), grad_norm[None]]).tolist()
     return dict(zip((*METRICS, "grad_norm"), values, strict=True)) | {"lr": optimizer.param_groups[0]["lr"]}
+
+
+def sample_pairs(policy: Policy, score: Score, sched: Schedule, gap: Tensor, shape: tuple[int, int, int], index: Tensor,
+                 config: LPO, epoch: int) -> tuple[Pairs, dict[str, object]]:
+    """The valid pairs of all processes for prompt numbers ``index``, step-major, and what they say of the batch."""
+    rank, world = ranks.state().process_index, ranks.count()
+    own = index[rank::world]
+    some = own if len(own) else index[:1]  # a process without a prompt keeps the others company
+    pairs, scores = sample.trajectory(
+        policy.predict, score, sched, gap, CounterNoise(config.seed, epoch, some, shape), some,
+        guidance=config.guidance_scale, num_candidates=config.num_candidates, start=config.start_step, stop=config.stop_step)
+    steps = len(scores)
+    times, valid, scores = ranks.gather(*(x.movedim(-1, 0)[:len(own)].contiguous() for x in (
+        pairs.t.view(steps, -1), pairs.valid.view(steps, -1).int(), scores)))  # [prompts, steps] or [prompts, steps, K]
+    everything = pairs._replace(t=times.T.flatten(), valid=valid.T.flatten().bool())
+    metrics = batch_metrics(everything, scores.movedim(0, -1))
+    kept = pairs.take(pairs.valid if len(own) else pairs.valid & False)
+    kept = Pairs(*ranks.gather(*kept[:-1], kept.valid.int()))
+    step, place = ((a[:, None] == b).int().argmax(1) for a, b in ((kept.t, sched.timesteps), (kept.prompt, index)))
+    return kept.take((step * len(index) + place).argsort())._replace(valid=kept.valid.bool()), metrics
 
 
 def batch_metrics(pairs: Pairs, scores: Tensor) -> dict[str, object]:
@@ -70,8 +101,10 @@ def batch_metrics(pairs: Pairs, scores: Tensor) -> dict[str, object]:
 
 
 def order(config: LPO, epoch: int, prompts: int) -> list[Tensor]:
-    """The prompt batches of an epoch, shuffled: a function of the seed and the epoch."""
-    return list(noise.permutation(config.seed, epoch, 0, prompts).split(config.batch_size))
+    """The prompt batches of an epoch, for all processes together: a function of the seed and the epoch."""
+    size = config.batch_size * ranks.count()
+    numbers = noise.permutation(config.seed, epoch, 0, prompts) if config.shuffle else torch.arange(prompts)
+    return list(numbers[:prompts // size * size or prompts if config.drop_last else prompts].split(size))
 
 
 def shuffled(pairs: Pairs, config: LPO, epoch: int, batch: int) -> Pairs:
@@ -83,8 +116,10 @@ def shuffled(pairs: Pairs, config: LPO, epoch: int, batch: int) -> Pairs:
 def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: score) -> Path:
     """Run LPO; the run directory. wrap_score may alter the reward (a control experiment, another scorer)."""
     prompts = preflight.lpo(config)
+    ranks.state()
     device = speed.device()
-    policy, sched = policies.load(config, prompts, device)
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    policy, sched = policies.load(config, [*prompts, *config.validation_prompts], device)
     score = wrap_score(policies.load_score(config, prompts, device))
     low, high = config.threshold_min, config.threshold_max
     gap = select.gaps(sched, config.threshold_shape, low, low if config.threshold_shape == "none" else high)
@@ -95,63 +130,85 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
     scaler = torch.amp.GradScaler(device.type, enabled=policy.precision == "fp16")
     ema = EMAModel(trainable(policy.unet), decay=config.ema_decay) if config.ema_decay else None
 
-    out, run = Path(config.out), runs.Run(config, "lpo")
+    out, run, draw = Path(config.out), runs.Run(config), outputs.Pictures(config, policy, sched, prompts, shape)
+    if ranks.main():
+        (out / "exp_config.py").write_text(official.render(config), encoding="utf-8")
     parts = {"weights": checkpoint.Trained(policy.unet), "optimizer": optimizer, "scaler": scaler, "ema": ema}
-    at = {"epoch": 0, "batch": 0, "step": 0}
+    at, pairs = {"epoch": 0, "batch": 0, "step": 0}, None
     if config.resume:
         at = checkpoint.load_state(out / checkpoint.STATE, parts)
-        run.truncate(at["metrics"])
+        run.truncate(at.pop("metrics"))
+        left = at.pop("pairs")
+        pairs = left and Pairs(*(x.to(device) for x in left))
         if ema:
             ema.to(device)
+    elif config.resume_from:
+        at = at | outputs.resume_from(Path(config.resume_from), policy.unet, optimizer)
     else:
-        draw_pictures(config, policy, sched, prompts, shape, "before")
-    batches = -(-len(prompts) // config.batch_size)
+        draw.compared("before")
+    batches = len(order(config, 0, len(prompts)))
     total = min(config.epochs * batches, config.max_batches or config.epochs * batches)
     done = at["epoch"] * batches + at["batch"]
     runs.say(f"LPO on {device}, precision {policy.precision} | {len(prompts)} prompts | batches {done} to {total} | "
-             f"{sum(p.numel() for p in trainable(policy.unet)):,} parameters train")
-    bar = tqdm(total=total, initial=done, desc="LPO", unit="batch", leave=False, disable=None)
+             f"{sum(p.numel() for p in trainable(policy.unet)):,} parameters train | {ranks.count()} processes")
+    size = config.train_batch_size * config.accumulate * ranks.count()
+    bar = tqdm(total=total, initial=done, desc="LPO", unit="batch", leave=False, disable=None if ranks.main() else True)
+
+    def save() -> None:
+        """The state that --resume goes on from; pairs that are still to be trained on are part of it."""
+        left = None if pairs is None else [x.cpu() for x in pairs]
+        if ranks.main():
+            checkpoint.save_state(out / checkpoint.STATE, at | {"metrics": run.size, "pairs": left}, parts)
+
     with runs.stoppable() as stopped:
-        while done < total and not stopped:
-            start = time.perf_counter()
+        while done < total and not ranks.anywhere(stopped):
+            start, trained = time.perf_counter(), []
             index = order(config, at["epoch"], len(prompts))[at["batch"]].to(device)
-            draw = CounterNoise(config.seed, at["epoch"], index, shape)
-            pairs, scores = sample.trajectory(
-                policy.predict, score, sched, gap, draw, index, guidance=config.guidance_scale,
-                num_candidates=config.num_candidates, start=config.start_step, stop=config.stop_step)
-            run.log("batch", at["step"], epoch=at["epoch"], **batch_metrics(pairs, scores))
-            sampled = time.perf_counter()
-            pairs, trained = shuffled(pairs, config, at["epoch"], at["batch"]), []
-            size = config.train_batch_size * config.accumulate
-            for first in range(0, len(pairs.t), size):
-                row = train_step(policy, sched, pairs.take(slice(first, first + size)), optimizer, scaler, config)
+            if pairs is None:  # else the run went on inside a prompt batch
+                pairs, metrics = sample_pairs(policy, score, sched, gap, shape, index, config, at["epoch"])
+                pairs = shuffled(pairs, config, at["epoch"], at["batch"])
+                run.log("batch", at["step"], epoch=at["epoch"], **metrics)
+            sampled, count = time.perf_counter(), len(pairs.t)
+            while len(pairs.t) and not ranks.anywhere(stopped):
+                row = train_step(policy, sched, pairs.take(slice(size)), optimizer, scaler, config)
+                pairs = pairs.take(slice(size, None))
                 trained.append(row)
                 if ema and math.isfinite(row["grad_norm"]):  # else the scaler skipped the step
                     ema.step(trainable(policy.unet))
                 run.log("train", at["step"], epoch=at["epoch"], **row)
                 at["step"] += 1
-            seconds = time.perf_counter() - start
+                if at["step"] % config.save_steps == 0:
+                    save()
+            if len(pairs.t):
+                break
+            pairs, seconds = None, time.perf_counter() - start
             run.time(global_step=at["step"], sampling=sampled - start, seconds=seconds,
                      prompts_per_second=len(index) / seconds)
-            runs.say(log_line(at["step"], trained, len(pairs.t), seconds, len(index)))
+            runs.say(log_line(at["step"], trained, count, seconds, len(index)))
             at["batch"], done = at["batch"] + 1, done + 1
             bar.update()
             if at["batch"] == batches:
                 at = at | {"epoch": at["epoch"] + 1, "batch": 0}
-                if at["epoch"] % config.save_epochs == 0:
-                    save_checkpoint(out / f"checkpoint_{at['epoch'] - 1}", policy.unet, config, at["step"])
-            if done % config.save_batches == 0 or done == total or stopped:
-                checkpoint.save_state(out / checkpoint.STATE, at | {"metrics": run.size}, parts)
+                if at["epoch"] % config.save_epochs == 0 and ranks.main():
+                    outputs.save_checkpoint(out, at["epoch"] - 1, policy.unet, optimizer, config, at["step"])
+                if config.validation_prompts and at["epoch"] % config.validate_epochs == 0:
+                    run.show("validation", at["step"], draw.validation(at["epoch"] - 1))
+        save()
     bar.close()
-    if stopped:
+    if done < total:
         run.close()
         runs.say(f"stopped after step {at['step']}; go on with --resume")
-        raise SystemExit(128 + stopped[0])
+        raise SystemExit(config.preempt_exit_code or 128 + (stopped or [signal.SIGTERM])[0])
     if at["step"] == 0:
         runs.say("warning: no pair was valid, so nothing was trained: lower --threshold-min and --threshold-max, or check "
                  "the reward model's accuracy")
-    finish(config, policy, sched, prompts, shape, ema)
+    if ema:
+        ema.copy_to(trainable(policy.unet))
+    if ranks.main():
+        outputs.export(out, policy.unet, config)
+    draw.compared("after")
     run.close()
+    ranks.wait()
     return out
 
 
@@ -161,44 +218,3 @@ def log_line(step: int, trained: list[dict[str, float]], pairs: int, seconds: fl
     what = f"loss {loss_:.3f} | acc {accuracy:.2f}" if trained else "no valid pair"
     return (f"step {step} | {what} | pairs {pairs} | {seconds * 1e3:.0f} ms | "
             f"{prompts / seconds:.1f} prompts/s | {runs.memory()}")
-
-
-def finish(config: LPO, policy: Policy, sched: Schedule, prompts: list[str], shape: tuple[int, int, int],
-           ema: EMAModel | None) -> None:
-    """Export the weights (their average, if one was kept) and draw the pictures after training."""
-    if ema:
-        ema.copy_to(trainable(policy.unet))
-    out = Path(config.out)
-    if config.full:
-        with checkpoint.replacing(out / "unet") as aside:
-            policy.unet.save_pretrained(aside)
-    else:
-        checkpoint.save_lora(policy.unet, out)
-    draw_pictures(config, policy, sched, prompts, shape, "after")
-
-
-def save_checkpoint(folder: Path, unet: UNet2DConditionModel, config: LPO, step: int) -> None:
-    """An official checkpoint directory: unet_lora.pt or unet/, and global_step.json."""
-    with checkpoint.replacing(folder) as aside:
-        aside.mkdir()
-        if config.full:
-            unet.save_pretrained(aside / "unet")
-        else:
-            torch.save(checkpoint.lora_state(unet), aside / checkpoint.LORA_OFFICIAL)
-        (aside / "global_step.json").write_text(json.dumps({"global_step": step}))
-
-
-@torch.no_grad()
-def draw_pictures(config: LPO, policy: Policy, sched: Schedule, prompts: list[str], shape: tuple[int, int, int],
-                  when: str) -> None:
-    """Pictures of the first prompts with the same noise before and after, for the report."""
-    count = min(config.pictures, len(prompts))
-    if count == 0:
-        return
-    folder = Path(config.out) / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = policies.pictures(policy.predict, sched, Path(config.model), torch.arange(count), shape,
-                           guidance=config.guidance_scale, seed=config.seed, batch=config.batch_size)
-    for i, picture in enumerate(pictures):
-        Image.fromarray(picture.numpy()).save(folder / f"{i:03d}_{when}.png")
-    runs.write_json(folder / "captions.json", [{"caption": prompts[i]} for i in range(count)])

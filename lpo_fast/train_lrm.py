@@ -148,7 +148,7 @@ def train(config: LRM) -> Path:
     factor = speed.learning_rate(config.warmup, config.warmup_steps, config.max_steps)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
-    out, run = Path(config.out), runs.Run(config, "lrm")
+    out, run = Path(config.out), runs.Run(config)
     parts = {"weights": checkpoint.Trained(lrm), "optimizer": optimizer, "decay": decay}
     at = {"step": 0, "best": -1.0, "best_step": 0}
     if config.resume:

@@ -43,8 +43,8 @@ def test_lrm_round_trip(tiny_sd: Path, tmp_path: Path, settings: dict) -> None:
         (settings.get("guidance_scale", 7.5),), settings.get("multi_scale", True), settings.get("multi_scale_cfg", False))
     parts = {"unet", "text_encoder", "tokenizer", "state_dict.pt", "lrm.json"}
     assert {p.name for p in (tmp_path / "lrm").iterdir()} == parts
-    other = checkpoint.load_lrm(tmp_path / "lrm", guidance_scale=9.0)  # what the directory records wins
-    assert other.guidance_scale == again.guidance_scale
+    other = checkpoint.load_lrm(tmp_path / "lrm", guidance_scale=9.0)  # what is asked for wins over what the directory records
+    assert other.guidance_scale == (9.0,) and other.multi_scale_cfg == again.multi_scale_cfg
 
 
 def test_sdxl_lrm_round_trip(tiny_sdxl: Path, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_sdxl_passes(bench: Bench, lpo: LPO, lrm: LRM, tiny_sdxl: Path) -> None:
 
 BAD_NUMBERS = [
     ("epochs", 0), ("batch_size", 0), ("num_steps", 0), ("num_steps", 1000), ("train_batch_size", 0), ("accumulate", 0),
-    ("save_epochs", 0), ("save_batches", 0), ("num_candidates", 1), ("max_batches", -1), ("start_step", -1),
+    ("save_epochs", 0), ("save_steps", 0), ("num_candidates", 1), ("max_batches", -1), ("start_step", -1),
     ("stop_step", -1), ("pictures", -1), ("seed", -1), ("weight_decay", -0.1), ("learning_rate", -1e-5),
     ("guidance_scale", -1.0), ("alpha", -1.0), ("threshold_min", -0.1), ("eta", 0.0), ("beta", 0.0), ("clip_eps", 0.0),
     ("max_grad_norm", 0.0), ("adam_epsilon", 0.0), ("threshold_min", 1.0), ("threshold_max", 1.0), ("ema_decay", 1.0),

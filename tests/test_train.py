@@ -113,7 +113,7 @@ def test_lpo_run_directory_and_official_names(settings):
     assert trained[0]["train_loss"] == pytest.approx(0.693147, abs=1e-6) and trained[0]["implicit_acc"] == 0
     names = {p.name for p in out.iterdir()}
     assert {"config.json", "environment.json", "pytorch_lora_weights.safetensors", "checkpoint_0", "pictures"} <= names
-    assert {p.name for p in (out / "checkpoint_0").iterdir()} == {"unet_lora.pt", "global_step.json"}
+    assert {p.name for p in (out / "checkpoint_0").iterdir()} == {"unet_lora.pt", "optimizer.bin", "global_step.json"}
     assert len(list((out / "pictures").glob("*.png"))) == 4
 
 
@@ -332,7 +332,7 @@ def test_a_signal_saves_and_stops(settings, number, tmp_path):
     """A real process, a real signal: exit code 128 + n, a state to go on from, and the same end as without it."""
     argv = ["lpo", "--model", settings.model, "--lrm", settings.lrm, "--prompts", settings.prompts, "--out", settings.out,
             "--batch-size", "3", "--num-steps", "4", "--pictures", "0", "--threshold-min", "0", "--threshold-max", "0.001",
-            "--max-batches", "8", "--save-batches", "1000", "--epochs", "9"]
+            "--max-batches", "8", "--save-steps", "1000", "--epochs", "9"]
     process = subprocess.Popen([sys.executable, "-m", "lpo_fast.train", *argv], stdout=subprocess.PIPE, text=True,
                                env=os.environ | {"PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": "0"})
     for line in process.stdout:

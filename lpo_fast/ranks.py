@@ -1,0 +1,93 @@
+"""Many processes (``torchrun``, ``accelerate launch``): who is who, and the few things that they tell one another.
+
+Alone, every function here does nothing. Gradients are summed once an optimizer step, when they are whole: a LoRA's are
+small, and losses carry weights over the global batch, so a sum is all there is to do.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from lpo_fast.errors import PeerError
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Around what needs all processes."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerError(f"rank {state().process_index}: another process has failed and says why; this one ends") from error
+
+
+def state() -> PartialState:
+    """This process among all; the first call joins the others and picks the GPU."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def main() -> bool:
+    """Whether this process prints and writes."""
+    return state().is_main_process if PartialState._shared_state else os.environ.get("RANK", "0") == "0"
+
+
+def count() -> int:
+    """How many processes there are."""
+    return state().num_processes
+
+
+def wait() -> None:
+    """Until all are here."""
+    state().wait_for_everyone()
+
+
+def total(x: Tensor) -> Tensor:
+    """Σ over the processes, in place."""
+    if count() > 1:
+        with _together():
+            dist.all_reduce(x)
+    return x
+
+
+def anywhere(flag: object) -> bool:
+    """Whether ``flag`` is true in any process."""
+    if count() == 1:
+        return bool(flag)
+    return total(torch.tensor(float(bool(flag)), device=state().device)).item() > 0
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Σ over the processes, in place, in one message a dtype; parameters without a gradient count as 0."""
+    if count() == 1:
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        by_dtype.setdefault(parameter.dtype, []).append(parameter.grad)
+    for grads in by_dtype.values():
+        flat = total(torch.cat([grad.flatten() for grad in grads]))
+        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+
+def gather(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Each tensor [n_rank, …] of all processes one after another; n may differ, and be 0 on some."""
+    if count() == 1:
+        return tensors
+    sizes = torch.zeros(count(), dtype=torch.int64, device=tensors[0].device)
+    sizes[state().process_index] = len(tensors[0])
+    sizes = total(sizes).tolist()
+    gathered = []
+    for x in tensors:
+        own = x.new_zeros(max(sizes), *x.shape[1:])
+        own[:len(x)] = x
+        parts = [torch.empty_like(own) for _ in sizes]
+        with _together():
+            dist.all_gather(parts, own)
+        gathered.append(torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]))
+    return tuple(gathered)

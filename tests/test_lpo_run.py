@@ -1,0 +1,110 @@
+"""LPO runs that are stopped, resumed and kept: inside a prompt batch, by steps, with every optimizer; and what they draw."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from lpo_fast import checkpoint, config, noise, outputs, report, train_lpo
+from lpo_fast.shapes import world
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tiny_sd: Path, tiny_lrm: Path) -> config.LPO:
+    """Three prompt batches of two prompts, some four optimizer steps each."""
+    (tmp_path / "prompts.json").write_text(json.dumps(world.captions(held_out=False)[:6]))
+    return replace(config.shapes().lpo, model=str(tiny_sd), lrm=str(tiny_lrm), prompts=str(tmp_path / "prompts.json"),
+                   out=str(tmp_path / "run"), batch_size=2, num_steps=4, train_batch_size=2, threshold_min=0.0,
+                   threshold_max=0.001, pictures=0, max_batches=0, save_steps=1000, mixed_precision="no")
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    """A signal arrives during an optimizer step."""
+    real, count = train_lpo.train_step, []
+
+    def train_step(*arguments):
+        count.append(1)
+        if len(count) == step:
+            os.kill(os.getpid(), number)
+        return real(*arguments)
+    monkeypatch.setattr(train_lpo, "train_step", train_step)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_stopped_inside_a_batch_goes_on_exactly(settings, number, optimizer, monkeypatch, tmp_path) -> None:
+    settings = replace(settings, optimizer=optimizer, targets=("to_q", "to_k", "to_v", "to_out.0"), rank=16)
+    whole = train_lpo.train(replace(settings, out=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6, number)
+        with pytest.raises(SystemExit) as stopped:
+            train_lpo.train(settings)
+    assert stopped.value.code == 128 + number
+    state = torch.load(tmp_path / "run" / checkpoint.STATE, weights_only=True)["at"]
+    assert state["step"] == 6 and state["batch"] == 1 and len(state["pairs"][0]) > 0  # in the middle of the second
+    run = train_lpo.train(replace(settings, resume=True))
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    first, second = (checkpoint.read_lora(folder)[0] for folder in (whole, run))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_exit_code_after_a_signal_can_be_chosen(settings, monkeypatch) -> None:
+    stop_at(monkeypatch, 1, signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        train_lpo.train(replace(settings, preempt_exit_code=85))
+    assert stopped.value.code == 85
+
+
+def test_states_are_saved_by_steps(settings, monkeypatch) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(checkpoint, "save_state", lambda file, at, parts: saved.append(at["step"]))
+    train_lpo.train(replace(settings, save_steps=3))
+    assert saved[:3] == [3, 6, 9] and saved[-1] >= 9
+
+
+def test_checkpoints_are_limited(settings) -> None:
+    out = train_lpo.train(replace(settings, epochs=3, keep_checkpoints=2, num_steps=2))
+    assert [path.name for path in outputs.checkpoints(out)] == ["checkpoint_1", "checkpoint_2"]
+
+
+def test_full_fine_tuning_goes_on_from_a_checkpoint(settings, tmp_path) -> None:
+    """With the base's weights as the reference, not the checkpoint's."""
+    settings = replace(settings, full=True, num_steps=2, learning_rate=1e-3)
+    whole = train_lpo.train(replace(settings, epochs=2, out=str(tmp_path / "whole")))
+    second = train_lpo.train(replace(settings, epochs=2, resume_from=str(whole / "checkpoint_0")))
+    rows = [(run / "metrics.jsonl").read_text().splitlines() for run in (whole, second)]
+    assert rows[1] == rows[0][-len(rows[1]):] and 0 < len(rows[1]) < len(rows[0])
+
+
+def test_validation_pictures(settings, tmp_path) -> None:
+    out = train_lpo.train(replace(settings, epochs=2, num_steps=2, validation_prompts=("a red circle", "<b>&"),
+                                  validation_pictures=3, log_with="tensorboard"))
+    for epoch in (0, 1):
+        assert Image.open(out / "pictures" / f"validation_{epoch}.png").size == (3 * 16, 2 * 16)
+    page = report.write(out).read_text()
+    assert "after epoch 1" in page and "&lt;b&gt;&amp;" in page and "<b>&" not in page
+    assert any(out.rglob("events.out.tfevents*"))
+
+
+def test_the_text_pass_alone(settings) -> None:
+    """Without guidance in training the first ratio is still 1, and the loss another after the first step."""
+    rows = [[json.loads(line) for line in (train_lpo.train(replace(
+        settings, train_cfg=cfg, out=f"{settings.out}_{cfg}")) / "metrics.jsonl").read_text().splitlines()]
+        for cfg in (True, False)]
+    first, second = ([row for row in run if row["kind"] == "train"] for run in rows)
+    assert first[0]["train_loss"] == second[0]["train_loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert first[1]["train_loss"] != second[1]["train_loss"] and first[0]["grad_norm"] != second[0]["grad_norm"]
+
+
+def test_order_of_the_prompts() -> None:
+    parts = train_lpo.order(config.LPO(batch_size=4, shuffle=False), 3, 10)
+    assert [part.tolist() for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [len(part) for part in train_lpo.order(config.LPO(batch_size=4, drop_last=True), 0, 10)] == [4, 4]
+    assert [len(part) for part in train_lpo.order(config.LPO(batch_size=40, drop_last=True), 0, 10)] == [10]  # never none
+    whole = torch.cat(train_lpo.order(config.LPO(batch_size=4), 1, 10))
+    assert torch.equal(whole, noise.permutation(42, 1, 0, 10))

@@ -182,21 +182,84 @@ class LPO:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Names of the pairs' columns. A name may index a list: images[0]. An empty name: the column is not used."""
+
+    caption: str = "caption"
+    """The prompt."""
+    jpg_0: str = "jpg_0"
+    """First picture: encoded bytes, a {bytes, path} structure as datasets stores, or a file name."""
+    jpg_1: str = "jpg_1"
+    """Second picture."""
+    label_0: str = "label_0"
+    """1, 0, or 0.5 for a tie. Empty: 1 less the other label; both empty: the first picture is the preferred one."""
+    label_1: str = "label_1"
+    """The other picture's label."""
+    are_different: str = "are_different"
+    """Whether there is a preference; where the column is absent, the labels say."""
+    has_label: str = "has_label"
+    """Whether the pair was judged; where the column is absent, every pair was."""
+    num_example_per_prompt: str = "num_example_per_prompt"
+    """Pairs of that prompt, whose inverse is the pair's weight; where the column is absent, they are counted."""
+    image_0_uid: str = "image_0_uid"
+    """Key of the first picture: for the score table and only_on_best."""
+    image_1_uid: str = "image_1_uid"
+    """Key of the second picture."""
+
+
+@dataclass(frozen=True)
 class LRM:
     """Train a latent reward model from preference pairs (arXiv 2502.01051, section 3.2)."""
 
     model: str = ""
     """Diffusers directory that the LRM starts from."""
+    vae: str = ""
+    """Diffusers VAE instead of the model's own: its directory, or one with it in vae/."""
     pairs: str = ""
-    """Training pairs in Pick-a-Pic layout: a .parquet file or a directory of them."""
+    """Training pairs: a .parquet file, a directory of them, a directory of datasets' save_to_disk, or a hub data set."""
     validation_pairs: str = ""
-    """Held-out pairs, same layout."""
+    """Held-out pairs, in any of these forms; may be the same as --pairs if that has splits."""
+    test_pairs: str = ""
+    """Pairs that the LRM handed on is tested on, once, at the end."""
+    train_split: str = "train"
+    """Split of --pairs, if it has splits."""
+    validation_split: str = "validation_unique"
+    """Split of --validation-pairs, if it has splits."""
+    test_split: str = "test_unique"
+    """Split of --test-pairs, if it has splits."""
+    cache_dir: str = ""
+    """Where datasets keeps what it downloads and converts; default: its own cache."""
+    columns: Columns = Columns()
+    """Names of the pairs' columns."""
+    keep_only_different: bool = False
+    """Leave ties out."""
+    keep_only_with_label: bool = False
+    """Leave out pairs that were not judged."""
+    keep_only_with_label_in_validation: bool = True
+    """Leave them out of validation and test."""
+    limit_examples_per_prompt: int = 0
+    """Use the first pairs of each prompt, at most so many; 0: all."""
+    only_on_best: bool = False
+    """Put the best picture of the chain of preferences that leads from the other one in the preferred one's place."""
+    compare_between_timestep: bool = False
+    """Add to each win–lose pair one of the preferred picture at two timesteps, the less noisy one preferred."""
+    timestep_interval: int = 1
+    """How many training timesteps (of 50) lie between the two."""
+    aux_loss_coeff: float = 1.0
+    """Weight of such a pair's loss."""
+    hflip: bool = False
+    """Mirror each training picture with probability ½."""
+    noise_offset: float = 0.0
+    """Add so much of a normal number a channel to the noise in training and validation; 0: none."""
+    max_corrupt: int = 100
+    """Pairs whose pictures do not decode are left out, and counted; a run with more of them stops."""
     clip: str = ""
     """CLIP ViT-L/14 checkpoint whose text projection W_t starts from (SD1.5); default: the identity."""
     scores: str = ""
-    """Score table (.csv) of the multi-preference consistent filter, a row a training pair; default: keep every pair."""
-    filter_strategy: Literal[1, 2, 3] = 2
-    """Which rows of the score table are kept."""
+    """Score table (.csv) of the multi-preference consistent filter: joined by image_0_uid and image_1_uid if it and the
+    pairs have them, else a row a training pair in their order; default: keep every pair."""
+    filter_strategy: Literal[0, 1, 2, 3] = 2
+    """Smallest aesthetic gap of a win–lose pair: 0, -0.5, -1 by 1, 2, 3; 0: no filter, the table only says what is a tie."""
     out: str = "runs/lrm"
     """Run directory."""
     resume: bool = False
@@ -212,13 +275,21 @@ class LRM:
     """Guidance of the mid feature; 1 switches it off. Several: interpolated over the timesteps, from t = 0 to 999."""
     freeze_text_encoder: bool = False
     """Train the denoiser and the projections alone."""
+    logit_scale: float = 2.6592
+    """Logarithm of the scale of scores that training starts from."""
     resolution: int = 0
     """Pictures are resized to this square; 0: the denoiser's own."""
     largest_timestep: int = 951
     """Training timesteps are 1, 51, … up to this."""
+    variable_timestep: bool = True
+    """Train at these timesteps and validate at t = 1; else both at constant_timestep."""
+    constant_timestep: int = 1
+    """The one timestep if variable_timestep is off."""
 
     batch_size: int = 128
-    """Pairs a step."""
+    """Pairs an optimizer step, over all passes and processes."""
+    accumulate: int = 1
+    """Passes that a step's batch is split into, to save memory; the loss is the whole batch's (with loss_type pair)."""
     max_steps: int = 4000
     """Optimizer steps."""
     learning_rate: float = 1e-5
@@ -242,8 +313,20 @@ class LRM:
     fused_norms: bool = False
     """GroupNorm fused with what stands around it, in channels-last networks; no gain is measured yet."""
 
+    eval_on_start: bool = True
+    """Validate before the first step too."""
     validate_steps: int = 100
-    """Steps between validations and saved states; the best checkpoint is what is handed on."""
+    """Steps between validations, each of which may leave a checkpoint."""
+    save_steps: int = 100
+    """Steps between saved states (for --resume)."""
+    save_only_if_best: bool = True
+    """Write checkpoint-gstep{N} only where no validation before was better."""
+    keep_checkpoints: int = 1
+    """Checkpoints kept; 0: all."""
+    keep_best: bool = True
+    """Keep the best checkpoints by validation accuracy, else the newest."""
+    handed_on: Literal["best", "last"] = "best"
+    """Which LRM becomes checkpoint-final: the best by validation accuracy, or the last step's as official."""
     num_workers: int = 2
     """Processes that decode pictures."""
     log_with: str = ""
@@ -258,13 +341,23 @@ class LRM:
     def check(self) -> None:
         """Raise InputError for a setting that cannot work."""
         _finite(self)
-        _at_least(self, 1, "batch_size", "max_steps", "validate_steps")
-        _at_least(self, 0, "seed", "resolution", "warmup_steps", "weight_decay", "num_workers", "learning_rate")
+        _at_least(self, 1, "batch_size", "max_steps", "validate_steps", "save_steps", "accumulate", "timestep_interval")
+        _at_least(self, 0, "seed", "resolution", "warmup_steps", "weight_decay", "num_workers", "learning_rate",
+                  "limit_examples_per_prompt", "aux_loss_coeff", "noise_offset", "max_corrupt", "keep_checkpoints")
         if not self.guidance_scale or min(self.guidance_scale) < 0:
             _refuse(self, "guidance_scale", "not one or more numbers of at least 0", "use 7.5, or 1 for none")
         _above(self, 0, "max_grad_norm")
         if not 1 <= self.largest_timestep <= 999:
             _refuse(self, "largest_timestep", "not a training timestep", "use 1 to 999")
+        if not 0 <= self.constant_timestep <= 999:
+            _refuse(self, "constant_timestep", "not a timestep", "use 0 to 999")
+        if self.batch_size % self.accumulate:
+            _refuse(self, "accumulate", f"does not divide --batch-size {self.batch_size}", "use a divisor of it")
+        if self.compare_between_timestep and not self.variable_timestep:
+            _refuse(self, "compare_between_timestep", "there is one timestep alone", "use --variable-timestep")
+        count = len(range(1, self.largest_timestep + 1, 50))
+        if self.compare_between_timestep and 2 * self.timestep_interval > count:
+            _refuse(self, "timestep_interval", f"more than half of the {count} training timesteps", "use a smaller one")
         if self.warmup_steps >= self.max_steps:
             _refuse(self, "warmup_steps", f"the run ends at step {self.max_steps}", "use fewer than --max-steps")
 
@@ -318,7 +411,8 @@ def shapes() -> Recipe:
     recipe = sd15()
     return Recipe(
         replace(recipe.lrm, seed=0, batch_size=64, max_steps=250, learning_rate=1e-3, weight_decay=0.01,
-                warmup_steps=20, warmup="linear", validate_steps=125, num_workers=0),
+                warmup_steps=20, warmup="linear", validate_steps=125, save_steps=125, num_workers=0,
+                eval_on_start=False),
         replace(recipe.lpo, seed=0, epochs=1, max_batches=8, batch_size=32, guidance_scale=2.25, rank=16,
                 learning_rate=7e-4, train_batch_size=32),
     )

@@ -1,10 +1,11 @@
-"""Prompts, preference pairs in Pick-a-Pic layout, and the multi-preference consistent filter (MPCF)."""
+"""What is read: prompts, tables, pictures, and the multi-preference consistent filter's score tables (MPCF)."""
 
 import csv
 import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -12,12 +13,8 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from lpo_fast.errors import InputError
-
-PAIR_COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
-COUNT_COLUMN = "num_example_per_prompt"
 
 
 def read_prompts(path: str, caption_key: str = "caption") -> list[str]:
@@ -139,118 +136,71 @@ def read_table(path: Path, columns: Sequence[str], flag: str) -> pa.Table:
         raise InputError(str(path), f"cannot be read ({error})", "write it again", flag) from error
 
 
-class PairDataset(Dataset):
-    """Preference pairs in Pick-a-Pic layout, held in memory; an item decodes two pictures.
-
-    path: .parquet file or directory with caption, jpg_0, jpg_1 (encoded bytes), label_0, label_1 (1/0, ½/½ a tie) and,
-    if present, num_example_per_prompt (else the pairs of each caption are counted). keep: row numbers to use.
-    resolution: pictures become [3, r, r] in [−1, 1].
-    """
-
-    def __init__(self, path: Path, resolution: int, keep: np.ndarray | None = None, flag: str = "--pairs"):
-        self.path, self.resolution, self.flag = path, resolution, flag
-        self.captions, self.labels, self.counts = read_pairs(path, flag)
-        table = read_table(path, ("jpg_0", "jpg_1"), flag)
-        self.images = table["jpg_0"], table["jpg_1"]
-        self.rows = np.arange(len(table)) if keep is None else keep
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> dict:
-        """row: int; caption: str; pixels: fp32 [2, 3, r, r]; labels: fp32 [2]; count: pairs of that caption."""
-        row = int(self.rows[i])
-        encoded = [column[row].as_py() for column in self.images]
-        return {"row": row, "caption": self.captions[row], "pixels": decode_pair(encoded, self.resolution, self.path, row,
-                                                                                 self.flag),
-                "labels": torch.from_numpy(self.labels[row]), "count": int(self.counts[row])}
-
-
-def read_pairs(path: Path, flag: str) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Captions, labels fp32 [N, 2] and pairs a caption [N], all of them checked; no picture is read."""
-    names = [*PAIR_COLUMNS, *([COUNT_COLUMN] if COUNT_COLUMN in column_names(path, flag) else [])]
-    table = read_table(path, [n for n in names if not n.startswith("jpg")], flag)
-    captions = table["caption"].to_pylist()
-    bad = next((i for i, caption in enumerate(captions) if not isinstance(caption, str)), None)
-    if bad is not None:
-        raise InputError(str(path), f"row {bad}: the caption is {captions[bad]!r}", "make every caption text", flag)
-    try:
-        labels = np.array([table[f"label_{i}"].to_pylist() for i in (0, 1)], np.float32).T
-    except (TypeError, ValueError) as error:
-        raise InputError(str(path), f"a label is no number ({error})", "use 1/0, 0/1 or 0.5/0.5", flag) from error
-    wrong = ~(np.isin(labels, (0.0, 0.5, 1.0)).all(1) & (labels.sum(1) == 1))
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise InputError(str(path), f"row {row}: labels {labels[row].tolist()}", "use 1/0, 0/1 or 0.5/0.5", flag)
-    if COUNT_COLUMN in names:
-        counts = np.array(table[COUNT_COLUMN].to_pylist(), np.float32)
-        if not (counts >= 1).all():
-            raise InputError(str(path), f"row {int((~(counts >= 1)).argmax())}: {COUNT_COLUMN} is below 1",
-                             "mend it, or drop the column", flag)
-        return captions, labels, counts.astype(np.int64)
-    _, codes = np.unique(np.array(captions, dtype=object), return_inverse=True)
-    return captions, labels, np.bincount(codes)[codes] if captions else np.zeros(0, np.int64)
-
-
-def check_pairs(path: Path, flag: str, scored: int | None = None) -> None:
-    """Columns, captions, labels, the first pair's pictures, and that a score table has a row a pair (scored rows)."""
-    require_columns(path, PAIR_COLUMNS, flag)
-    count = len(read_pairs(path, flag)[0])
-    if count == 0:
-        raise InputError(str(path), "holds no pair", "add pairs", flag)
-    if scored is not None and scored != count:
-        raise InputError(str(path), f"holds {count} pairs, the score table has {scored} rows",
-                         "use the table made from these pairs", "--scores")
-    file = parquet_files(path, flag)[0]
-    first = next(pq.ParquetFile(file).iter_batches(batch_size=1, columns=["jpg_0", "jpg_1"])).to_pylist()[0]
-    decode_pair([first["jpg_0"], first["jpg_1"]], 8, path, 0, flag)
-
-
-def decode_pair(encoded: Sequence[bytes], resolution: int, path: Path, row: int, flag: str) -> Tensor:
-    """fp32 [2, 3, r, r]. Raises InputError naming the row whose picture is none."""
-    try:
-        return torch.stack([decode(picture, resolution) for picture in encoded])
-    except Exception as error:  # Pillow raises many kinds for what is no picture
-        raise InputError(str(path), f"a picture of row {row} does not decode ({type(error).__name__}: {error})",
-                         "store encoded JPEG or PNG bytes", flag) from error
-
-
-def collate(items: list[dict]) -> dict:
-    """A batch: rows int64 [B], captions, pixels [2, B, 3, r, r], labels [2, B], counts int64 [B]."""
-    return {"rows": torch.tensor([item["row"] for item in items]), "captions": [item["caption"] for item in items],
-            "pixels": torch.stack([item["pixels"] for item in items], 1),
-            "labels": torch.stack([item["labels"] for item in items], 1),
-            "counts": torch.tensor([item["count"] for item in items])}
+def picture(encoded: bytes) -> Image.Image:
+    """Encoded picture → RGB, upright. Raises whatever Pillow raises for what is no picture."""
+    return ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
 
 
 def decode(encoded: bytes, resolution: int) -> Tensor:
     """Encoded picture → fp32 [3, r, r] in [−1, 1], upright and resized to the square."""
-    picture = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
-    if picture.size != (resolution, resolution):
-        picture = picture.resize((resolution, resolution), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
+    upright = picture(encoded)
+    if upright.size != (resolution, resolution):
+        upright = upright.resize((resolution, resolution), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(upright)).permute(2, 0, 1) / 127.5 - 1
 
 
-def mpcf(scores: Path, strategy: int) -> tuple[np.ndarray, int]:
-    """Row numbers of a score table (.csv) that the filter keeps, ascending, and how many rows there are.
+class Scores(NamedTuple):
+    """A score table of P rows: different_flag (1 win–lose, 0 tie) and the three gaps, fp64 [P]; keys: 2 × [P], or None."""
 
-    Win–lose rows (different_flag 1) whose gaps all favour the preferred picture, the aesthetic one down to 0, −0.5 or −1
-    by strategy; tie rows whose gaps are all below 0.2 (aesthetic), 0.03 (CLIP score) and 0.07 (VQA score). As in the
-    official code the sign is not dropped: a table should hold absolute gaps for ties.
-    """
-    names = ("different_flag", "aesthetic_gap", "clipscore_gap", "vqascore_gap")
+    path: str
+    different: np.ndarray
+    aesthetic: np.ndarray
+    clip: np.ndarray
+    vqa: np.ndarray
+    keys: tuple[list[str], list[str]] | None
+
+
+GAPS = ("different_flag", "aesthetic_gap", "clipscore_gap", "vqascore_gap")
+KEYS = ("image_0_uid", "image_1_uid")
+
+
+def read_scores(path: str) -> Scores:
+    """A score table (.csv); a gap is the preferred picture's score less the other's, of a tie the absolute difference."""
     try:
-        with open(scores, encoding="utf-8-sig", newline="") as f:
-            rows = csv.DictReader(f)
-            if missing := [n for n in names if n not in (rows.fieldnames or [])]:
-                raise InputError(str(scores), f"has no column {missing[0]!r}", "use a score table", "--scores")
-            different, aesthetic, clip, vqa = np.array([[float(row[n]) for n in names] for row in rows]).reshape(-1, 4).T
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            table = csv.DictReader(f)
+            if missing := [n for n in GAPS if n not in (table.fieldnames or [])]:
+                raise InputError(path, f"has no column {missing[0]!r}", "use a score table", "--scores")
+            keyed, rows, keys = set(KEYS) <= set(table.fieldnames or []), [], ([], [])
+            for row in table:
+                rows.append([float(row[n]) for n in GAPS])
+                for column, name in zip(keys, KEYS if keyed else (), strict=False):
+                    column.append(str(row[name]))
     except (OSError, csv.Error, UnicodeDecodeError) as error:
-        raise InputError(str(scores), "cannot be read", "name a .csv score table", "--scores") from error
+        raise InputError(path, "cannot be read", "name a .csv score table", "--scores") from error
     except (ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(str(scores), f"a value is no number ({error})", "mend the table", "--scores") from error
+        raise InputError(path, f"a value is no number ({error})", "mend the table", "--scores") from error
+    return Scores(path, *np.array(rows).reshape(-1, 4).T, keys if keyed else None)
+
+
+def kept(scores: Scores, strategy: int) -> np.ndarray:
+    """bool [P]: what the multi-preference consistent filter keeps; strategy 0 keeps all.
+
+    Win–lose rows whose gaps all favour the preferred picture, the aesthetic one down to 0, −0.5 or −1 by strategy; tie
+    rows whose gaps are all below 0.2 (aesthetic), 0.03 (CLIP score) and 0.07 (VQA score). As in the official code the
+    sign is not dropped: a table should hold absolute gaps for ties (``lpo_fast.score_table`` writes them).
+    """
+    _, different, aesthetic, clip, vqa, _ = scores
+    if strategy == 0:
+        return np.ones(len(different), bool)
     win = (different == 1) & (aesthetic > {1: 0.0, 2: -0.5, 3: -1.0}[strategy]) & (clip > 0) & (vqa > 0)
     tie = (different == 0) & (aesthetic < 0.2) & (clip < 0.03) & (vqa < 0.07)
-    return np.flatnonzero(win | tie), len(win)
+    return win | tie
+
+
+def mpcf(path: Path, strategy: int) -> tuple[np.ndarray, int]:
+    """Row numbers of a score table that the filter keeps, ascending, and how many rows there are."""
+    keep = kept(read_scores(str(path)), strategy)
+    return np.flatnonzero(keep), len(keep)

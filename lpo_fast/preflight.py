@@ -5,19 +5,20 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from diffusers import UNet2DConditionModel
 
-from lpo_fast import backbone, checkpoint, data, outputs
+from lpo_fast import backbone, checkpoint, data, outputs, pairs
 from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
+from lpo_fast.pairs import Pairs
 
 TRACKERS = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
 # Settings that a resumed run may change.
-MAY_CHANGE = {"out", "resume", "epochs", "max_batches", "save_epochs", "save_steps", "keep_checkpoints",
-              "preempt_exit_code", "pictures", "log_with", "tracker_project", "tracker_entity", "run_name", "num_workers"}
+MAY_CHANGE = {"out", "resume", "epochs", "max_batches", "save_epochs", "save_steps", "keep_checkpoints", "preempt_exit_code",
+              "pictures", "log_with", "tracker_project", "tracker_entity", "run_name", "num_workers", "cache_dir",
+              "max_corrupt"}
 
 
 def lpo(config: LPO) -> list[str]:
@@ -39,25 +40,32 @@ def lpo(config: LPO) -> list[str]:
     return prompts
 
 
-def lrm(config: LRM) -> np.ndarray | None:
-    """Check an LRM run; the rows of the pairs that the score table keeps, or None for all."""
+def lrm(config: LRM) -> dict[str, Pairs]:
+    """Check an LRM run; the pairs that it uses for "train" and, where asked for, "validation" and "test"."""
     config.check()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(os.environ["WORLD_SIZE"], "processes, but LRM training runs in one as yet", "launch one process",
+                         "WORLD_SIZE")
     pipeline(config.model, "--model")
+    if config.vae:
+        vae = Path(config.vae)
+        read_config(vae / "vae" if (vae / "vae").is_dir() else vae, "--vae")
     if config.clip:
         width = checkpoint.read_text_projection(config.clip).shape[1]
         wanted = read_config(Path(config.model) / "text_encoder", "--model")["hidden_size"]
         if width != wanted:
             raise InputError(config.clip, f"projects {width} features, the model's text encoder gives {wanted}",
                              "use the CLIP that the model was made with", "--clip")
-    keep, scored = data.mpcf(Path(config.scores), config.filter_strategy) if config.scores else (None, None)
-    if keep is not None and len(keep) == 0:
-        raise InputError(config.scores, f"the filter keeps none of its {scored} rows", "use a laxer --filter-strategy",
-                         "--scores")
-    data.check_pairs(Path(config.pairs), "--pairs", scored)
-    if config.validation_pairs:
-        data.check_pairs(Path(config.validation_pairs), "--validation-pairs")
+    scores, used = data.read_scores(config.scores) if config.scores else None, {}
+    for use, path, flag, split in (("train", config.pairs, "--pairs", config.train_split),
+                                   ("validation", config.validation_pairs, "--validation-pairs", config.validation_split),
+                                   ("test", config.test_pairs, "--test-pairs", config.test_split)):
+        if path or use == "train":
+            table = pairs.read(path, flag, config.columns, split, config.cache_dir)
+            pairs.check_pictures(table)
+            used[use] = pairs.choose(table, config, scores, training=use == "train")
     directory(config)
-    return keep
+    return used
 
 
 def targets(unet: dict, names: tuple[str, ...]) -> None:

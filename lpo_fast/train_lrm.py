@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -15,23 +16,26 @@ from transformers import CLIPTokenizer
 from lpo_fast import backbone, checkpoint, loss, noise, preflight, runs, schedule, speed, surgery
 from lpo_fast.backbone import Text
 from lpo_fast.config import LRM
-from lpo_fast.data import PairDataset, collate
+from lpo_fast.pairs import Corrupt, PairDataset, collate
 from lpo_fast.reward import LatentRewardModel
 from lpo_fast.schedule import Schedule
 
 VALIDATION_EPOCH = 0xFFFFFFFF  # validation noise is always the same
-FINAL, BEST = "checkpoint-final", "checkpoint-gstep{}"
+FINAL, CHECKPOINT = "checkpoint-final", "checkpoint-gstep{}"
+NEIGHBOUR, MIRROR, OFFSET = 1, 2, 4  # "steps" of a pair's further draws; its latents' and its timestep's is 0
 
 
 class Encoder:
     """Pictures to noisy latents and captions to token ids: all that stands before the LRM and does not train."""
 
-    def __init__(self, model: Path, lrm: LatentRewardModel, seed: int, precision: str):
+    def __init__(self, model: Path, lrm: LatentRewardModel, seed: int, precision: str, vae: str = "",
+                 noise_offset: float = 0.0):
         device = next(lrm.parameters()).device
         scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
-        self.vae = backbone.load_vae(model).to(device)
+        self.vae = (load_vae(Path(vae)) if vae else backbone.load_vae(model)).to(device)
         self.tokenizers: list[CLIPTokenizer] = backbone.load_tokenizers(model, lrm.family)
         self.sched: Schedule = schedule.from_config(scheduler, 20).to(device)
+        self.noise_offset = noise_offset
         self.seed, self.precision, self.null_ids = seed, precision, backbone.tokenize(self.tokenizers, [""])
         self.resolution = lrm.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
@@ -43,13 +47,15 @@ class Encoder:
         return tuple(x.float().unflatten(0, (2, -1)) for x in (posterior.mean, posterior.std))
 
     def latents(self, mean: Tensor, std: Tensor, rows: Tensor, step: int, t: Tensor) -> Tensor:
-        """x_t [2, B, C, h, w] at timesteps t [B] from a sample of the posterior, independent noise for the two.
+        """x_t [2, B, C, h, w] at timesteps t ([B] or [2, B]) from a sample of the posterior, independent noise for the two.
 
         Noise is keyed by (seed, step, row): candidates 0 and 1 are the posterior's, 2 and 3 the diffusion's.
         """
         z = noise.normal(self.seed, step, rows, 0, 4, tuple(mean.shape[2:]))
-        x0 = (mean + std * z[:2]) * self.vae.config.scaling_factor
-        x_t = schedule.add_noise(self.sched, x0.flatten(0, 1), z[2:].flatten(0, 1), t.repeat(2))
+        x0, eps = (mean + std * z[:2]) * self.vae.config.scaling_factor, z[2:]
+        if self.noise_offset:
+            eps = eps + self.noise_offset * noise.normal(self.seed, step, rows, OFFSET, 2, (mean.shape[2], 1, 1))
+        x_t = schedule.add_noise(self.sched, x0.flatten(0, 1), eps.flatten(0, 1), t.expand(2, -1).flatten())
         return x_t.view_as(mean)
 
     def text(self, lrm: LatentRewardModel, captions: list[str]) -> Text:
@@ -59,34 +65,89 @@ class Encoder:
         return lrm.encode(ids, [i.to(device) for i in self.null_ids])
 
 
+def load_vae(path: Path) -> nn.Module:
+    """A VAE's directory, or one with it in vae/."""
+    if (path / "vae").is_dir():
+        return backbone.load_vae(path)
+    return AutoencoderKL.from_pretrained(path).requires_grad_(False).eval()
+
+
 def features(lrm: LatentRewardModel, text: Text, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit features (text, image_0, image_1), each [B, P], of noisy pairs x [2, B, C, h, w] at t [B]."""
+    """Unit features (text, image_0, image_1), each [B, P], of noisy pairs x [2, B, C, h, w] at t ([B] or [2, B])."""
     both = backbone.concatenate([text, text])
-    image_0, image_1 = lrm.image_features(x.flatten(0, 1), t.repeat(2), both).chunk(2)
+    image_0, image_1 = lrm.image_features(x.flatten(0, 1), t.expand(2, -1).flatten(), both).chunk(2)
     return lrm.text_features(text), image_0, image_1
+
+
+def timesteps(config: LRM, step: int, rows: Tensor, compare: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Timesteps [2, B] of the pairs of a step, and their labels [2, B]: of a picture compared with itself (compare [B])
+    the second is a neighbour timestep_interval away, and the less noisy one is preferred. Keyed by (seed, step, row)."""
+    if not config.variable_timestep:
+        return torch.full_like(labels, config.constant_timestep, dtype=torch.int64), labels
+    every = torch.arange(1, config.largest_timestep + 1, 50, device=rows.device)
+    first = noise.integers(config.seed, step, rows, 0, len(every))
+    if not config.compare_between_timestep:
+        return every[first].expand(2, -1), labels
+    up = noise.integers(config.seed, step, rows, NEIGHBOUR, 2) == 1
+    up = torch.where(first < config.timestep_interval, True, up)
+    up = torch.where(first >= len(every) - config.timestep_interval, False, up)
+    second = torch.where(compare, first + torch.where(up, 1, -1) * config.timestep_interval, first)
+    labels = torch.where(compare, torch.stack([up, ~up]).to(labels.dtype), labels)
+    return every[torch.stack([first, second])], labels
+
+
+def mirrored(config: LRM, step: int, rows: Tensor, pixels: Tensor) -> Tensor:
+    """pixels [2, B, 3, H, W], each picture mirrored with probability ½. Keyed by (seed, step, row)."""
+    flips = torch.stack([noise.integers(config.seed, step, rows, MIRROR + side, 2) for side in (0, 1)])
+    return torch.where(flips[..., None, None, None] == 1, pixels.flip(-1), pixels)
+
+
+def parts(batch: dict, count: int) -> list[dict]:
+    """A step's batch in at most ``count`` passes, all but the last of equal size."""
+    size = -(-len(batch["rows"]) // count)
+    along = {"pixels": 1, "labels": 1}
+    return [{key: value[i:i + size] if key not in along else value[:, i:i + size] for key, value in batch.items()}
+            for i in range(0, len(batch["rows"]), size)]
 
 
 def train_step(lrm: LatentRewardModel, encoder: Encoder, batch: dict, step: int, optimizer: torch.optim.Optimizer,
                config: LRM) -> dict[str, float]:
-    """One optimizer step; its metrics."""
-    device = encoder.sched.table.device
-    rows, labels = batch["rows"].to(device), batch["labels"].to(device)
-    timesteps = torch.arange(1, config.largest_timestep + 1, 50, device=device)
-    t = timesteps[noise.integers(config.seed, step, rows, 0, len(timesteps))]
-    x = encoder.latents(*encoder.posterior(batch["pixels"].to(device)), rows, step, t)
-    with speed.autocast(encoder.precision):
-        text, image_0, image_1 = features(lrm, encoder.text(lrm, batch["captions"]), x, t)
-    value = loss.preference(
-        text, image_0, image_1, lrm.logit_scale.exp(), *labels, batch["counts"].to(device),
-        torch.stack([t, t], 1), loss_type=config.loss_type, batch_coeff=config.batch_coeff)
-    value.backward()
+    """One optimizer step; its metrics. Pairs that do not decode go through the networks, but not into the loss."""
+    good = ~batch["corrupt"]
+    count, weight = int(good.sum()), (good / batch["counts"]).sum()
+    values = [pair_loss(lrm, encoder, part, step, config, weight) for part in parts(batch, config.accumulate)]
     norm = nn.utils.clip_grad_norm_([p for p in lrm.parameters() if p.requires_grad], config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
-        right = correct(((image_0 - image_1) * text).sum(-1), labels).mean()
-        values = torch.stack([value.detach(), right, norm, lrm.logit_scale.exp()]).tolist()
+        value, right = torch.stack(values).sum(0)
+        values = torch.stack([value, right / max(count, 1), norm, lrm.logit_scale.exp()]).tolist()
     return dict(zip(("loss", "accuracy", "grad_norm", "logit_scale"), values, strict=True))
+
+
+def pair_loss(lrm: LatentRewardModel, encoder: Encoder, batch: dict, step: int, config: LRM, weight: Tensor) -> Tensor:
+    """Forward and backward of a pass; its share of the step's loss and its number of right pairs, [2].
+
+    weight: Σ_j 1/n_j over the step's pairs, of which the loss takes the share of this pass.
+    """
+    device, good = encoder.sched.table.device, (~batch["corrupt"]).nonzero()[:, 0]
+    rows, counts = batch["rows"].to(device), batch["counts"][good]
+    t, labels = timesteps(config, step, rows, batch["compare"].to(device), batch["labels"].to(device))
+    pixels = batch["pixels"].to(device)
+    if config.hflip:
+        pixels = mirrored(config, step, rows, pixels)
+    x = encoder.latents(*encoder.posterior(pixels), rows, step, t)
+    with speed.autocast(encoder.precision):
+        unit = features(lrm, encoder.text(lrm, batch["captions"]), x, t)
+    share = ((1 / counts).sum() / weight).nan_to_num().to(device)
+    good = good.to(device)
+    text, image_0, image_1 = (feature[good] for feature in unit)
+    value = share * loss.preference(
+        text, image_0, image_1, lrm.logit_scale.exp(), *labels[:, good], counts.to(device), t[:, good].T,
+        loss_type=config.loss_type, batch_coeff=config.batch_coeff, aux_loss_coeff=config.aux_loss_coeff)
+    value.backward()
+    right = correct(((image_0 - image_1) * text).sum(-1), labels[:, good]).sum()
+    return torch.stack([value, right]).detach()
 
 
 def correct(margin: Tensor, labels: Tensor) -> Tensor:
@@ -95,12 +156,16 @@ def correct(margin: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def validate(lrm: LatentRewardModel, encoder: Encoder, loader: DataLoader, timesteps: list[int]) -> dict[str, object]:
+def validate(lrm: LatentRewardModel, encoder: Encoder, loader: DataLoader, timesteps: list[int],
+             corrupt: Corrupt | None = None) -> dict[str, object]:
     """Accuracy on held-out pairs at each timestep; ``accuracy`` is the one at the first, t = 1."""
     lrm.eval()
     device = encoder.sched.table.device
     right: dict[int, list[Tensor]] = {t: [] for t in timesteps}
     for batch in loader:
+        if corrupt is not None:
+            corrupt.count(batch)
+        good = (~batch["corrupt"]).nonzero()[:, 0].to(device)
         rows, posterior = batch["rows"].to(device), encoder.posterior(batch["pixels"].to(device))
         with speed.autocast(encoder.precision):
             words = encoder.text(lrm, batch["captions"])
@@ -109,16 +174,21 @@ def validate(lrm: LatentRewardModel, encoder: Encoder, loader: DataLoader, times
             with speed.autocast(encoder.precision):
                 x = encoder.latents(*posterior, rows, VALIDATION_EPOCH - timestep, t)
                 text, image_0, image_1 = features(lrm, words, x, t)
-            right[timestep].append(correct(((image_0 - image_1) * text).sum(-1), batch["labels"].to(device)))
+            right[timestep].append(correct(((image_0 - image_1) * text).sum(-1), batch["labels"].to(device))[good])
     lrm.train()
-    accuracy = {str(t): torch.cat(parts).mean().item() for t, parts in right.items()}
-    return {"accuracy": accuracy[str(timesteps[0])], "accuracy_by_timestep": accuracy, "n": len(loader.dataset)}
+    accuracy = {str(t): torch.cat(found).mean().item() for t, found in right.items()}
+    return {"accuracy": accuracy[str(timesteps[0])], "accuracy_by_timestep": accuracy,
+            "n": sum(len(found) for found in right[timesteps[0]])}
+
+
+def steps_an_epoch(config: LRM, pairs: int) -> int:
+    """Steps of whole batches in a pass over the pairs; the rest is left to the next pass's order."""
+    return pairs // min(config.batch_size, pairs)
 
 
 def batches(config: LRM, pairs: int, step: int) -> Iterator[list[int]]:
     """Pair numbers of every batch from ``step`` on: each epoch a new order, a function of the seed and the epoch."""
-    size = min(config.batch_size, pairs)
-    each = pairs // size
+    size, each = min(config.batch_size, pairs), steps_an_epoch(config, pairs)
     for k in range(step, config.max_steps):
         if k % each == 0 or k == step:
             order = noise.permutation(config.seed, k // each, 0, pairs)
@@ -126,63 +196,79 @@ def batches(config: LRM, pairs: int, step: int) -> Iterator[list[int]]:
 
 
 def train(config: LRM) -> Path:
-    """Train an LRM; the run directory, whose checkpoint-final/ is the best LRM by validation accuracy at t = 1."""
-    keep = preflight.lrm(config)
+    """Train an LRM; the run directory, whose checkpoint-final/ is the best LRM by validation accuracy, or the last."""
+    used = preflight.lrm(config)
     device, model = speed.device(), Path(config.model)
     lrm = checkpoint.new_lrm(
         model, clip=config.clip or None, generator=torch.Generator().manual_seed(config.seed),
         multi_scale=config.multi_scale, multi_scale_cfg=config.multi_scale_cfg, guidance_scale=config.guidance_scale)
+    lrm.logit_scale.data.fill_(config.logit_scale)
     lrm.to(device).train()
     lrm.text_encoders.requires_grad_(not config.freeze_text_encoder)
     if config.fused_norms:
         surgery.fuse_norms(lrm.unet)
-    encoder = Encoder(model, lrm, config.seed, speed.precision(config.mixed_precision, "bf16"))
-    resolution = config.resolution or encoder.resolution
-    pairs = PairDataset(Path(config.pairs), resolution, keep)
-    held_out = None
-    if config.validation_pairs:
-        held_out = PairDataset(Path(config.validation_pairs), resolution, flag="--validation-pairs")
-        held_out = DataLoader(held_out, config.batch_size, num_workers=config.num_workers, collate_fn=collate)
+    encoder = Encoder(model, lrm, config.seed, speed.precision(config.mixed_precision, "bf16"), config.vae, config.noise_offset)
+    sets = {use: PairDataset(pairs, config.resolution or encoder.resolution) for use, pairs in used.items()}
+    held_out = {use: DataLoader(pairs, config.batch_size // config.accumulate, num_workers=config.num_workers,
+                                collate_fn=collate) for use, pairs in sets.items() if use != "train"}
+    corrupt = {use: Corrupt(pairs, config.max_corrupt) for use, pairs in used.items()}
     optimizer = speed.optimizer(config.optimizer, lrm.parameters(), lr=config.learning_rate,
                                 weight_decay=config.weight_decay)
     factor = speed.learning_rate(config.warmup, config.warmup_steps, config.max_steps)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
     out, run = Path(config.out), runs.Run(config)
-    parts = {"weights": checkpoint.Trained(lrm), "optimizer": optimizer, "decay": decay}
-    at = {"step": 0, "best": -1.0, "best_step": 0}
+    state = {"weights": checkpoint.Trained(lrm), "optimizer": optimizer, "decay": decay}
+    at = {"step": 0, "checkpoints": [], "corrupt": {use: [] for use in used}, "stage": {"metrics": {}}}
     if config.resume:
-        at = checkpoint.load_state(out / checkpoint.STATE, parts)
+        at = checkpoint.load_state(out / checkpoint.STATE, state)
         run.truncate(at["metrics"])
-    loader = DataLoader(pairs, batch_sampler=list(batches(config, len(pairs), at["step"])),
+        for use, rows in at["corrupt"].items():
+            corrupt[use].rows = set(rows)
+    epoch = steps_an_epoch(config, len(used["train"]))
+    loader = DataLoader(sets["train"], batch_sampler=list(batches(config, len(used["train"]), at["step"])),
                         num_workers=config.num_workers, collate_fn=collate)
-    runs.say(f"LRM on {device}, precision {encoder.precision} | {len(pairs)} pairs | steps {at['step']} to {config.max_steps}"
-             f" | {sum(p.numel() for p in lrm.parameters() if p.requires_grad):,} parameters train")
-    all_timesteps = list(range(1, config.largest_timestep + 1, 50))
+    runs.say(f"LRM on {device}, precision {encoder.precision} | {len(used['train'])} of {len(used['train'].captions)} pairs | "
+             f"steps {at['step']} to {config.max_steps} | "
+             f"{sum(p.numel() for p in lrm.parameters() if p.requires_grad):,} parameters train")
+    every = list(range(1, config.largest_timestep + 1, 50))
+    shown_at = list(dict.fromkeys([1 if config.variable_timestep else config.constant_timestep, *every]))
+
+    def validation() -> None:
+        """Validate, and keep the LRM if its accuracy deserves it."""
+        shown = validate(lrm, encoder, held_out["validation"], shown_at[::5], corrupt["validation"])
+        run.log("validation", at["step"], **shown)
+        runs.say(f"step {at['step']} | validation accuracy {shown['accuracy']:.3f} at t = {shown_at[0]} ({shown['n']} pairs)")
+        if at["step"]:
+            at["stage"]["metrics"] = {"accuracy": shown["accuracy"]}
+            keep(config, lrm, encoder.tokenizers, at)
+
     bar = tqdm(total=config.max_steps, initial=at["step"], desc="LRM", unit="step", leave=False, disable=None)
     with runs.stoppable() as stopped:
+        if "validation" in held_out and config.eval_on_start and at["step"] == 0:
+            validation()
         start = time.perf_counter()
         for batch in loader:
             lr = decay.get_last_lr()[0]
+            corrupt["train"].count(batch)
             row = train_step(lrm, encoder, batch, at["step"], optimizer, config)
             decay.step()
-            run.log("train", at["step"], **row, lr=lr)
+            row |= {"lr": lr, "corrupt": sum(len(c.rows) for c in corrupt.values())}
+            run.log("train", at["step"], **row)
             at["step"] += 1
+            at["stage"] |= {"epoch": (at["step"] - 1) // epoch, "step": (at["step"] - 1) % epoch + 1, "lr": lr,
+                            "global_step": at["step"], "step_loss": row["loss"]}
             bar.update()
             seconds, start = time.perf_counter() - start, time.perf_counter()
             run.time(global_step=at["step"], seconds=seconds, pairs_per_second=len(batch["rows"]) / seconds)
             runs.say(f"step {at['step']} | loss {row['loss']:.3f} | acc {row['accuracy']:.2f} | {seconds * 1e3:.0f} ms | "
                      f"{len(batch['rows']) / seconds:.1f} pairs/s | {runs.memory()}")
             last = at["step"] == config.max_steps
-            if held_out and (at["step"] % config.validate_steps == 0 or last):
-                shown = validate(lrm, encoder, held_out, all_timesteps[::5])
-                run.log("validation", at["step"], **shown)
-                runs.say(f"step {at['step']} | validation accuracy {shown['accuracy']:.3f} at t = 1 "
-                         f"({shown['n']} pairs)")
-                if shown["accuracy"] >= at["best"]:
-                    keep_best(out, lrm, encoder.tokenizers, at, shown, row, lr)
-            if at["step"] % config.validate_steps == 0 or last or stopped:
-                checkpoint.save_state(out / checkpoint.STATE, at | {"metrics": run.size}, parts)
+            if "validation" in held_out and (at["step"] % config.validate_steps == 0 or last):
+                validation()
+            if at["step"] % config.save_steps == 0 or last or stopped:
+                at |= {"metrics": run.size, "corrupt": {use: sorted(c.rows) for use, c in corrupt.items()}}
+                checkpoint.save_state(out / checkpoint.STATE, at, state)
             if stopped:
                 break
     bar.close()
@@ -190,28 +276,46 @@ def train(config: LRM) -> Path:
         run.close()
         runs.say(f"stopped after step {at['step']}; go on with --resume")
         raise SystemExit(128 + stopped[0])
+    hand_on(config, lrm, encoder.tokenizers, at)
     if held_out:
-        best = out / BEST.format(at["best_step"])
-        with checkpoint.replacing(out / FINAL) as aside:
-            shutil.copytree(best, aside)
-        shown = validate(checkpoint.load_lrm(best).to(device), encoder, held_out, all_timesteps)
-        run.log("validation", at["step"], checkpoint=at["best_step"], **shown)
-        runs.say(f"handed on: step {at['best_step']}, validation accuracy {shown['accuracy']:.3f} at t = 1")
-    else:
-        checkpoint.save_lrm(lrm, encoder.tokenizers, out / FINAL)
+        final = checkpoint.load_lrm(out / FINAL).to(device)
+        for use, pairs in held_out.items():
+            shown = validate(final, encoder, pairs, shown_at, corrupt[use])
+            run.log(use, at["step"], checkpoint=at["handed_on"], **shown)
+            runs.say(f"handed on: step {at['handed_on']}, {use} accuracy {shown['accuracy']:.3f} at t = {shown_at[0]}")
+    for use, found in corrupt.items():
+        if found.rows:
+            runs.say(f"{len(found.rows)} {use} pairs left out, whose pictures do not decode")
     run.close()
     return out
 
 
-def keep_best(out: Path, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], at: dict, shown: dict, row: dict,
-              lr: float) -> None:
-    """Save the best LRM so far in place of the one before, with the official training_stage.json."""
-    before = out / BEST.format(at["best_step"])
-    at |= {"best": shown["accuracy"], "best_step": at["step"]}
-    folder = out / BEST.format(at["step"])
+def keep(config: LRM, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], at: dict) -> None:
+    """Save the LRM just validated unless an earlier one is better; drop checkpoints that are too many."""
+    out, accuracy = Path(config.out), at["stage"]["metrics"]["accuracy"]
+    if config.save_only_if_best and any(accuracy < known for _, known in at["checkpoints"]):
+        return
+    at["checkpoints"] = [*(known for known in at["checkpoints"] if known[0] != at["step"]), (at["step"], accuracy)]
+    save(lrm, tokenizers, out / CHECKPOINT.format(at["step"]), at["stage"])
+    order = sorted(at["checkpoints"], key=lambda known: (known[1] if config.keep_best else 0, known[0]), reverse=True)
+    for step, _ in order[config.keep_checkpoints or len(order):]:
+        shutil.rmtree(out / CHECKPOINT.format(step), ignore_errors=True)
+    at["checkpoints"] = sorted(order[:config.keep_checkpoints or len(order)])
+
+
+def save(lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], folder: Path, stage: dict) -> None:
+    """An LRM's directory with the official training_stage.json."""
     checkpoint.save_lrm(lrm, tokenizers, folder)
-    stage = {"epoch": 0, "step": at["step"], "global_step": at["step"], "step_loss": row["loss"], "lr": lr,
-             "metrics": {"accuracy": shown["accuracy"]}}
     runs.write_json(folder / "training_stage.json", stage)
-    if before != folder and before.is_dir():
-        shutil.rmtree(before)
+
+
+def hand_on(config: LRM, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], at: dict) -> None:
+    """Write checkpoint-final: the best of the checkpoints, or the LRM as it is."""
+    out = Path(config.out)
+    at["handed_on"] = at["step"]
+    if config.handed_on == "last" or not at["checkpoints"]:
+        save(lrm, tokenizers, out / FINAL, at["stage"])
+        return
+    at["handed_on"] = max(at["checkpoints"], key=lambda known: (known[1], known[0]))[0]
+    with checkpoint.replacing(out / FINAL) as aside:
+        shutil.copytree(out / CHECKPOINT.format(at["handed_on"]), aside)

@@ -1,11 +1,14 @@
 """What several tests need: the golden vectors, and the smallest model and reward model that the real loaders accept."""
 
+import atexit
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers and transformers are imported
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lpo_fast_datasets_")
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ import lpo_fast
 from lpo_fast import backbone, checkpoint, launch
 from lpo_fast.golden import Golden
 
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 launch.INTERPRETED = False  # the references run, except in tests that ask for ``kernels``
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -1,4 +1,4 @@
-"""Prompts of every format and every way to get them wrong; pairs, their counts and their pictures; the filter."""
+"""Prompts of every format and every way to get them wrong; pictures; the filter."""
 
 import csv
 import io
@@ -125,7 +125,7 @@ def test_no_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, 
         data.read_prompts(name)
 
 
-# Pairs
+# Pictures, and a table of pairs for other tests
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -151,116 +151,6 @@ def columns(captions: list[str], **changed) -> dict:
 def table(path: Path, captions: list[str], **changed) -> Path:
     pq.write_table(pa.table(columns(captions, **changed)), path)
     return path
-
-
-def test_pairs(tmp_path: Path) -> None:
-    captions = ["a", "b", "a", "a", "c"]
-    pairs = data.PairDataset(table(tmp_path / "p.parquet", captions), 8)
-    assert len(pairs) == 5 and [pairs[i]["count"] for i in range(5)] == [3, 1, 3, 3, 1]
-    item = pairs[1]
-    assert (item["row"], item["caption"], item["labels"].tolist()) == (1, "b", [0.0, 1.0])
-    assert item["pixels"].shape == (2, 3, 8, 8) and item["pixels"].dtype == torch.float32
-    assert item["pixels"][0, :, 3, 3].tolist() == [1, -1, -1] and item["pixels"][1, :, 0, 0].tolist() == [-1, -1, 1]
-
-
-def test_kept_rows_keep_the_counts_of_all(tmp_path: Path) -> None:
-    path = table(tmp_path / "p.parquet", ["a", "b", "a", "a", "c"])
-    pairs = data.PairDataset(path, 8, np.array([2, 4]))
-    assert len(pairs) == 2
-    assert [(pairs[i]["row"], pairs[i]["caption"], pairs[i]["count"]) for i in range(2)] == [(2, "a", 3), (4, "c", 1)]
-    assert pairs[0]["labels"].tolist() == [0.5, 0.5]
-
-
-def test_a_directory_is_one_table(tmp_path: Path) -> None:
-    table(tmp_path / "train-00001.parquet", ["c", "a"])
-    table(tmp_path / "train-00000.parquet", ["a", "b"])
-    (tmp_path / "notes.txt").write_text("no pairs")
-    pairs = data.PairDataset(tmp_path, 8)
-    assert pairs.captions == ["a", "b", "c", "a"] and [pairs[i]["count"] for i in range(4)] == [2, 1, 1, 2]
-    assert pairs[3]["labels"].tolist() == [0.0, 1.0]  # the second row of the second file
-
-
-def test_integer_labels(tmp_path: Path) -> None:
-    path = table(tmp_path / "p.parquet", ["a", "b"], label_0=[1, 0], label_1=[0, 1])
-    assert data.PairDataset(path, 8)[0]["labels"].tolist() == [1.0, 0.0]
-
-
-@pytest.mark.parametrize("missing", data.PAIR_COLUMNS)
-def test_missing_column(tmp_path: Path, missing: str) -> None:
-    pq.write_table(pa.table({k: v for k, v in columns(["a"]).items() if k != missing}), tmp_path / "p.parquet")
-    with pytest.raises(InputError, match=f"has no column '{missing}', only") as caught:
-        data.PairDataset(tmp_path / "p.parquet", 8, flag="--validation-pairs")
-    assert caught.value.key == "--validation-pairs"
-
-
-def test_wrong_pairs(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no .parquet there"):
-        data.PairDataset(tmp_path, 8)
-    with pytest.raises(InputError, match="no .parquet there"):
-        data.PairDataset(tmp_path / "nowhere.parquet", 8)
-    (tmp_path / "text.parquet").write_text("caption,jpg_0")
-    with pytest.raises(InputError, match="is not parquet"):
-        data.PairDataset(tmp_path / "text.parquet", 8)
-    path = table(tmp_path / "p.parquet", ["a", "b"])
-    data.check_pairs(path, "--pairs", 2)
-    for rows in (1, 3):
-        with pytest.raises(InputError, match=f"holds 2 pairs, the score table has {rows} rows") as caught:
-            data.check_pairs(path, "--pairs", rows)
-        assert caught.value.key == "--scores"
-    pq.write_table(pa.table(columns(["a"])).slice(0, 0), tmp_path / "empty.parquet")
-    with pytest.raises(InputError, match="holds no pair"):
-        data.check_pairs(tmp_path / "empty.parquet", "--pairs")
-
-
-@pytest.mark.parametrize("changed, message", [
-    ({"caption": pa.array(["a", None])}, "row 1: the caption is None"),
-    ({"caption": pa.array([1, 2])}, "row 0: the caption is 1"),
-    ({"label_0": pa.array(["one", "two"])}, "a label is no number"),
-    ({"label_0": [1.0, 1.0]}, r"row 1: labels \[1.0, 1.0\]"),
-    ({"label_0": [1.0, 0.3], "label_1": [0.0, 0.7]}, r"row 1: labels \[0.3"),
-    ({"label_1": pa.array([0.0, None])}, r"row 1: labels \[0.0, nan\]"),
-    ({"label_0": [2.0, 0.0], "label_1": [-1.0, 1.0]}, r"row 0: labels \[2.0, -1.0\]"),
-    ({"num_example_per_prompt": [1, 0]}, "row 1: num_example_per_prompt is below 1"),
-    ({"num_example_per_prompt": pa.array([None, 1])}, "row 0: num_example_per_prompt is below 1"),
-])
-def test_wrong_records(tmp_path: Path, changed: dict, message: str) -> None:
-    path = table(tmp_path / "p.parquet", ["a", "b"], **changed)
-    for read in (lambda: data.check_pairs(path, "--pairs"), lambda: data.PairDataset(path, 8)):
-        with pytest.raises(InputError, match=message):
-            read()
-
-
-def test_counts_of_the_table_go_before_our_own(tmp_path: Path) -> None:
-    pairs = data.PairDataset(table(tmp_path / "p.parquet", ["a", "a"], num_example_per_prompt=[5, 7]), 8)
-    assert [pairs[i]["count"] for i in range(2)] == [5, 7]
-
-
-def test_files_that_do_not_go_together(tmp_path: Path) -> None:
-    table(tmp_path / "0.parquet", ["a"])
-    table(tmp_path / "1.parquet", ["b"], label_0=["one"])
-    with pytest.raises(InputError, match="cannot be read"):
-        data.PairDataset(tmp_path, 8)
-    pq.write_table(pa.table({"caption": ["a"]}), tmp_path / "1.parquet")
-    with pytest.raises(InputError, match="has no column 'label_0'"):
-        data.PairDataset(tmp_path, 8)
-
-
-def test_a_broken_picture_is_named(tmp_path: Path) -> None:
-    pairs = data.PairDataset(table(tmp_path / "p.parquet", ["a", "b"], jpg_1=[RED, b"no picture"]), 8)
-    assert len(pairs[0]["pixels"]) == 2
-    with pytest.raises(InputError, match="a picture of row 1 does not decode"):
-        pairs[1]
-    data.check_pairs(tmp_path / "p.parquet", "--pairs")  # the first pair alone is looked at
-    with pytest.raises(InputError, match="a picture of row 0 does not decode"):
-        data.check_pairs(table(tmp_path / "q.parquet", ["a"], jpg_0=[b""]), "--pairs")
-
-
-def test_collate(tmp_path: Path) -> None:
-    pairs = data.PairDataset(table(tmp_path / "p.parquet", ["a", "b", "a"]), 8)
-    batch = data.collate([pairs[2], pairs[0]])
-    assert batch["rows"].tolist() == [2, 0] and batch["captions"] == ["a", "a"] and batch["counts"].tolist() == [2, 2]
-    assert batch["pixels"].shape == (2, 2, 3, 8, 8) and batch["labels"].tolist() == [[0.5, 1.0], [0.5, 0.0]]
-    assert torch.equal(batch["pixels"][0, 1], pairs[0]["pixels"][0])
 
 
 def test_decode_range_and_order() -> None:
@@ -341,6 +231,16 @@ def test_filter(tmp_path: Path, strategy: int) -> None:
     other = [("x", *gaps[::-1]) for gaps, _ in ROWS]
     swapped = scores(tmp_path / "t.csv", other, ["uid", *HEADER[::-1]], b"\xef\xbb\xbf")
     assert data.mpcf(swapped, strategy)[0].tolist() == expected
+
+
+def test_strategy_0_keeps_all(tmp_path: Path) -> None:
+    kept, count = data.mpcf(scores(tmp_path / "s.csv", [gaps for gaps, _ in ROWS]), 0)
+    assert kept.tolist() == list(range(count)) == list(range(len(ROWS)))
+
+
+def test_a_gap_that_is_not_known_is_never_kept(tmp_path: Path) -> None:
+    rows = [(flag, *(("nan", 1e-9)[i != j] for j in range(3))) for flag in (0, 1) for i in range(3)]
+    assert data.mpcf(scores(tmp_path / "s.csv", rows), 3)[0].tolist() == []
 
 
 @pytest.mark.parametrize("content, message", [

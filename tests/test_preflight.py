@@ -108,10 +108,11 @@ def refused(train: Callable, settings: LPO | LRM, flag: str, message: str) -> In
 
 def test_good_settings_pass_and_write_nothing(bench: Bench, lpo: LPO, lrm: LRM) -> None:
     assert preflight.lpo(lpo) == ["a red circle", "two"]
-    assert preflight.lrm(lrm) is None
+    assert preflight.lrm(lrm)["train"].rows.tolist() == [0, 1]
     table_of_scores = scores(bench.tmp / "s.csv", [(1, 1, 1, 1), (1, -9, 1, 1)], HEADER)
     with_all = replace(lrm, scores=str(table_of_scores), clip=clip(bench, 16), validation_pairs=lrm.pairs)
-    assert preflight.lrm(with_all).tolist() == [0]
+    used = preflight.lrm(replace(with_all, test_pairs=lrm.pairs, vae=str(bench.sd)))
+    assert {use: pairs.rows.tolist() for use, pairs in used.items()} == {"train": [0], "validation": [0, 1], "test": [0, 1]}
     assert preflight.lpo(replace(lpo, lora=bench.lora(4), lrm_base=str(bench.sd))) == ["a red circle", "two"]
     assert not (bench.tmp / "runs").exists()
 
@@ -121,7 +122,7 @@ def test_sdxl_passes(bench: Bench, lpo: LPO, lrm: LRM, tiny_sdxl: Path) -> None:
     checkpoint.save_lrm(model, backbone.load_tokenizers(tiny_sdxl, model.family), bench.tmp / "lrm_xl")
     good = replace(lpo, model=str(tiny_sdxl), lrm=str(bench.tmp / "lrm_xl"))
     assert preflight.lpo(good) == ["a red circle", "two"]
-    assert preflight.lrm(replace(lrm, model=str(tiny_sdxl))) is None
+    assert len(preflight.lrm(replace(lrm, model=str(tiny_sdxl)))["train"]) == 2
     refused(train_lpo.train, replace(good, lrm=str(bench.lrm)), "--lrm", "scores sd latents, the model makes sdxl")
     for part in ("tokenizer_2", "text_encoder_2"):
         broken = bench.without(tiny_sdxl, part)
@@ -272,18 +273,29 @@ def test_lora(bench: Bench, lpo: LPO) -> None:
     refused(train_lpo.train, replace(lpo, targets=("to_q", "nope")), "--targets", "no module of the denoiser")
 
 
-@pytest.mark.parametrize("key", ["pairs", "validation_pairs"])
+@pytest.mark.parametrize("key", ["pairs", "validation_pairs", "test_pairs"])
 @pytest.mark.parametrize("make, message", [
     (lambda b: str(b.tmp / "nowhere"), "no .parquet there"),
     (lambda b: b.file("empty/note.txt") and str(b.tmp / "empty"), "no .parquet there"),
     (lambda b: b.file("text.parquet", "text"), "is not parquet"),
-    (lambda b: b.captions_alone(), "has no column 'jpg_0'"),
+    (lambda b: "owner/name", "cannot be loaded as a data set"),
     (lambda b: b.pairs(jpg_0=[b"no picture"] * 2), "a picture of row 0 does not decode"),
-    (lambda b: b.pairs(jpg_1=[RED[:40], BLUE]), "a picture of row 0 does not decode"),
+    (lambda b: b.pairs(jpg_1=[RED[:40], BLUE[:40]]), "a picture of row 0 does not decode"),
     (lambda b: b.pairs(jpg_1=pa.array([None, None], pa.binary())), "a picture of row 0 does not decode"),
 ])
 def test_pairs(bench: Bench, lrm: LRM, key: str, make: Callable[[Bench], str], message: str) -> None:
     refused(train_lrm.train, replace(lrm, **{key: make(bench)}), "--" + key.replace("_", "-"), message)
+
+
+def test_columns(bench: Bench, lrm: LRM) -> None:
+    refused(train_lrm.train, replace(lrm, pairs=bench.captions_alone()), "--columns.jpg-0", "which has caption")
+    refused(train_lrm.train, replace(lrm, columns=config.Columns(caption="text")), "--columns.caption",
+            "which has caption, jpg_0")
+
+
+def test_vae(bench: Bench, lrm: LRM) -> None:
+    preflight.lrm(replace(lrm, vae=str(bench.sd / "vae")))
+    refused(train_lrm.train, replace(lrm, vae=str(bench.tmp / "nowhere")), "--vae", "config.json is missing")
 
 
 def test_pairs_are_needed(lrm: LRM) -> None:
@@ -295,6 +307,9 @@ def test_score_table(bench: Bench, lrm: LRM) -> None:
     refused(train_lrm.train, replace(lrm, scores=str(bench.tmp / "nowhere.csv")), "--scores", "cannot be read")
     too_long = scores(bench.tmp / "long.csv", [keep] * 3, HEADER)
     refused(train_lrm.train, replace(lrm, scores=str(too_long)), "--scores", "the score table has 3 rows")
+    swapped = scores(bench.tmp / "ties.csv", [(0, 0, 0, 0)] * 2, HEADER)
+    refused(train_lrm.train, replace(lrm, scores=str(swapped)), "--scores",
+            "different_flag is not what the labels say in 2 of 2")
     none = scores(bench.tmp / "none.csv", [(1, -9, 1, 1)] * 2, HEADER)
     refused(train_lrm.train, replace(lrm, scores=str(none)), "--scores", "the filter keeps none of its 2 rows")
 

@@ -38,7 +38,7 @@ def lrm_run(tmp_path_factory) -> Path:
     code = train.main(["lrm", "--model", str(PIPELINE), "--pairs", str(out / "train.parquet"),
                        "--validation-pairs", str(out / "held_out.parquet"), "--out", str(out / "run"),
                        "--max-steps", "6", "--warmup-steps", "2", "--batch-size", "16", "--validate-steps", "3",
-                       "--learning-rate", "1e-3", "--weight-decay", "0.01", "--num-workers", "0"])
+                       "--save-steps", "3", "--learning-rate", "1e-3", "--weight-decay", "0.01", "--num-workers", "0"])
     assert code == 0
     return out / "run"
 
@@ -60,8 +60,8 @@ def settings(tmp_path, lrm) -> config.LPO:
 
 def test_lrm_run_directory(lrm_run):
     assert len(rows(lrm_run, "train")) == 6
-    assert [row["global_step"] for row in rows(lrm_run, "validation")] == [3, 6, 6]
-    *during, last = rows(lrm_run, "validation")
+    assert [row["global_step"] for row in rows(lrm_run, "validation")] == [0, 3, 6, 6]
+    _, *during, last = rows(lrm_run, "validation")
     assert last["accuracy"] == last["accuracy_by_timestep"]["1"] and len(last["accuracy_by_timestep"]) == 20
     assert (lrm_run / "report.html").is_file() and (lrm_run / "config.json").is_file()
     best = max(during, key=lambda row: (row["accuracy"], row["global_step"]))
@@ -78,7 +78,7 @@ def test_lrm_learning_rate_is_warmed_up_and_decays_to_zero(lrm_run):
 
 def test_lrm_resume_is_exact(tmp_path, lrm_run, monkeypatch):
     recorded = json.loads((lrm_run / "config.json").read_text())
-    whole = config.LRM(**recorded | {"out": str(tmp_path / "run")})
+    whole = config.LRM(**recorded | {"out": str(tmp_path / "run"), "columns": config.Columns(**recorded["columns"])})
     steps = []
 
     class Stop(Exception):

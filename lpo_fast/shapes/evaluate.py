@@ -22,9 +22,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lpo_fast import checkpoint, config, policy, preflight, runs, speed, train_lpo, train_lrm
+from lpo_fast import checkpoint, config, pairs, policy, preflight, runs, speed, train_lpo, train_lrm
 from lpo_fast.config import LPO, Demo
-from lpo_fast.data import PairDataset, collate
 from lpo_fast.errors import InputError
 from lpo_fast.sample import Score
 from lpo_fast.shapes import PIPELINE, world
@@ -54,7 +53,7 @@ def train_reward(out: Path, seed: int) -> Path:
     write_pairs(out / "pairs" / "train.parquet", LRM_PAIRS, seed, held_out=False)
     write_pairs(out / "pairs" / "validation.parquet", VALIDATION_PAIRS, seed + 1_000_000, held_out=False)
     settings = replace(config.shapes().lrm, model=str(PIPELINE), out=str(out / "lrm"), seed=seed,
-                       pairs=str(out / "pairs" / "train.parquet"),
+                       pairs=str(out / "pairs" / "train.parquet"), cache_dir=str(out / "pairs" / "arrow"),
                        validation_pairs=str(out / "pairs" / "validation.parquet"))
     return train_lrm.train(settings) / train_lrm.FINAL
 
@@ -64,8 +63,9 @@ def reward_accuracy(out: Path, lrm: Path, seed: int) -> dict[str, object]:
     write_pairs(out / "pairs" / "held_out.parquet", VALIDATION_PAIRS, seed, held_out=True)
     model = checkpoint.load_lrm(lrm).to(speed.device())
     encoder = train_lrm.Encoder(PIPELINE, model, seed, "no")
-    pairs = PairDataset(out / "pairs" / "held_out.parquet", encoder.resolution)
-    shown = train_lrm.validate(model, encoder, DataLoader(pairs, 100, collate_fn=collate), list(range(1, 1000, 50)))
+    held_out = pairs.read(str(out / "pairs" / "held_out.parquet"), cache_dir=str(out / "pairs" / "arrow"))
+    loader = DataLoader(pairs.PairDataset(held_out, encoder.resolution), 100, collate_fn=pairs.collate)
+    shown = train_lrm.validate(model, encoder, loader, list(range(1, 1000, 50)))
     return {"kind": "validation", "global_step": config.shapes().lrm.max_steps, "held_out": True, **shown}
 
 

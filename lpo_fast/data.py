@@ -143,10 +143,15 @@ def picture(encoded: bytes) -> Image.Image:
 
 def decode(encoded: bytes, resolution: int) -> Tensor:
     """Encoded picture → fp32 [3, r, r] in [−1, 1], upright and resized to the square."""
-    upright = picture(encoded)
-    if upright.size != (resolution, resolution):
-        upright = upright.resize((resolution, resolution), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(upright)).permute(2, 0, 1) / 127.5 - 1
+    return pixels(picture(encoded), resolution)
+
+
+def pixels(picture: Image.Image, resolution: int) -> Tensor:
+    """What ``decode`` makes of a picture: fp32 [3, r, r]."""
+    picture = ImageOps.exif_transpose(picture).convert("RGB")
+    if picture.size != (resolution, resolution):
+        picture = picture.resize((resolution, resolution), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
 
 
 class Scores(NamedTuple):

@@ -4,6 +4,7 @@ demo (or nothing)   both stages on the embedded world, judged from pixels: minut
 lrm                 train a latent reward model from preference pairs
 lpo                 align a Stable Diffusion model with a latent reward model
 --config FILE.py …  the official LPO script's launch line (official.py)
+--config-path DIR --config-name NAME key=value …  the official LRM script's (official_lrm.py)
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Annotated
 
 import tyro
 
-from lpo_fast import config, official
+from lpo_fast import config, official, official_lrm
 from lpo_fast.config import LPO, LRM, Demo
 from lpo_fast.errors import InputError, PeerError
 
@@ -58,6 +59,8 @@ def parse(argv: list[str]) -> Demo | LRM | LPO:
         if os.environ.get("RANK", "0") == "0":  # of many processes one
             print(*(f"note: {note}" for note in notes), sep="\n", flush=True)
         return settings
+    if any(a.partition("=")[0] in ("--config-path", "--config-name", "-cp", "-cn") for a in argv):
+        return official_lrm.parse(argv)
     defaults = recipe(argv)
     stages = (Annotated[Demo, tyro.conf.subcommand("demo")]
               | Annotated[LRM, tyro.conf.subcommand("lrm", default=defaults.lrm)]

@@ -1,0 +1,217 @@
+"""python -m lpo_fast.score: what a latent reward model thinks of pictures.
+
+    x0 = mean of VAE(picture) · scaling_factor,   x_t = sqrt(a_t)·x0 + sqrt(1 − a_t)·z,   score = S(x_t, t, prompt)
+
+    from lpo_fast.score import Scorer
+    scorer = Scorer("lrm_sd15", base="stable-diffusion-v1-5")
+    scores = scorer(pictures, prompts)
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import tyro
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from lpo_fast import backbone, checkpoint, cli, data, noise, preflight, schedule, speed, tables
+from lpo_fast.config import LPO, Precision
+from lpo_fast.errors import InputError
+from lpo_fast.tables import KINDS, Picture
+
+LOOKED_AT = 100  # pictures of a table whose headers are read before the model is loaded
+
+
+@dataclass(frozen=True)
+class Score:
+    """Score pictures with a latent reward model: one line a picture, or a table with a column more."""
+
+    pictures: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Picture files, all for --prompt."""
+    lrm: str = ""
+    """Latent reward model: a directory written by `lrm` or by the official code."""
+    lrm_base: str = ""
+    """Diffusers directory with what the LRM's directory lacks: VAE, scheduler, and tokenizer of an official one."""
+    prompt: str = ""
+    """The prompt of the pictures."""
+    table: str = ""
+    """Instead of pictures: .csv, .jsonl or .parquet with a row a picture."""
+    out: str = ""
+    """Where the table goes, of any of these kinds."""
+    prompt_key: str = "prompt"
+    """Column of the prompt."""
+    image_key: str = "image"
+    """Column of the picture: a path (from the table's directory or the current one), or encoded bytes."""
+    score_key: str = "lrm_score"
+    """Column that is added."""
+    timestep: int = 1
+    """Noise level at which the picture is scored, 0 to 999."""
+    draws: int = 1
+    """Noise draws that are averaged."""
+    batch_size: int = 8
+    """Pictures at once; the scores do not depend on it."""
+    seed: int = 0
+    """The noise is a function of the seed, the row, the timestep and the draw."""
+    mixed_precision: Precision = "auto"
+    """Precision of the reward model; auto: fp16 on CUDA, fp32 on a CPU."""
+
+
+class Scorer:
+    """A latent reward model as a function of pictures and prompts.
+
+    lrm: its directory. base: a diffusers directory of its family, for the VAE and whatever else the LRM's directory
+    lacks; "": the one that the LRM's directory names. Raises InputError if the two do not belong together.
+    """
+
+    def __init__(self, lrm: str | os.PathLike, base: str | os.PathLike = "", *, batch_size: int = 8, seed: int = 0,
+                 mixed_precision: Precision = "auto"):
+        path, base = Path(lrm), check_lrm(str(lrm), str(base))
+        self.device, self.batch_size, self.seed = speed.device(), batch_size, seed
+        self.precision = speed.precision(mixed_precision, "fp16")
+        self.lrm = checkpoint.load_lrm(path, base).to(self.device)
+        self.tokenizers = backbone.load_tokenizers(path if (path / "tokenizer").is_dir() else base, self.lrm.family)
+        self.vae = backbone.load_vae(base).to(self.device)
+        scheduler = json.loads((base / "scheduler" / "scheduler_config.json").read_text())
+        self.sched = schedule.from_config(scheduler, 20).to(self.device)
+        self.resolution = self.lrm.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def __call__(self, pictures: Sequence[Picture], prompts: Sequence[str] | str, *, timestep: int = 1, draws: int = 1,
+                 rows: Sequence[int] | None = None) -> Tensor:
+        """Scores [N], fp32 on the CPU. pictures: PIL pictures, paths or encoded bytes; prompts: one a picture, or one for all.
+
+        rows: numbers that key the noise (default: 0 … N−1). Raises InputError naming the picture that is none.
+        """
+        prompts = [prompts] * len(pictures) if isinstance(prompts, str) else list(prompts)
+        rows = range(len(pictures)) if rows is None else rows
+        if not len(pictures) == len(prompts) == len(rows):
+            raise InputError(f"{len(pictures)} pictures", f"come with {len(prompts)} prompts and {len(rows)} rows",
+                             "give a prompt a picture, or one for all")
+        scores = [torch.zeros(0)]
+        bar = tqdm(total=len(pictures), desc="score", unit="picture", leave=False, disable=None)
+        for pixels, at in self._decoded(pictures, rows):
+            scores.append(self._score(pixels, prompts[at], torch.tensor(rows[at]), timestep, draws).cpu())
+            bar.update(len(pixels))
+        bar.close()
+        return torch.cat(scores)
+
+    def _decoded(self, pictures: Sequence[Picture], rows: Sequence[int]) -> Iterator[tuple[Tensor, slice]]:
+        """Batches of pixels [B, 3, r, r] and which pictures they are; the next batch decodes while one is scored."""
+        slices = [slice(i, i + self.batch_size) for i in range(0, len(pictures), self.batch_size)]
+        read = partial(pixels, resolution=self.resolution)
+        with ThreadPoolExecutor(4) as pool:
+            pending = None
+            for at in [*slices, None]:
+                following = at and ([pool.submit(read, *pair) for pair in zip(pictures[at], rows[at], strict=True)], at)
+                if pending:
+                    yield torch.stack([future.result() for future in pending[0]]), pending[1]
+                pending = following
+
+    @torch.no_grad()
+    def _score(self, pixels: Tensor, prompts: list[str], rows: Tensor, timestep: int, draws: int) -> Tensor:
+        """Scores [B] of one batch."""
+        unique = list(dict.fromkeys(prompts))
+        text = backbone.encode_prompts(self.lrm.family, self.tokenizers, list(self.lrm.text_encoders), unique,
+                                       zero_null=False)[torch.tensor([unique.index(p) for p in prompts], device=self.device)]
+        x0 = self.vae.encode(pixels.to(self.device)).latent_dist.mean * self.vae.config.scaling_factor
+        z = noise.normal(self.seed, 0, rows.to(self.device), timestep, draws, tuple(x0.shape[1:]))
+        t = torch.full((len(x0),), timestep, device=self.device)
+        with speed.autocast(self.precision):
+            scores = [self.lrm.score(schedule.add_noise(self.sched, x0, one, t), t, text) for one in z]
+        return torch.stack(scores).float().mean(0)
+
+
+def pixels(picture: Picture, row: int, resolution: int) -> Tensor:
+    """fp32 [3, r, r] in [−1, 1], upright. Raises InputError naming the picture."""
+    try:
+        if isinstance(picture, Image.Image):
+            return data.pixels(picture, resolution)
+        return data.decode(picture if isinstance(picture, bytes) else Path(picture).read_bytes(), resolution)
+    except Exception as error:  # Pillow raises many kinds for what is no picture
+        name = str(picture) if isinstance(picture, str | os.PathLike) else f"picture {row}"
+        raise InputError(name, f"row {row} does not decode as a picture ({type(error).__name__})", "mend or drop it") from error
+
+
+def check_lrm(lrm: str, base: str) -> Path:
+    """The base directory of an LRM: the given one or the one that it names. Raises InputError unless they fit."""
+    record = Path(lrm) / "lrm.json"
+    if not base and record.is_file():
+        base = preflight.read_config(Path(lrm), "--lrm", record.name).get("base") or ""
+    if not base and lrm and Path(lrm).is_dir():
+        raise InputError(lrm, "names no base, and holds no VAE", "name the diffusers directory that it was made from",
+                         "--lrm-base")
+    unet = preflight.pipeline(base, "--lrm-base") if base else {}
+    own = preflight.reward_model(LPO(model=base, lrm=lrm))
+    families = [backbone.family_of(config) for config in (own, unet)]
+    if families[0] != families[1] or own["in_channels"] != unet["in_channels"]:
+        raise InputError(lrm, f"scores {families[0].name} latents, {base} makes {families[1].name} latents",
+                         "name the diffusers directory that it was made from", "--lrm-base")
+    return Path(base)
+
+
+def check(settings: Score) -> None:
+    """Refuse settings that cannot work."""
+    cli.required(settings, "lrm")
+    cli.within(settings, 0, 999, "timestep")
+    cli.within(settings, 1, float("inf"), "draws", "batch_size")
+    cli.within(settings, 0, float("inf"), "seed")
+    if bool(settings.pictures) == bool(settings.table):
+        raise InputError(settings.table or "(none)", "give pictures or a table, not both or neither", "see --help", "--table")
+    if settings.pictures:
+        cli.required(settings, "prompt")
+        return
+    out = Path(settings.out)
+    cli.required(settings, "out")
+    if out.suffix not in KINDS:
+        raise InputError(settings.out, f"unknown kind {out.suffix!r}", f"use {', '.join(KINDS)}", "--out")
+    if out.exists():
+        raise InputError(settings.out, "exists already", "name another file", "--out")
+    preflight.writable(out.parent)
+
+
+def check_pictures(pictures: Sequence[Picture]) -> None:
+    """Refuse files that are missing or whose beginning is no picture's."""
+    for row, picture in enumerate(pictures):
+        if not isinstance(picture, bytes):
+            try:
+                Image.open(picture).close()
+            except FileNotFoundError as error:
+                raise InputError(str(picture), "no such picture", "name a picture file") from error
+            except Exception as error:  # Pillow raises many kinds
+                raise InputError(str(picture), f"row {row} is no picture", "name a picture file") from error
+
+
+def run(settings: Score) -> None:
+    """The command."""
+    check(settings)
+    rows, prompts, pictures = None, settings.prompt, settings.pictures
+    if settings.table:
+        rows, prompts, pictures = tables.read(settings.table, settings.prompt_key, settings.image_key, settings.score_key)
+    if settings.table and not settings.out.endswith(".parquet") and any(isinstance(picture, bytes) for picture in pictures):
+        raise InputError(settings.out, "cannot hold the pictures' bytes", "name a .parquet file", "--out")
+    check_pictures(pictures[:LOOKED_AT] if settings.table else pictures)
+    scorer = Scorer(settings.lrm, settings.lrm_base, batch_size=settings.batch_size, seed=settings.seed,
+                    mixed_precision=settings.mixed_precision)
+    scores = scorer(pictures, prompts, timestep=settings.timestep, draws=settings.draws)
+    if settings.table:
+        tables.write(rows, scores, Path(settings.out), settings.score_key)
+        print(f"{settings.out}: {len(scores)} rows, mean score {scores.mean():.4f}")
+    else:
+        for score, picture in zip(scores.tolist(), pictures, strict=True):
+            print(f"{score:.4f}\t{picture}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; its exit code."""
+    return cli.command(Score, run, argv, "score")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

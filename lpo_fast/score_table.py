@@ -1,0 +1,187 @@
+"""python -m lpo_fast.score_table --pairs … --aesthetic module:function … --out table.csv: the score table of the filter.
+
+A row a pair, in the pairs' order: the pictures' keys if the pairs have them, different_flag (1 win–lose, 0 tie), and by
+each of three scorers the gap, score of the preferred picture less the other's, or the absolute difference of a tie. A
+scorer is ``function(pictures: list[PIL.Image], prompts: list[str]) -> one number a picture``. Killed runs go on.
+"""
+
+import csv
+import hashlib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from lpo_fast import data, pairs
+from lpo_fast.config import Columns
+from lpo_fast.errors import InputError
+from lpo_fast.pairs import PairDataset, Pairs
+from lpo_fast.preflight import writable
+
+SCORERS = ("aesthetic", "clipscore", "vqascore")
+Scorer = Callable[[list[Image.Image], list[str]], object]
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Make the score table of the multi-preference consistent filter from three scorers."""
+
+    pairs: str = ""
+    """Pairs, as for `lpo_fast.train lrm`."""
+    aesthetic: str = ""
+    """Scorer of beauty, module:function; the filter expects the scale of the LAION aesthetic predictor (1 to 10)."""
+    clipscore: str = ""
+    """Scorer of agreement with the prompt, module:function; the filter expects CLIP's cosine."""
+    vqascore: str = ""
+    """Another, module:function; the filter expects VQAScore's probability."""
+    out: str = "scores.csv"
+    """The table (.csv)."""
+    train_split: str = "train"
+    """Split of --pairs, if it has splits."""
+    cache_dir: str = ""
+    """Where datasets keeps what it downloads and converts."""
+    columns: Columns = Columns()
+    """Names of the pairs' columns."""
+    batch_size: int = 32
+    """Pairs that a scorer is given at once."""
+    max_corrupt: int = 100
+    """Pairs whose pictures do not decode get no gaps, and so are never kept; a run with more of them stops."""
+
+
+def make(config: ScoreTable) -> Path:
+    """Write the table; its path. Raises InputError naming the scorer and the rows."""
+    out = Path(config.out)
+    if config.batch_size < 1:
+        raise InputError(str(config.batch_size), "below 1", "use 1 or more", "--batch-size")
+    if out.exists():
+        raise InputError(config.out, "is there already", "choose another name, or remove it", "--out")
+    writable(out.parent)
+    scorers = {name: load(getattr(config, name), f"--{name}") for name in SCORERS}
+    table = pairs.read(config.pairs, "--pairs", config.columns, config.train_split, config.cache_dir)
+    pairs.check_pictures(table)
+    names = [*(data.KEYS if table.uids else ()), *data.GAPS]
+    same = repr((astuple(config), len(table))).encode()  # other settings have another unfinished table
+    part = out.with_name(f".{out.name}.{hashlib.sha256(same).hexdigest()[:12]}.part")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    first = resume(part, names)
+    with open(part, "a", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if first is None:
+            writer.writerow(names)
+        for row in tqdm(scored(config, table, scorers, first or 0), desc="scores", unit="pair", initial=first or 0,
+                        total=len(table), disable=None):
+            writer.writerow(row)
+            file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, out)
+    return out
+
+
+def load(name: str, flag: str) -> Scorer:
+    """The callable that module:function names."""
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise InputError(name or "(none)", "is no module:function", "name a scorer, as my_scorers:aesthetic", flag)
+    try:
+        found = importlib.import_module(module)
+        for part in function.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # whatever importing the user's module raises
+        raise InputError(name, f"cannot be imported ({type(error).__name__}: {error})",
+                         "run where the module can be found, with what it needs installed", flag) from error
+    if not callable(found):
+        raise InputError(name, f"is {type(found).__name__}, not a function", "name a function", flag)
+    return found
+
+
+def resume(part: Path, names: list[str]) -> int | None:
+    """Rows of an unfinished table, whose last line is cut off if it is not whole; None: there is none to go on with."""
+    whole = b""
+    if part.is_file():
+        content = part.read_bytes()
+        whole = content[:content.rfind(b"\n") + 1]
+        if not whole.startswith((",".join(names) + "\n").encode()):
+            whole = b""
+        part.write_bytes(whole)
+    rows = list(csv.reader(whole.decode().splitlines()))
+    return len(rows) - 1 if rows else None
+
+
+def scored(config: ScoreTable, table: Pairs, scorers: dict[str, Scorer], first: int) -> Iterator[list]:
+    """The table's rows from ``first`` on."""
+    dataset, corrupt = PairDataset(table, 8), set()
+    with ThreadPoolExecutor() as pool:
+        for start in range(first, len(table), config.batch_size):
+            rows = range(start, min(start + config.batch_size, len(table)))
+            pictures = list(pool.map(lambda row: both(dataset, row), rows))
+            corrupt |= {row for row, pair in zip(rows, pictures, strict=True) if pair is None}
+            if len(corrupt) > config.max_corrupt:
+                raise InputError(config.pairs, f"pictures of {len(corrupt)} pairs do not decode, the first: rows "
+                                 f"{', '.join(map(str, sorted(corrupt)[:5]))}", "mend them, or allow more with --max-corrupt",
+                                 "--pairs")
+            good = [row for row, pair in zip(rows, pictures, strict=True) if pair is not None]
+            found = [gaps(name, getattr(config, name), scorers[name], [p for p in pictures if p], table, good)
+                     for name in SCORERS]
+            known = dict(zip(good, zip(*found, strict=True), strict=True))
+            for row in rows:
+                keys = [column[row] for column in table.uids] if table.uids else []
+                different = int(table.labels[row, 0] != table.labels[row, 1])
+                yield [*keys, different, *(f"{gap:.6g}" for gap in known.get(row, (np.nan,) * 3))]
+
+
+def both(dataset: PairDataset, row: int) -> tuple[Image.Image, Image.Image] | None:
+    """The two pictures of a row, upright and of their own sizes, or None if one does not decode."""
+    try:
+        return tuple(data.picture(pictures(row)) for pictures in dataset.pictures)
+    except Exception:  # Pillow raises many kinds for what is no picture
+        return None
+
+
+def gaps(name: str, given: str, scorer: Scorer, pictures: list, table: Pairs, rows: list[int]) -> list[float]:
+    """The gap of each row by one scorer. Pairs that were not judged have none."""
+    if not rows:
+        return []
+    where = f"at rows {rows[0]} to {rows[-1]}"
+    prompts = [table.captions[row] for row in rows]
+    try:
+        scores = scorer([first for first, _ in pictures] + [second for _, second in pictures], prompts * 2)
+        scores = np.array([float(score) for score in scores], np.float64)
+    except Exception as error:  # whatever the user's scorer raises
+        raise InputError(given, f"{where} failed ({type(error).__name__}: {error})", "mend the scorer; what is done is kept",
+                         f"--{name}") from error
+    if scores.shape != (2 * len(rows),):
+        raise InputError(given, f"{where} gave {scores.size} scores for {2 * len(rows)} pictures", "return one a picture",
+                         f"--{name}")
+    if not np.isfinite(scores).all():
+        row = rows[int((~np.isfinite(scores)).argmax()) % len(rows)]
+        raise InputError(given, f"a score of row {row} is not finite", "mend the scorer; what is done is kept", f"--{name}")
+    first, second = scores.reshape(2, -1)
+    sign = np.sign(table.labels[rows, 0] - table.labels[rows, 1])
+    gap = np.where(sign == 0, np.abs(first - second), sign * (first - second))
+    return np.where(table.labels[rows].sum(1) == 1, gap, np.nan).tolist()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; 0, or 2 for a user's error, 130 if interrupted (the same command goes on)."""
+    config = tyro.cli(ScoreTable, args=argv, prog="python -m lpo_fast.score_table", config=(tyro.conf.FlagCreatePairsOff,))
+    try:
+        print(f"score table: {make(config)}")
+    except InputError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -138,17 +138,22 @@ def read_table(path: Path, columns: Sequence[str], flag: str) -> pa.Table:
 
 def picture(encoded: bytes) -> Image.Image:
     """Encoded picture → RGB, upright. Raises whatever Pillow raises for what is no picture."""
-    return ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
+    return upright(Image.open(io.BytesIO(encoded)))
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """As its EXIF orientation says, in RGB."""
+    return ImageOps.exif_transpose(picture).convert("RGB")
 
 
 def decode(encoded: bytes, resolution: int) -> Tensor:
     """Encoded picture → fp32 [3, r, r] in [−1, 1], upright and resized to the square."""
-    return pixels(picture(encoded), resolution)
+    return pixels(Image.open(io.BytesIO(encoded)), resolution)
 
 
 def pixels(picture: Image.Image, resolution: int) -> Tensor:
     """What ``decode`` makes of a picture: fp32 [3, r, r]."""
-    picture = ImageOps.exif_transpose(picture).convert("RGB")
+    picture = upright(picture)
     if picture.size != (resolution, resolution):
         picture = picture.resize((resolution, resolution), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1

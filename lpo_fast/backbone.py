@@ -175,5 +175,10 @@ def load_tokenizers(path: Path, family: Family) -> list[CLIPTokenizer]:
 
 
 def load_vae(path: Path) -> AutoencoderKL:
-    """The VAE below ``path``, frozen."""
-    return AutoencoderKL.from_pretrained(path, subfolder="vae").requires_grad_(False).eval()
+    """The VAE in ``path``/vae, or in ``path`` itself, frozen."""
+    return AutoencoderKL.from_pretrained(vae_folder(path)).requires_grad_(False).eval()
+
+
+def vae_folder(path: Path) -> Path:
+    """Where the VAE of a pipeline's or of its own directory lies."""
+    return path / "vae" if (path / "vae").is_dir() else path

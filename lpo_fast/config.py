@@ -20,7 +20,7 @@ class LPO:
     model: str = ""
     """Stable Diffusion in diffusers layout: a local directory."""
     vae: str = ""
-    """VAE of another directory or hub name (SDXL's fp16-fixed one, say); default: the model's."""
+    """Another VAE for the pictures: its directory, or one with it in vae/; default: the model's own."""
     lrm: str = ""
     """Latent reward model: a directory written by `lrm` or by the official code."""
     lrm_base: str = ""

@@ -92,8 +92,9 @@ class Pictures:
     @torch.no_grad()
     def _draw(self, prompts: Tensor) -> list[Image.Image]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        pixels = policies.pictures(self.policy.predict, self.sched, Path(self.config.model), prompts, self.shape,
-                                   guidance=self.config.guidance_scale, seed=self.config.seed, batch=self.config.batch_size)
+        pixels = policies.pictures(self.policy.predict, self.sched, Path(self.config.vae or self.config.model), prompts,
+                                   self.shape, guidance=self.config.guidance_scale, seed=self.config.seed,
+                                   batch=self.config.batch_size)
         return [Image.fromarray(picture.numpy()) for picture in pixels]
 
     def compared(self, when: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from diffusers import UNet2DConditionModel
 
-from lpo_fast import backbone, checkpoint, data, outputs, pairs
+from lpo_fast import backbone, checkpoint, data, outputs, pairs, speed
 from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
 from lpo_fast.pairs import Pairs
@@ -29,6 +29,12 @@ def lpo(config: LPO) -> list[str]:
     if families[0] != families[1] or unet["in_channels"] != lrm["in_channels"]:
         raise InputError(config.lrm, f"scores {families[1].name} latents, the model makes {families[0].name} latents",
                          "use an LRM trained for this kind of model", "--lrm")
+    if config.vae:
+        read_config(backbone.vae_folder(Path(config.vae)), "--vae")
+    if config.lrm_tokenizer and not Path(config.lrm_tokenizer).is_dir():
+        raise InputError(config.lrm_tokenizer, "no such directory", "name a tokenizer's directory", "--lrm-tokenizer")
+    if config.attention == "xformers" and not speed.xformers_runs():
+        raise InputError("xformers", "does not run here", "use sdpa, which computes the same", "--attention")
     prompts = data.read_prompts(config.prompts, config.caption_key)
     if not config.full:
         targets(unet, config.targets)
@@ -48,8 +54,7 @@ def lrm(config: LRM) -> dict[str, Pairs]:
                          "WORLD_SIZE")
     pipeline(config.model, "--model")
     if config.vae:
-        vae = Path(config.vae)
-        read_config(vae / "vae" if (vae / "vae").is_dir() else vae, "--vae")
+        read_config(backbone.vae_folder(Path(config.vae)), "--vae")
     if config.clip:
         width = checkpoint.read_text_projection(config.clip).shape[1]
         wanted = read_config(Path(config.model) / "text_encoder", "--model")["hidden_size"]

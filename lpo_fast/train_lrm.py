@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -32,7 +31,7 @@ class Encoder:
                  noise_offset: float = 0.0):
         device = next(lrm.parameters()).device
         scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
-        self.vae = (load_vae(Path(vae)) if vae else backbone.load_vae(model)).to(device)
+        self.vae = backbone.load_vae(Path(vae) if vae else model).to(device)
         self.tokenizers: list[CLIPTokenizer] = backbone.load_tokenizers(model, lrm.family)
         self.sched: Schedule = schedule.from_config(scheduler, 20).to(device)
         self.noise_offset = noise_offset
@@ -63,13 +62,6 @@ class Encoder:
         device = self.sched.table.device
         ids = [i.to(device) for i in backbone.tokenize(self.tokenizers, captions)]
         return lrm.encode(ids, [i.to(device) for i in self.null_ids])
-
-
-def load_vae(path: Path) -> nn.Module:
-    """A VAE's directory, or one with it in vae/."""
-    if (path / "vae").is_dir():
-        return backbone.load_vae(path)
-    return AutoencoderKL.from_pretrained(path).requires_grad_(False).eval()
 
 
 def features(lrm: LatentRewardModel, text: Text, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -50,16 +50,18 @@ def test_doctor_without_a_gpu(capsys: pytest.CaptureFixture) -> None:
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_bytes_are_those_of_distinct_tensors(name: str) -> None:
-    """At least the results, at most all arguments and all results."""
+    """At least the results, at most all arguments, all results and, on the way back, the gradients of the forward results."""
     operator = OPERATORS[name]
     for size in operator.small.values():
         arguments = operator.inputs(DEVICE, **size)
+        came = 0
         for backward in (False, True) if operator.differentiable else (False,):
             call, = operator.calls(operator.reference, [arguments], backward)
             results = [x for x in torch.utils._pytree.tree_leaves(call()) if x.numel() > 100]
             given = [x for x in torch.utils._pytree.tree_leaves(arguments) if isinstance(x, torch.Tensor)]
             written = sum(x.nbytes for x in results)
-            assert written <= operator.moved(arguments, backward) <= written + sum(x.nbytes for x in given)
+            assert written <= operator.moved(arguments, backward) <= written + sum(x.nbytes for x in given) + came
+            came = written
 
 
 def test_error() -> None:

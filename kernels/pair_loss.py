@@ -256,7 +256,7 @@ def pair_loss(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Te
         expect(x.dtype == x_t.dtype and not x.requires_grad, f"{name} must be {x_t.dtype} as x_t is, and without gradient")
     expect_tensor("t", t, x_t.shape[:1], x_t, (torch.int64,))
     expect_tensor("weight", weight, x_t.shape[:1], x_t, exact)
-    expect_tensor("sched.table", sched.table, sched.table.shape, x_t, (x_t.dtype,))
+    expect_tensor("sched.table", sched.table, (len(sched.table), 7), x_t, (x_t.dtype,))
     for name, outputs in (("policy", policy), ("reference", reference)):
         expect_tensor(name, outputs, (2 * len(x_t), *x_t.shape[1:]), x_t)
     expect(not (reference.requires_grad or weight.requires_grad), "reference and weight must be without gradient")
@@ -268,7 +268,7 @@ def pair_loss(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Te
     policy = dense(policy)
     layout = torch.channels_last if channels_last(policy) else torch.contiguous_format
     value, totals, values = _op(
-        sched.table, x_t.contiguous(), winner.contiguous(), loser.contiguous(), t.contiguous(), policy,
+        sched.table.contiguous(), x_t.contiguous(), winner.contiguous(), loser.contiguous(), t.contiguous(), policy,
         reference.contiguous(memory_format=layout), weight.float().contiguous(), guidance, beta, eps,
         math.inf if sched.clip is None else sched.clip)
     return StepDPO(value, *values[:7].detach(), totals.detach())

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import DEVICE
+from triton.runtime.errors import OutOfResources
 
 from lpo_fast import doctor
 from lpo_fast.operators import OPERATORS, Operator, error
@@ -32,13 +33,13 @@ def test_doctor_says_which_kernel_is_wrong(kernels, monkeypatch: pytest.MonkeyPa
         return right._replace(winner=right.loser)
 
     def broken(*arguments):
-        raise RuntimeError("does not compile\nfor reasons")
+        raise OutOfResources(300, 228, "shared memory")
     monkeypatch.setitem(OPERATORS, "pair_select", replace(good, kernel=wrong))
     monkeypatch.setitem(OPERATORS, "ddim_candidates", replace(steps, kernel=broken))
     assert doctor.main([]) == 1
     failed = [line.partition("FAILED: ")[2] for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
     assert len(failed) == sum(len(good.sizes if CUDA else good.small) for good in (OPERATORS["pair_select"], steps))
-    assert {line.partition(":")[0] for line in failed} == {"wrong, result 4", "does not compile"}
+    assert {line.partition(":")[0] for line in failed} == {"wrong, result 4", "out of resource"}
 
 
 @pytest.mark.skipif(CUDA, reason="a GPU runs the kernels")

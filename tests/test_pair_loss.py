@@ -261,6 +261,12 @@ def test_strided_inputs() -> None:
     out, grad = run(sched, holes, **SETTINGS)
     same = b._replace(t=b.t[:1].repeat(3))
     check(sched, same, out, grad.contiguous(), **SETTINGS)
+    wide = torch.cat([sched.table, sched.table], 1)
+    for table in (sched.table.T.contiguous().T, wide[:, :7]):
+        out, grad = run(replace(sched, table=table), same, **SETTINGS)
+        check(sched, same, out, grad, **SETTINGS)
+    with pytest.raises(ValueError, match=r"sched.table has shape \(\d+, 14\), expected \(\d+, 7\)"):
+        run(replace(sched, table=wide), same, **SETTINGS)
 
 
 def test_gradcheck_of_the_reference() -> None:

@@ -4,8 +4,9 @@
 
 ``surgery`` puts it into a denoiser. PyTorch's own GroupNorm copies a channels-last map to NCHW and back, and adding shift and
 SiLU are passes of their own. Here one launch reads x for the moments and one reads it again and writes y; on the way back
-one reads x and the gradient for the sums over a group and one reads them again and writes the gradient of x. Reductions
-have a fixed order: the same bits in every run.
+one reads x and the gradient for the sums over a group and one reads them again and writes the gradient of x; beside them run
+a fill of 4 bytes a sample and the sum of the weights' gradients over the batch. Reductions have a fixed order: the same
+bits in every run with equally aligned tensors.
 """
 
 import math
@@ -285,6 +286,7 @@ def _(grad, x, stats, groups, weight, bias, shift, silu):
 def _setup(ctx, inputs, output) -> None:
     x, ctx.groups, weight, bias, _, shift, ctx.silu = inputs
     ctx.save_for_backward(x, output[1], weight, bias, shift)
+    ctx.set_materialize_grads(False)  # of the statistics: zeros that nobody reads
 
 
 def _backward(ctx, grad: Tensor, _):  # the statistics have none
@@ -307,7 +309,7 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: f
     Statistics are in fp32 (Welford). Raises ValueError for anything else, and for an eps that is negative or not finite.
     """
     expect(x.ndim == 4, f"x has shape {tuple(x.shape)}, expected [B, C, H, W]")
-    expect(math.prod(x.shape[1:]) > 0, f"x has shape {tuple(x.shape)}: no elements")
+    expect(0 < math.prod(x.shape[1:]) < 2**31, f"x has shape {tuple(x.shape)}: no elements, or 2³¹ and more a sample")
     expect_tensor("x", x, x.shape, x)
     c = x.shape[1]
     expect(groups > 0 and c % groups == 0, f"groups is {groups}, expected a divisor of {c} channels")

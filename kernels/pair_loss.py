@@ -230,6 +230,7 @@ def _(grad, table, x_t, winner, loser, t, policy, weight, values, guidance, beta
 def _setup(ctx, inputs, output) -> None:
     table, x_t, winner, loser, t, policy, _, weight, *ctx.settings = inputs
     ctx.save_for_backward(table, x_t, winner, loser, t, policy, weight, output[2])
+    ctx.set_materialize_grads(False)  # of the metrics: zeros that nobody reads
 
 
 def _backward(ctx, grad: Tensor, *_):  # of the loss; the metrics have none

@@ -59,7 +59,8 @@ class FusedTransformer(Transformer2DModel):
 def _can_fuse(block: ResnetBlock2D) -> bool:
     """Whether a block is what ``FusedResnetBlock`` computes; variants of it stay as they are."""
     return (block.time_embedding_norm == "default" and block.upsample is None and block.downsample is None
-            and isinstance(block.nonlinearity, nn.SiLU) and not block.skip_time_act)
+            and isinstance(block.nonlinearity, nn.SiLU) and not block.skip_time_act and block.time_emb_proj is not None
+            and all(type(norm) is nn.GroupNorm and norm.affine for norm in (block.norm1, block.norm2)))
 
 
 def fuse_norms(unet: UNet2DConditionModel) -> int:

@@ -206,6 +206,7 @@ MUTATIONS: list[Mutation] = [
         ("the launcher's precision is ignored", "os.environ.get(\"ACCELERATE_MIXED_PRECISION\", \"auto\")", "\"auto\"")),
     *of("kernels/group_norm_silu.py", "test_group_norm_silu.py",
         ("no epsilon", "(C // G * HW) + eps)", "(C // G * HW))"),
+        ("always the same epsilon", "(C // G * HW) + eps)", "(C // G * HW) + 1e-5)"),
         ("shift is no part of the mean", "mean += tl.load(shift_ptr", "mean += 0 * tl.load(shift_ptr"),
         ("parts' means count as one", "+ rows * mean * mean", "+ 0 * rows * mean * mean"),
         ("rows of the last part", "tl.minimum(ROWS, HW - split * ROWS).to", "(ROWS + 0 * split).to"),

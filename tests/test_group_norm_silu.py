@@ -20,7 +20,7 @@ SHAPES = [(12, 7, 33, 4), (33, 1, 7, 11), (7, 33, 1, 1), (33, 7, 7, 33), (64, 9,
 
 
 def inputs(shape: tuple[int, int, int, int], batch: int = 2, dtype: torch.dtype = torch.float32, shifted: bool = True,
-           scale: float = 1.0, seed: int = 0) -> tuple[Tensor, int, Tensor, Tensor, float, Tensor | None]:
+           scale: float = 1.0, seed: int = 0, eps: float = 1e-5) -> tuple[Tensor, int, Tensor, Tensor, float, Tensor | None]:
     """x channels-last around a mean that is not 0, groups, weight, bias, eps, shift."""
     c, h, w, groups = shape
     random = torch.Generator().manual_seed(seed)
@@ -28,7 +28,7 @@ def inputs(shape: tuple[int, int, int, int], batch: int = 2, dtype: torch.dtype 
     weight, bias, shift = (torch.randn(*size, generator=random).to(DEVICE) for size in ((c,), (c,), (batch, c)))
     shift = (shift * scale).to(dtype) if shifted else None
     return *(y if y is None or isinstance(y, int | float) else y.requires_grad_()
-             for y in (x, groups, weight, bias, 1e-5, shift)),
+             for y in (x, groups, weight, bias, eps, shift)),
 
 
 def run(arguments: tuple, silu: bool, function=group_norm_silu, seed: int = 1) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -95,6 +95,12 @@ def test_equals_the_definition(dtype: torch.dtype, shifted: bool, silu: bool) ->
         checked(inputs(shape, dtype=dtype, shifted=shifted), silu)
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-6, 0.5])
+def test_epsilon(eps: float) -> None:
+    """Beside a variance of about 1e-4, so that each of these matters."""
+    checked(inputs((12, 7, 5, 4), scale=1e-2, eps=eps))
+
+
 def test_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of channels, parts of the pixels and blocks of groups, the last of each not full."""
     for name, value in (("TILE", 256), ("CHUNK", 512), ("COMBINED", 64)):
@@ -154,7 +160,8 @@ def test_samples_and_groups_do_not_depend_on_each_other() -> None:
     whole = group_norm_silu(x, groups, weight, bias, eps, shift)
     assert torch.equal(whole, group_norm_silu(x, groups, weight, bias, eps, shift))
     for i in range(3):
-        assert torch.equal(group_norm_silu(x[i : i + 1], groups, weight, bias, eps, shift[i : i + 1]), whole[i : i + 1])
+        alone, own = x[i : i + 1].clone(memory_format=torch.preserve_format), shift[i : i + 1].clone()  # aligned as x is
+        assert torch.equal(group_norm_silu(alone, groups, weight, bias, eps, own), whole[i : i + 1])
     for bad in (math.nan, math.inf):
         broken = x.detach().clone(memory_format=torch.preserve_format)
         broken[1, 4, 3, 2] = bad  # group 1 of sample 1

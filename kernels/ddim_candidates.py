@@ -9,14 +9,13 @@ both passes' outputs and writes the candidates; plain PyTorch draws z in some ni
 tensors, and guides and steps in twenty more.
 """
 
-import math
 
 import torch
 from torch import Tensor
 
 from lpo_fast import noise as streams
 from lpo_fast import schedule
-from lpo_fast.launch import DTYPES, channels_last, dense, expect, expect_tensor, fused, jit, launch, tl
+from lpo_fast.launch import DTYPES, channels_last, dense, expect, expect_finite, expect_tensor, fused, jit, launch, tl
 from lpo_fast.loss import guide
 from lpo_fast.noise import CHOICE, Counter, normals_at
 from lpo_fast.schedule import SIGMA, Schedule
@@ -91,7 +90,7 @@ def ddim_candidates(sched: Schedule, x_t: Tensor, outputs: Tensor, t: Tensor, *,
     expect_tensor("t", t, (len(x_t),), x_t, (torch.int64,))
     expect_tensor("sched.table", sched.table, (len(sched.table), 7), x_t, (torch.float32, dtype))
     expect(1 <= candidates <= CHOICE, f"candidates is {candidates}, expected 1 to {CHOICE}")
-    expect(math.isfinite(guidance), f"guidance is {guidance}, expected a finite number")
+    expect_finite("guidance", guidance)
     given = not isinstance(noise, Counter)
     if given:
         expect_tensor("noise", noise, (candidates, *x_t.shape), x_t, (dtype,))

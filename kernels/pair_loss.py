@@ -15,7 +15,19 @@ import torch
 from torch import Tensor
 
 from lpo_fast import loss
-from lpo_fast.launch import DTYPES, channels_last, dense, expect, expect_tensor, fused, jit, launch, power_of_2, tl
+from lpo_fast.launch import (
+    DTYPES,
+    channels_last,
+    dense,
+    expect,
+    expect_finite,
+    expect_tensor,
+    fused,
+    jit,
+    launch,
+    power_of_2,
+    tl,
+)
 from lpo_fast.loss import HALF_LOG_2PI, METRICS, StepDPO
 from lpo_fast.schedule import Schedule
 
@@ -262,7 +274,7 @@ def pair_loss(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Te
         expect_tensor(name, outputs, (2 * len(x_t), *x_t.shape[1:]), x_t)
     expect(not (reference.requires_grad or weight.requires_grad), "reference and weight must be without gradient")
     for name, number in (("guidance", guidance), ("beta", beta), ("eps", eps)):
-        expect(math.isfinite(number), f"{name} is {number}, expected a finite number")
+        expect_finite(name, number)
     if not (fused(x_t) and policy.dtype in DTYPES and reference.dtype in DTYPES):
         return pair_loss_reference(sched, x_t, winner, loser, t, policy, reference, weight, guidance=guidance, beta=beta,
                                    eps=eps)

@@ -180,7 +180,8 @@ def reward_pool(maps: Sequence[Tensor], guided: Sequence[bool], t: Tensor, guida
     expect(t.ndim == 1, f"t has shape {tuple(t.shape)}, expected [B]")
     expect_tensor("t", t, t.shape, first, (torch.int64,))
     expect(guidance.ndim == 1 and not guidance.requires_grad, "guidance must be a table [N] without gradient")
-    expect_tensor("guidance", guidance, guidance.shape, first, (torch.float32, torch.float64))
+    exact = (torch.float64,) if first.dtype == torch.float64 else ()
+    expect_tensor("guidance", guidance, guidance.shape, first, (torch.float32, *exact))
     for i, stage in enumerate(maps):
         expect(stage.ndim == 4, f"maps[{i}] has shape {tuple(stage.shape)}, expected [B, C, H, W]")
         expect_tensor(f"maps[{i}]", stage, (len(first), *stage.shape[1:]), first, (first.dtype,))

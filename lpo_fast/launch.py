@@ -83,6 +83,12 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def expect_finite(name: str, number: float) -> None:
+    """Raise ValueError for NaN and infinities; not within torch.compile, where a number may be a symbol."""
+    if not torch.compiler.is_compiling():
+        expect(math.isfinite(number), f"{name} is {number}, expected a finite number")
+
+
 def expect(condition: bool, message: str) -> None:
     """Raise ValueError: what is wrong with an operator's input, with the value found and what was expected."""
     if not condition:

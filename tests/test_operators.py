@@ -8,6 +8,8 @@ from conftest import DEVICE
 from triton.runtime.errors import OutOfResources
 
 from lpo_fast import doctor
+from lpo_fast.kernels.ddim_candidates import ddim_candidates
+from lpo_fast.kernels.pair_loss import pair_loss
 from lpo_fast.operators import OPERATORS, Operator, error
 
 CUDA = torch.cuda.is_available()
@@ -82,3 +84,22 @@ def test_error() -> None:
 
 def test_name_behind_wrappers() -> None:
     assert all(name == operator.name and isinstance(operator, Operator) for name, operator in OPERATORS.items())
+
+
+@pytest.mark.parametrize("name", ["ddim_candidates", "pair_loss"])
+def test_compiled_code_takes_other_guidance(kernels, name: str) -> None:
+    """As one graph, also where torch.compile makes the number a symbol after its second value."""
+    torch._dynamo.reset()
+    operator = OPERATORS[name]
+    arguments = operator.inputs(DEVICE, **operator.small["small"])
+    if name == "pair_loss":
+        def call(guidance: float) -> torch.Tensor:
+            return pair_loss(*arguments, guidance=guidance, beta=500.0, eps=0.1).loss
+    else:
+        def call(guidance: float) -> torch.Tensor:
+            return ddim_candidates(*arguments[:4], guidance=guidance, noise=arguments[4], candidates=2)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for guidance in (5.0, 7.5, 2.0):
+        assert torch.equal(compiled(guidance), call(guidance))
+    with pytest.raises(ValueError, match="guidance is nan, expected a finite number"):
+        call(float("nan"))

@@ -145,7 +145,7 @@ def examine(op: str, size: str, launch: Launch, arch: int, narrow: str) -> tuple
 def examine_all(operator: Operator, size: str, archs: Iterable[int]) -> dict[tuple[str, int], Row]:
     """Every distinct launch of one operator at one size, on every architecture."""
     found = {}
-    for launch in recorded(operator, operator.sizes[size]):
+    for launch in recorded(operator, (operator.sizes | operator.variants)[size]):
         for arch in archs:
             name = launch.kernel.__name__
             identity, row = examine(operator.name, size, launch, arch, operator.narrow.get(name, ""))
@@ -184,7 +184,7 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := ", ".join(op for op in options.ops if op not in OPERATORS):  # choices would refuse an empty list
         parser.error(f"no such operator: {unknown}; there are {', '.join(OPERATORS)}")
-    tasks = [(op, size) for op in options.ops or OPERATORS for size in OPERATORS[op].sizes]
+    tasks = [(op, size) for op in options.ops or OPERATORS for size in OPERATORS[op].sizes | OPERATORS[op].variants]
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         text, status = report(pool.map(examine_by_name, *zip(*tasks, strict=True), [options.arch] * len(tasks)))
     print(text, end="")

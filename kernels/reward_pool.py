@@ -185,7 +185,8 @@ def reward_pool(maps: Sequence[Tensor], guided: Sequence[bool], t: Tensor, guida
     for i, stage in enumerate(maps):
         expect(stage.ndim == 4, f"maps[{i}] has shape {tuple(stage.shape)}, expected [B, C, H, W]")
         expect_tensor(f"maps[{i}]", stage, (len(first), *stage.shape[1:]), first, (first.dtype,))
-        expect(math.prod(stage.shape[1:]) > 0, f"maps[{i}] has shape {tuple(stage.shape)}: nothing to pool")
+        size = math.prod(stage.shape[1:])
+        expect(0 < size < 2**31, f"maps[{i}] has shape {tuple(stage.shape)}: nothing to pool, or too much")
     expect(first.dtype in (*DTYPES, torch.float64), f"maps are {first.dtype}, expected a floating dtype")
     expect(len(first) in (len(t), 2 * len(t)), f"maps have {len(first)} rows for {len(t)} timesteps")
     expect(len(first) == 2 * len(t) or not any(guided), "a guided map needs the null pass too: 2B rows")

@@ -74,6 +74,8 @@ def kernels() -> int:
             for backward in (False, True) if operator.differentiable else (False,):
                 try:
                     report = kernel(operator, settings, backward, copy)
+                except torch.OutOfMemoryError:
+                    report = "does not fit into this GPU's memory"
                 except Exception as problem:  # wrong, or whatever Triton's compiler and CUDA raise
                     failures, report = failures + 1, f"FAILED: {(str(problem) or repr(problem)).splitlines()[0]}"
                 print(f"{operator.name:>16}  {size:<10}  {'backward' if backward else 'forward':<8}  {report}", flush=True)

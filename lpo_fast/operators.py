@@ -30,7 +30,8 @@ class Operator:
     """An operator of kernels/.
 
     kernel, reference: the public function and its definition, called with the same positional arguments.
-    sizes, small: keyword arguments of ``inputs`` by name, of production and of a CPU.
+    sizes, small: keyword arguments of ``inputs`` by name, of production and of a CPU. variants: what else production
+    launches; compiled ahead of time, not timed.
     inputs(device, **size): a tuple of arguments; the same shapes every time.
     moved(arguments, backward): bytes that have to be read and written at least.
     differentiable(arguments): the tensors among them that get gradients; None if there is no backward pass.
@@ -45,6 +46,7 @@ class Operator:
     moved: Callable[[tuple, bool], int]
     differentiable: Callable[[tuple], Iterable[Tensor] | None] | None = None
     narrow: Mapping[str, str] = field(default_factory=dict)
+    variants: Mapping[str, dict] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -111,12 +113,13 @@ def error(what: str, got, truth) -> float:
 # Inputs of each operator and the bytes that it must move
 
 
-def _maps(device, batch: int, channels: tuple[int, ...], sides: tuple[int, ...], last: bool) -> tuple:
-    """Of reward_pool: fp16 maps [2·batch, C, side, side], channels-last or NCHW; the last one is guided."""
-    maps = [torch.randn(2 * batch, s, s, c, device=device, dtype=torch.float16).permute(0, 3, 1, 2) if last else
-            torch.randn(2 * batch, c, s, s, device=device, dtype=torch.float16) for c, s in zip(channels, sides, strict=True)]
+def _maps(device, batch: int, channels: tuple[int, ...], sides: tuple[int, ...], last: bool, dtype=torch.float16,
+          all_guided: bool = False) -> tuple:
+    """Of reward_pool: maps [2·batch, C, side, side], channels-last or NCHW; the last one is guided, or all but the first."""
+    maps = [torch.randn(2 * batch, s, s, c, device=device, dtype=dtype).permute(0, 3, 1, 2) if last else
+            torch.randn(2 * batch, c, s, s, device=device, dtype=dtype) for c, s in zip(channels, sides, strict=True)]
     t = torch.randint(0, 1000, (batch,), device=device)
-    return maps, [False] * (len(maps) - 1) + [True], t, torch.linspace(1, 7.5, 1000, device=device)
+    return maps, [False, *[all_guided] * (len(maps) - 2), True], t, torch.linspace(1, 7.5, 1000, device=device)
 
 
 def _maps_moved(arguments: tuple, backward: bool) -> int:
@@ -126,15 +129,15 @@ def _maps_moved(arguments: tuple, backward: bool) -> int:
     return sum(n * stage[0].nbytes for n, stage in zip(rows, maps, strict=True)) + 4 * len(t) * sum(s.shape[1] for s in maps)
 
 
-def _schedule(device, kind: str) -> schedule.Schedule:
+def _schedule(device, kind: str, clip: float | None = None) -> schedule.Schedule:
     """Stable Diffusion's, for 20 steps."""
     alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0).float()
-    return schedule.ddim(alphas, torch.arange(951, 0, -50), 20, prediction_type=kind).to(device)
+    return schedule.ddim(alphas, torch.arange(951, 0, -50), 20, prediction_type=kind, clip=clip).to(device)
 
 
-def _outputs(device, rows: int, side: int, last: bool) -> Tensor:
-    """Network outputs [rows, 4, side, side] in fp16, channels-last or NCHW."""
-    outputs = torch.randn(rows, side, side, 4, device=device, dtype=torch.float16).permute(0, 3, 1, 2)
+def _outputs(device, rows: int, side: int, last: bool, dtype=torch.float16) -> Tensor:
+    """Network outputs [rows, 4, side, side], channels-last or NCHW."""
+    outputs = torch.randn(rows, side, side, 4, device=device, dtype=dtype).permute(0, 3, 1, 2)
     return outputs if last else outputs.contiguous()
 
 
@@ -142,12 +145,14 @@ def _counter(device, batch: int) -> Counter:
     return Counter(*(torch.tensor(n, device=device) for n in ([42, 0], 3)), torch.arange(batch, device=device))
 
 
-def _step(device, side: int, kind: str = "epsilon", given: bool = False, last: bool = True, batch: int = PROMPTS) -> tuple:
+def _step(device, side: int, kind: str = "epsilon", given: bool = False, last: bool = True, batch: int = PROMPTS,
+          **how) -> tuple:
     """Of ddim_candidates: latents [batch, 4, side, side], outputs, noise drawn or given."""
     x_t = torch.randn(batch, 4, side, side, device=device)
     t = torch.randint(1, 1000, (batch,), device=device)
     z = torch.randn(CANDIDATES, *x_t.shape, device=device) if given else _counter(device, batch)
-    return _schedule(device, kind), x_t, _outputs(device, 2 * batch, side, last), t, z
+    outputs = _outputs(device, 2 * batch, side, last, how.pop("dtype", torch.float16))
+    return _schedule(device, kind, **how), x_t, outputs, t, z
 
 
 def _step_moved(arguments: tuple, backward: bool) -> int:
@@ -170,13 +175,15 @@ def _scored_moved(arguments: tuple, backward: bool) -> int:
     return (read + 3 * len(choice)) * x_p[0, 0].nbytes
 
 
-def _pairs(device, side: int, kind: str = "epsilon", last: bool = True, pairs: int = PAIRS) -> tuple:
+def _pairs(device, side: int, kind: str = "epsilon", last: bool = True, pairs: int = PAIRS, dtype=torch.float16,
+           **how) -> tuple:
     """Of pair_loss: latents [pairs, 4, side, side] and outputs, early in training: most ratios are within their bounds."""
     x_t, winner, loser = (torch.randn(pairs, 4, side, side, device=device) for _ in range(3))
-    reference = _outputs(device, 2 * pairs, side, last)
-    policy = reference + 1e-3 * _outputs(device, 2 * pairs, side, last)
+    reference = _outputs(device, 2 * pairs, side, last, dtype)
+    policy = reference + 1e-3 * _outputs(device, 2 * pairs, side, last, dtype)
     t = torch.randint(0, 20, (pairs,), device=device) * 50 + 1
-    return _schedule(device, kind), x_t, winner, loser, t, policy, reference, torch.full((pairs,), 1 / pairs, device=device)
+    weight = torch.full((pairs,), 1 / pairs, device=device)
+    return _schedule(device, kind, **how), x_t, winner, loser, t, policy, reference, weight
 
 
 def _pairs_moved(arguments: tuple, backward: bool) -> int:
@@ -193,11 +200,13 @@ def _stepping(function: Callable) -> Callable:
     return call
 
 
-def _block(device, batch: int, channels: int, side: int, groups: int = 32) -> tuple:
-    """Of group_norm_silu: a map [batch, C, side, side] in fp16, channels-last, and the second norm of a ResNet block."""
-    x = torch.randn(batch, side, side, channels, device=device, dtype=torch.float16).permute(0, 3, 1, 2)
+def _block(device, batch: int, channels: int, side: int, groups: int = 32, dtype=torch.float16, shifted: bool = True,
+           silu: bool = True) -> tuple:
+    """Of group_norm_silu: a map [batch, C, side, side], channels-last, and the second norm of a ResNet block, or another."""
+    x = torch.randn(batch, side, side, channels, device=device, dtype=dtype).permute(0, 3, 1, 2)
     weight, bias = torch.randn(channels, device=device), torch.randn(channels, device=device)
-    return x, groups, weight, bias, 1e-5, torch.randn(batch, channels, device=device, dtype=torch.float16)
+    shift = torch.randn(batch, channels, device=device, dtype=dtype) if shifted else None
+    return x, groups, weight, bias, 1e-5, shift, silu
 
 
 def _block_moved(arguments: tuple, backward: bool) -> int:
@@ -207,6 +216,8 @@ def _block_moved(arguments: tuple, backward: bool) -> int:
 
 SD15, SDXL = (320, 640, 1280, 1280, 1280), (320, 640, 1280, 1280)  # channels of the down blocks and the mid block
 SCORED = CANDIDATES * PROMPTS
+FORMS = {"sd15_bf16": {"side": 64, "dtype": torch.bfloat16}, "sd15_fp32": {"side": 64, "dtype": torch.float32},
+         "sd15_clip": {"side": 64, "clip": 1.0}}
 DPO = {"guidance": 5.0, "beta": 500.0, "eps": 0.1}
 OPERATORS = {operator.name: operator for operator in (
     Operator(
@@ -216,25 +227,39 @@ OPERATORS = {operator.name: operator for operator in (
                "sd21": {"batch": SCORED, "channels": SD15, "sides": (96, 48, 24, 12, 12), "last": True},
                "sd21_nchw": {"batch": SCORED, "channels": SD15, "sides": (96, 48, 24, 12, 12), "last": False},
                "sdxl": {"batch": SCORED, "channels": SDXL, "sides": (128, 64, 32, 32), "last": True}},
+        variants={"sd15_bf16": {"batch": 32, "channels": SD15, "sides": (64, 32, 16, 8, 8), "last": True,
+                                "dtype": torch.bfloat16},
+                  "sdxl_all": {"batch": 4, "channels": SDXL, "sides": (128, 64, 32, 32), "last": True, "all_guided": True},
+                  "sd15_one": {"batch": 1, "channels": SD15, "sides": (64, 32, 16, 8, 8), "last": True}},
         small={"small": {"batch": 4, "channels": (16, 32, 32), "sides": (16, 8, 8), "last": True}}),
     Operator(
         _stepping(ddim_candidates), _stepping(ddim_candidates_reference), inputs=_step, moved=_step_moved,
         sizes=LATENTS | {"sd15_nchw": {"side": 64, "last": False}, "sd15_given": {"side": 64, "given": True}},
+        variants=FORMS | {"sd15_one": {"side": 64, "batch": 1}},
         small={"small": {"side": 8}}),
     Operator(
         pair_select, pair_select_reference, inputs=_scored, moved=_scored_moved,
-        sizes={name: {"side": size["side"]} for name, size in LATENTS.items()}, small={"small": {"side": 8}}),
+        sizes={name: {"side": size["side"]} for name, size in LATENTS.items()}, small={"small": {"side": 8}},
+        variants={"sd15_one": {"side": 64, "batch": 1}}),
     Operator(
         partial(pair_loss, **DPO), partial(pair_loss_reference, **DPO), inputs=_pairs, moved=_pairs_moved,
         differentiable=lambda arguments: [arguments[5]],
-        sizes=LATENTS | {"sd15_nchw": {"side": 64, "last": False}}, small={"small": {"side": 8}}),
+        sizes=LATENTS | {"sd15_nchw": {"side": 64, "last": False}}, small={"small": {"side": 8}},
+        variants=FORMS | {"sd15_one": {"side": 64, "pairs": 1}, "sdxl_four": {"side": 128, "pairs": 4}}),
     Operator(
         group_norm_silu, group_norm_silu_reference, inputs=_block, moved=_block_moved,
-        differentiable=lambda arguments: [arguments[0], arguments[2], arguments[3], arguments[5]],
+        differentiable=lambda arguments: [x for x in arguments if isinstance(x, Tensor)],
         sizes={"sd15": {"batch": 2 * SCORED, "channels": 320, "side": 64},
                "sd15_up": {"batch": 2 * PAIRS, "channels": 960, "side": 64},
                "sd15_mid": {"batch": 2 * SCORED, "channels": 1280, "side": 8},
                "sd21": {"batch": 2 * SCORED, "channels": 320, "side": 96},
                "sdxl": {"batch": 2 * SCORED, "channels": 320, "side": 128}},
-        small={"small": {"batch": 2, "channels": 32, "side": 8, "groups": 8}}),
+        small={"small": {"batch": 2, "channels": 32, "side": 8, "groups": 8},
+               "bare": {"batch": 2, "channels": 32, "side": 8, "groups": 8, "shifted": False, "silu": False}},
+        variants={"first": {"batch": 40, "channels": 320, "side": 64, "shifted": False},
+                  "attention": {"batch": 40, "channels": 640, "side": 32, "shifted": False, "silu": False},
+                  "up_1920": {"batch": 20, "channels": 1920, "side": 32, "shifted": False},
+                  "up_2560": {"batch": 20, "channels": 2560, "side": 16, "shifted": False},
+                  "bf16": {"batch": 64, "channels": 320, "side": 64, "dtype": torch.bfloat16},
+                  "one": {"batch": 1, "channels": 320, "side": 128}}),
 )}

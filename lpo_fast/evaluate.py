@@ -1,0 +1,285 @@
+"""python -m lpo_fast.evaluate: pictures of a base and a tuned model from the same noise, scored, compared, side by side.
+
+Noise is keyed by (seed, picture number), so it is shared by the two models and depends neither on batches nor on ranks.
+Under ``torchrun`` or ``accelerate launch`` the prompts are dealt out to the ranks. A stopped run goes on where it was.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from PIL import Image
+from tqdm import tqdm
+
+from lpo_fast import checkpoint, cli, compare, data, export, policy, preflight, runs, scorers
+from lpo_fast.checkpoint import LORA_OFFICIAL
+from lpo_fast.config import LPO, Precision
+from lpo_fast.errors import InputError
+from lpo_fast.score import Scorer, check_lrm
+
+RECORD = "settings.json"
+DRAWN = ("model", "lora", "tuned", "caption_key", "seed", "steps", "guidance", "eta", "pictures_per_prompt", "mixed_precision")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Compare a tuned model with its base: same-seed pictures over a prompt file, scores, win rates, a page of pictures."""
+
+    model: str = ""
+    """The base: a Stable Diffusion directory in diffusers layout."""
+    lora: str = ""
+    """The tuned model as a LoRA: a run directory, checkpoint_{n}/ or file."""
+    tuned: str = ""
+    """Or as a directory: a whole model, a run of full fine-tuning, or a U-Net; what it lacks is the base's."""
+    prompts: str = ""
+    """Prompts: .json (strings, or objects with the caption key), .jsonl, .txt (a line each), .csv or .parquet."""
+    caption_key: str = "caption"
+    """Key or column of the prompt."""
+    out: str = "runs/evaluation"
+    """Directory of pictures, scores.csv, summary.json and page.html."""
+    lrm: str = ""
+    """Latent reward model that scores the pictures at t = 1."""
+    lrm_base: str = ""
+    """Diffusers directory with the LRM's VAE and tokenizer (default: the one it names, else the model)."""
+    scorer: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """module:function (pictures, prompts) → numbers, or pickscore, clipscore, aesthetic, hpsv2, imagereward; repeatable."""
+    number: int = 0
+    """Use the first so many prompts; 0: all."""
+    pictures_per_prompt: int = 1
+    """Pictures of each prompt."""
+    steps: int = 20
+    """Denoising steps."""
+    guidance: float = 5.0
+    """Classifier-free guidance."""
+    eta: float = 1.0
+    """DDIM's eta; 0 is deterministic sampling."""
+    seed: int = 0
+    """The noise is a function of the seed, the picture's number and the step."""
+    batch_size: int = 4
+    """Pictures drawn or scored at once."""
+    mixed_precision: Precision = "auto"
+    """Precision of the networks; auto: fp16 on CUDA, fp32 on a CPU."""
+
+
+def check(settings: Evaluate) -> tuple[list[str], dict[str, scorers.Score]]:
+    """Refuse what cannot work; the prompts and the scorers by name."""
+    cli.required(settings, "model", "prompts", "out")
+    cli.within(settings, 0, float("inf"), "number", "seed")
+    cli.within(settings, 1, float("inf"), "pictures_per_prompt", "batch_size")
+    cli.within(settings, 1, 999, "steps")
+    cli.within(settings, 0, 1e6, "guidance")
+    cli.within(settings, 0, 1, "eta")
+    if settings.lora and settings.tuned:
+        raise InputError(settings.tuned, "--lora is given as well", "give one of them", "--tuned")
+    unet = preflight.pipeline(settings.model, "--model")
+    if settings.lora:
+        lora = export.read(settings.lora)
+        with torch.device("meta"):
+            export.check_fit(lora, policy.UNet2DConditionModel.from_config(unet), settings.lora)
+        lora.rank  # noqa: B018 - raises where ranks differ
+    if settings.tuned:
+        with assembled(settings) as folder:
+            other = preflight.pipeline(folder, "--tuned")
+        if differ := [key for key in ("in_channels", "sample_size") if other.get(key) != unet.get(key)]:
+            raise InputError(settings.tuned, f"its {differ[0]} is {other.get(differ[0])}, the base's {unet.get(differ[0])}",
+                             "compare models of one latent size", "--tuned")
+    if settings.lrm:
+        check_lrm(settings.lrm, lrm_base(settings))
+    prompts = data.read_prompts(settings.prompts, settings.caption_key)
+    specs = dict.fromkeys(settings.scorer)
+    short = [spec.rpartition(":")[2] for spec in specs]
+    named = {s if short.count(s) == 1 and s != "lrm" else spec: spec for s, spec in zip(short, specs, strict=True)}
+    functions = {name: scorers.resolve(spec) for name, spec in named.items()}
+    directory(settings, record(settings, prompts))
+    return prompts[:settings.number or None], functions
+
+
+def lrm_base(settings: Evaluate) -> str:
+    """The directory that completes the LRM; "": the one that it names."""
+    file = Path(settings.lrm) / "lrm.json"
+    named = file.is_file() and preflight.read_config(file.parent, "--lrm", file.name).get("base")
+    return settings.lrm_base or ("" if named else settings.model)
+
+
+def record(settings: Evaluate, prompts: list[str]) -> dict[str, object]:
+    """What decides what the pictures look like; pictures of another record are not gone on with."""
+    kept = {key: value for key, value in asdict(settings).items() if key in DRAWN}
+    weights = {}
+    for path in filter(None, (settings.model, settings.lora, settings.tuned)):
+        root = Path(path)
+        folders = [root] if root.is_file() else [p for p in (root, *(root / part for part in ("unet", "vae"))) if p.is_dir()]
+        files = [f for p in folders for f in ([p] if p.is_file() else p.iterdir())
+                 if f.suffix == ".safetensors" or f.name == LORA_OFFICIAL]
+        weights |= {str(f): [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files)}
+    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    return kept | {"prompts": digest, "weights": weights}
+
+
+def directory(settings: Evaluate, wanted: dict[str, object]) -> None:
+    """Refuse a directory that cannot be written, or that holds something else or pictures of other settings."""
+    out = Path(settings.out)
+    preflight.writable(out)
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / RECORD).is_file():
+        raise InputError(settings.out, "holds something else than an evaluation", "name another directory", "--out")
+    before = preflight.read_config(out, "--out", RECORD)
+    for key, value in wanted.items():
+        if before.get(key) != value:
+            had = "" if isinstance(value, dict) or key == "prompts" else f" ({before.get(key)} then, {value} now)"
+            raise InputError(settings.out, f"holds pictures drawn with other {key.replace('_', ' ')}{had}",
+                             "name another directory, or use its own settings", "--out")
+
+
+@contextmanager
+def assembled(settings: Evaluate) -> Iterator[str]:
+    """The tuned model as a whole directory (of links): its own parts, and the base's where it has none."""
+    tuned, base = Path(settings.tuned), Path(settings.model)
+    if not tuned.is_dir():
+        raise InputError(settings.tuned, "no such directory", "name a model, or a run with unet/", "--tuned")
+    unet = tuned if (tuned / "config.json").is_file() and not (tuned / "unet").is_dir() else tuned / "unet"
+    if not (unet / "config.json").is_file():
+        raise InputError(settings.tuned, "holds no unet/", "name a model, or a run of full fine-tuning; a LoRA with --lora",
+                         "--tuned")
+    with tempfile.TemporaryDirectory() as folder:
+        for part in base.iterdir():
+            source = unet if part.name == "unet" else tuned / part.name if (tuned / part.name).exists() else part
+            os.symlink(source.absolute(), Path(folder) / part.name)
+        yield folder
+
+
+def sides(settings: Evaluate) -> tuple[str, ...]:
+    """What is drawn: base, and tuned if there is such a model."""
+    return compare.SIDES if settings.lora or settings.tuned else compare.SIDES[:1]
+
+
+def picture(out: Path, side: str, item: int) -> Path:
+    """Where a picture lies."""
+    return out / side / f"{item:05d}.png"
+
+
+def draw(settings: Evaluate, prompts: list[str], items: list[int]) -> None:
+    """The pictures of these numbers that are not there yet; picture i is of prompt i // pictures_per_prompt."""
+    if not settings.tuned:
+        draw_with(settings, settings.model, prompts, items, sides(settings))
+        return
+    draw_with(settings, settings.model, prompts, items, ("base",))
+    with assembled(settings) as folder:
+        draw_with(settings, folder, prompts, items, ("tuned",))
+
+
+def draw_with(settings: Evaluate, model: str, prompts: list[str], items: list[int], names: tuple[str, ...]) -> None:
+    """Those of one model. Of a LoRA's policy the reference, with the adapters off, is the base."""
+    out = Path(settings.out)
+    missing = {side: [i for i in items if not picture(out, side, i).is_file()] for side in names}
+    numbers = sorted({i // settings.pictures_per_prompt for wanted in missing.values() for i in wanted})
+    if not numbers:
+        return
+    config = LPO(model=model, num_steps=settings.steps, eta=settings.eta, mixed_precision=settings.mixed_precision)
+    if settings.lora:
+        lora = export.read(settings.lora)
+        config = replace(config, lora=settings.lora, rank=lora.rank, alpha=lora.alpha or 0.0, targets=tuple(lora.pairs))
+    device = PartialState().device
+    loaded, sched = policy.load(config, [prompts[n] for n in numbers], device)
+    shape = (loaded.unet.config.in_channels, *[loaded.unet.config.sample_size] * 2)
+    place = {number: i for i, number in enumerate(numbers)}
+    for side, wanted in missing.items():
+        predict = loaded.predict if side == "tuned" and settings.lora else loaded.reference
+        bar = tqdm(total=len(wanted), desc=f"draw {side}", unit="picture", leave=False, disable=None)
+        for first in range(0, len(wanted), size := 8 * settings.batch_size):
+            part = wanted[first:first + size]
+            index = torch.tensor([place[i // settings.pictures_per_prompt] for i in part])
+            drawn = policy.pictures(predict, sched, Path(model), index, shape, guidance=settings.guidance,
+                                    seed=settings.seed, batch=settings.batch_size, items=torch.tensor(part))
+            for i, pixels in zip(part, drawn.numpy(), strict=True):
+                save(pixels, picture(out, side, i))
+            bar.update(len(part))
+        bar.close()
+
+
+def save(pixels: np.ndarray, file: Path) -> None:
+    """Write a PNG that is there whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with checkpoint.replacing(file) as aside:
+        Image.fromarray(pixels).save(aside, "PNG")
+
+
+def score(settings: Evaluate, prompts: list[str], items: list[int], functions: dict[str, scorers.Score]) -> list[dict]:
+    """A row a picture number: prompt, the files by side, and the scores as "{side} {scorer}"."""
+    out, size = Path(settings.out), settings.batch_size
+    texts = [prompts[i // settings.pictures_per_prompt] for i in items]
+    rows = [{"item": i, "prompt": text} | {side: str(picture(out, side, i).relative_to(out)) for side in sides(settings)}
+            for i, text in zip(items, texts, strict=True)]
+    reward = None
+    if settings.lrm and items:
+        reward = Scorer(settings.lrm, lrm_base(settings), batch_size=size, mixed_precision=settings.mixed_precision)
+    for side in sides(settings):
+        files = [picture(out, side, i) for i in items]
+        values = {"lrm": reward(files, texts, rows=items).tolist()} if reward else {}
+        for name, function in functions.items():
+            values[name] = []
+            for at in (slice(i, i + size) for i in range(0, len(files), size)):
+                pictures = [Image.open(file).convert("RGB") for file in files[at]]
+                values[name] += scorers.call(function, name, pictures, texts[at])
+        for name, column in values.items():
+            for row, value in zip(rows, column, strict=True):
+                row[f"{side} {name}"] = value
+    return rows
+
+
+def write(settings: Evaluate, rows: list[dict], names: list[str], prompts: int) -> str:
+    """scores.csv, summary.json and page.html; the table."""
+    out = Path(settings.out)
+    with checkpoint.replacing(out / "scores.csv") as aside, open(aside, "w", encoding="utf-8", newline="") as f:
+        writer = csv.DictWriter(f, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    result = {name: compare.summary({side: np.array([row[f"{side} {name}"] for row in rows]).reshape(prompts, -1)
+                                     for side in sides(settings)}) for name in names}
+    finite = {name: {key: {k: v if np.isfinite(v) else None for k, v in value.items()} for key, value in entry.items()}
+              for name, entry in result.items()}
+    runs.write_json(out / "summary.json", {"prompts": prompts, "pictures": len(rows), "scores": finite,
+                                           "settings": asdict(settings), "environment": runs.environment()})
+    note = (f"{settings.lora or settings.tuned or 'no tuned model'} against {settings.model}: {prompts} prompts, {len(rows)} "
+            f"pictures each, {settings.steps} steps, guidance {settings.guidance:g}, eta {settings.eta:g}, seed "
+            f"{settings.seed}. Brackets: 95 % intervals over prompts; win rate: a tie is half.")
+    file = compare.page(rows, result, out, note)
+    return (compare.table(result) + "\n\n" if result else "") + f"{note}\npictures: {file}"
+
+
+def run(settings: Evaluate) -> None:
+    """The command, on every rank."""
+    prompts, functions = check(settings)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    state.wait_for_everyone()  # all have looked at --out before the first writes there
+    out = Path(settings.out)
+    if state.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        runs.write_json(out / RECORD, record(settings, data.read_prompts(settings.prompts, settings.caption_key)))
+    each = settings.pictures_per_prompt
+    items = [n * each + k for n in range(state.process_index, len(prompts), state.num_processes) for k in range(each)]
+    draw(settings, prompts, items)
+    rows = sorted(gather_object(score(settings, prompts, items, functions)), key=lambda row: row["item"])
+    if state.is_main_process:
+        print(write(settings, rows, (["lrm"] if settings.lrm else []) + list(functions), len(prompts)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; its exit code."""
+    return cli.command(Evaluate, run, argv, "evaluate")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

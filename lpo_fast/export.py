@@ -1,0 +1,149 @@
+"""python -m lpo_fast.export: a LoRA merged into its model (a whole diffusers directory), or in the form that diffusers reads.
+
+    W' = W + alpha / r · B·A          for every layer that the LoRA adapts, in fp32
+"""
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from lpo_fast import checkpoint, cli, preflight
+from lpo_fast.errors import InputError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+A, B = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class Export:
+    """Merge a LoRA into its model, or convert it to pytorch_lora_weights.safetensors."""
+
+    lora: str = ""
+    """LoRA: a run directory, checkpoint_{n}/, unet_lora.pt or pytorch_lora_weights.safetensors."""
+    model: str = ""
+    """The model that it was trained on: a diffusers directory (with --form lora it may be left out)."""
+    out: str = ""
+    """Directory to write; it must not exist, or be empty."""
+    form: Literal["merged", "lora"] = "merged"
+    """merged: the whole model, with the LoRA in its weights. lora: pytorch_lora_weights.safetensors."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Precision of the merged denoiser as it is saved; small changes drown in bf16's rounding."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA: (A [r, in, …], B [out, r, …]) of each adapted module, and alpha (None: it is each module's rank)."""
+
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    alpha: float | None
+
+    @property
+    def rank(self) -> int:
+        """The rank of all modules. Raises InputError if they differ."""
+        ranks = sorted({len(a) for a, _ in self.pairs.values()})
+        if len(ranks) > 1:
+            raise InputError(f"ranks {ranks}", "the LoRA's modules have different ranks",
+                             "merge it first: python -m lpo_fast.export", "--lora")
+        return ranks[0]
+
+
+def read(path: str) -> Lora:
+    """A LoRA file or its folder. Raises InputError for tensors that are no adapter of a denoiser."""
+    state, alpha = checkpoint.read_lora(Path(path))
+    names = dict.fromkeys(name.removesuffix(A).removesuffix(B) for name in state)
+    for name in names or ("",):
+        a, b = state.get(name + A), state.get(name + B)
+        if a is None or b is None or a.dim() < 2 or b.dim() < 2 or len(a) != b.shape[1]:
+            raise InputError(path, f"{name!r} is no adapter of two matrices of one rank",
+                             "use a LoRA of the denoiser alone", "--lora")
+    return Lora({name: (state[name + A].float(), state[name + B].float()) for name in names}, alpha)
+
+
+def check_fit(lora: Lora, unet: nn.Module, path: str) -> None:
+    """Refuse a LoRA with a layer that the denoiser (which may be on the meta device) does not have in this shape."""
+    modules = dict(unet.named_modules())
+    for name, (a, b) in lora.pairs.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if weight is None or weight.shape != (len(b), *a.shape[1:]):
+            there = "absent" if weight is None else str(tuple(weight.shape))
+            raise InputError(path, f"adapts {name} of shape {(len(b), *a.shape[1:])}, which is {there} in the model",
+                             "name the model that it was trained on", "--lora")
+
+
+@torch.no_grad()
+def merge(unet: nn.Module, lora: Lora) -> None:
+    """Add the LoRA to the weights in place; ``unet`` is in fp32. Linear layers and convolutions alike."""
+    for name, (a, b) in lora.pairs.items():
+        weight, scale = unet.get_submodule(name).weight, 1 if lora.alpha is None else lora.alpha / len(a)
+        a, b = a.to(weight.device), b.to(weight.device)
+        weight += scale * (b.flatten(1) @ a.flatten(1)).view_as(weight)
+
+
+def save_merged(model: Path, lora: Lora, out: Path, dtype: str) -> None:
+    """The model's directory with the LoRA in its denoiser; single-file checkpoints that lie beside its parts stay behind."""
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", torch_dtype=torch.float32)
+    merge(unet, lora)
+    with checkpoint.replacing(out) as aside:
+        aside.mkdir()
+        for part in sorted(part for part in model.iterdir() if not part.name.startswith(".")):
+            if part.is_dir() and part.name != "unet":
+                shutil.copytree(part, aside / part.name)
+            elif part.is_file() and part.suffix in (".json", ".md", ".txt", ""):
+                shutil.copyfile(part, aside / part.name)
+        unet.to(DTYPES[dtype]).save_pretrained(aside / "unet")
+
+
+def save_lora(lora: Lora, out: Path) -> None:
+    """pytorch_lora_weights.safetensors in ``out``; alpha is written down where it is not the rank."""
+    state = {name + suffix: tensor.contiguous() for name, pair in lora.pairs.items()
+             for suffix, tensor in zip((A, B), pair, strict=True)}
+    metadata = None
+    if lora.alpha is not None and lora.alpha != lora.rank:
+        metadata = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.pairs)).to_dict()
+    with checkpoint.replacing(out / checkpoint.LORA_DIFFUSERS) as aside:
+        StableDiffusionPipeline.save_lora_weights(
+            out, unet_lora_layers=convert_state_dict_to_diffusers(state), weight_name=aside.name,
+            unet_lora_adapter_metadata=metadata)
+
+
+def check(settings: Export) -> Lora:
+    """Refuse what cannot work; the LoRA."""
+    cli.required(settings, "lora", "out")
+    unet = preflight.pipeline(settings.model, "--model") if settings.model or settings.form == "merged" else None
+    lora = read(settings.lora)
+    if unet:
+        with torch.device("meta"):
+            check_fit(lora, UNet2DConditionModel.from_config(unet), settings.lora)
+    out = Path(settings.out)
+    preflight.writable(out)
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError(settings.out, "is not empty", "name another directory", "--out")
+    return lora
+
+
+def run(settings: Export) -> None:
+    """The command."""
+    lora, out = check(settings), Path(settings.out)
+    if settings.form == "lora":
+        save_lora(lora, out)
+        print(f"LoRA: {out / checkpoint.LORA_DIFFUSERS}, {len(lora.pairs)} layers")
+    else:
+        save_merged(Path(settings.model), lora, out, settings.dtype)
+        print(f"model: {out}, {len(lora.pairs)} layers merged, denoiser in {settings.dtype}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; its exit code."""
+    return cli.command(Export, run, argv, "export")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

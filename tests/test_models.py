@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
-from lpo_fast import backbone, checkpoint, models, preflight, train_lpo
+from lpo_fast import backbone, checkpoint, config, models, preflight, train, train_lpo
 from lpo_fast.config import LPO
 from lpo_fast.errors import InputError
 
@@ -167,6 +167,14 @@ def test_what_is_known_before_a_model_is_located(hub: Hub, tiny_sd: Path, tiny_s
         save_file({"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(4, width)},
                   tmp_path / "one.safetensors")
         assert models.unet_config(str(tmp_path / "one.safetensors")) == {"cross_attention_dim": width} | kind
+
+
+def test_the_recipe_follows_the_model_that_is_named(tiny_sd: Path, tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train.recipe(["lpo", "--model", str(tiny_sdxl)]) == train.recipe(["lpo", f"--model={tiny_sdxl}"]) == config.sdxl()
+    assert train.recipe(["lpo", "--model", str(tiny_sd)]) == train.recipe(["lpo"]) == config.sd15()
+    asked = []
+    monkeypatch.setattr(models, "unet_config", lambda *a: asked.append(a) or {"addition_embed_type": "text_time"})
+    assert train.recipe(["lrm", "--model=org/xl", "--revision", "v1"]) == config.sdxl() and asked == [("org/xl", "v1")]
 
 
 # Single files

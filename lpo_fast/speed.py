@@ -1,8 +1,10 @@
 """Precision, attention, memory format, compilation and optimizer: every such choice of the project is made here."""
 
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
 from lpo_fast.errors import InputError
@@ -25,17 +27,55 @@ def autocast(setting: str) -> torch.autocast:
     return torch.autocast(device().type, DTYPES[setting], enabled=setting != "no")
 
 
-def optimizer(name: str, parameters: Iterable[nn.Parameter], **settings) -> torch.optim.Optimizer:
-    """AdamW (fused on CUDA) or bitsandbytes' 8-bit AdamW over the parameters that train."""
+OPTIMIZERS = {"adamw": "torch", "adafactor": "transformers", "adamw8bit": "bitsandbytes", "paged_adamw8bit": "bitsandbytes"}
+
+
+def check_optimizer(name: str) -> None:
+    """Raise InputError if the package of an optimizer is not installed."""
+    if find_spec(OPTIMIZERS[name]) is None:
+        raise InputError(name, f"{OPTIMIZERS[name]} is not installed", f"pip install {OPTIMIZERS[name]}, or use adamw",
+                         "--optimizer")
+
+
+def optimizer(name: str, parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float,
+              **adam) -> torch.optim.Optimizer:
+    """An optimizer over the parameters that train. adam: betas and eps of the AdamWs; Adafactor has none."""
     parameters = [p for p in parameters if p.requires_grad]
-    if name == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise InputError(name, "bitsandbytes is not installed", "pip install bitsandbytes, or use adamw",
-                             "--optimizer") from error
-        return AdamW8bit(parameters, **settings)
-    return torch.optim.AdamW(parameters, fused=torch.cuda.is_available(), **settings)
+    check_optimizer(name)
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+        return Adafactor(parameters, lr=lr, weight_decay=weight_decay, scale_parameter=False, relative_step=False)
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=torch.cuda.is_available(), **adam)
+    from bitsandbytes import optim
+    cls = {"adamw8bit": optim.AdamW8bit, "paged_adamw8bit": optim.PagedAdamW8bit}[name]
+    return cls(parameters, lr=lr, weight_decay=weight_decay, **adam)
+
+
+def attention(unet: nn.Module, choice: str) -> None:
+    """How a denoiser computes attention: "sdpa" (torch's own) or "xformers". Raises InputError where xformers cannot run."""
+    if choice == "sdpa":
+        unet.set_attn_processor(AttnProcessor2_0())
+        return
+    check_attention(choice)
+    try:
+        unet.enable_xformers_memory_efficient_attention()
+    except Exception as error:  # built for another torch or GPU: the kinds are many
+        raise InputError(choice, f"does not run here ({str(error).splitlines()[0][:160]})",
+                         "use --attention sdpa, or the xformers built for this torch", "--attention") from error
+
+
+def check_attention(choice: str) -> None:
+    """Raise InputError if xformers is asked for where it cannot run."""
+    if choice == "xformers" and find_spec("xformers") is None:
+        raise InputError(choice, "is not installed", "pip install xformers, or use --attention sdpa", "--attention")
+    if choice == "xformers" and not torch.cuda.is_available():
+        raise InputError(choice, "needs a CUDA GPU", "use --attention sdpa", "--attention")
+
+
+def checkpointing(unet: nn.Module) -> None:
+    """Keep a denoiser's activations at the borders of its blocks alone and compute the others again in the backward pass."""
+    unet.enable_gradient_checkpointing()
 
 
 def learning_rate(warmup: str, warmup_steps: int, max_steps: int) -> Callable[[int], float]:

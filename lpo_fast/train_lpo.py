@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lpo_fast import checkpoint, noise, preflight, runs, sample, select, speed
+from lpo_fast import checkpoint, models, noise, preflight, runs, sample, select, speed
 from lpo_fast import policy as policies
 from lpo_fast.config import LPO
 from lpo_fast.kernels.pair_loss import pair_loss
@@ -88,7 +88,7 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
     score = wrap_score(policies.load_score(config, prompts, device))
     low, high = config.threshold_min, config.threshold_max
     gap = select.gaps(sched, config.threshold_shape, low, low if config.threshold_shape == "none" else high)
-    shape = (policy.unet.config.in_channels, *[policy.unet.config.sample_size] * 2)
+    shape = policies.latent_shape(config, policy.unet)
     optimizer = speed.optimizer(
         config.optimizer, policy.unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
         betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
@@ -197,7 +197,7 @@ def draw_pictures(config: LPO, policy: Policy, sched: Schedule, prompts: list[st
         return
     folder = Path(config.out) / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = policies.pictures(policy.predict, sched, Path(config.model), torch.arange(count), shape,
+    pictures = policies.pictures(policy.predict, sched, models.vae(config), torch.arange(count), shape,
                            guidance=config.guidance_scale, seed=config.seed, batch=config.batch_size)
     for i, picture in enumerate(pictures):
         Image.fromarray(picture.numpy()).save(folder / f"{i:03d}_{when}.png")

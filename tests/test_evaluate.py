@@ -185,8 +185,10 @@ def test_a_model_alone(argv, tmp_path, capsys):
     assert "| scorer | base |" in capsys.readouterr().out
 
 
-def test_sdxl(argv, tmp_path, tiny_sdxl):
-    assert evaluate.main(with_(argv, model=tiny_sdxl, lora=None, number=1)) == 0
+def test_sdxl_scored_by_a_reward_model_of_another_family(argv, tmp_path, tiny_sd, tiny_sdxl, tiny_lrm):
+    """What travels is pictures, so nothing but the LRM and its own base must share latents."""
+    assert evaluate.main(with_(argv, model=tiny_sdxl, lora=None, number=1, lrm=tiny_lrm, lrm_base=tiny_sd)) == 0
+    assert np.isfinite(float(rows(tmp_path / "out")[0]["base lrm"]))
     assert pixels(tmp_path / "out", "base")["00000.png"].shape == (16, 16, 3)
 
 
@@ -263,7 +265,7 @@ BAD = [
     ({"number": -1}, "--number -1"), ({"batch_size": 0}, "--batch-size 0"),
     ({"pictures_per_prompt": 0}, "--pictures-per-prompt"),
     ({"seed": -1}, "--seed -1"), ({"caption_key": "text"}, "has no 'text'"), ({"model": "{sdxl}"}, "--lora"),
-    ({"lora": None, "tuned": "{sdxl}", "lrm": "{lrm}", "model": "{sdxl}"}, "scores sd latents"),
+    ({"lora": None, "tuned": "{sdxl}", "lrm": "{lrm}", "lrm_base": "{sdxl}", "model": "{sdxl}"}, "scores sd latents"),
 ]
 
 

@@ -184,9 +184,11 @@ def test_a_table_with_bytes(tiny_sd, tiny_lrm, scorer, files, tmp_path, wrap, ca
 
 def test_the_base_that_the_lrm_names(tiny_sd, tiny_lrm, copied, files, capsys):
     lrm = copied(tiny_lrm)
+    recorded = json.loads((lrm / "lrm.json").read_text())
+    (lrm / "lrm.json").write_text(json.dumps(recorded | {"base": ""}))
     assert score.main(["--lrm", str(lrm), "--prompt", "a", files[0]]) == 2
     assert "--lrm-base" in capsys.readouterr().err
-    (lrm / "lrm.json").write_text(json.dumps(json.loads((lrm / "lrm.json").read_text()) | {"base": str(tiny_sd)}))
+    (lrm / "lrm.json").write_text(json.dumps(recorded | {"base": str(tiny_sd)}))
     assert score.check_lrm(str(lrm), "") == tiny_sd
 
 

@@ -6,6 +6,7 @@ ids, and zeros as the policy's null text. The family is read from the denoiser's
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -140,20 +141,31 @@ def down_mid(unet: nn.Module, x: Tensor, t: Tensor, text: Text, sizes: Tensor | 
     return stages, unet.mid_block(h, emb, encoder_hidden_states=text.context)
 
 
-def load_down_mid(folder: Path) -> UNet2DConditionModel:
-    """A denoiser without its up blocks, whose weights are never read from disk."""
+def load_down_mid(folder: Path, state: dict[str, Tensor] | None = None) -> UNet2DConditionModel:
+    """A denoiser without its up blocks, whose weights are never read from disk. state: weights that go before its own."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
     unet.up_blocks, unet.conv_norm_out, unet.conv_out = nn.ModuleList(), None, None
-    wanted, state = set(unet.state_dict()), {}
+    unet.register_to_config(_name_or_path=str(folder.absolute()))  # where ``up_blocks`` finds the rest
+    wanted = set(unet.state_dict())
+    found = {name: tensor for name, tensor in (state or {}).items() if name in wanted}
     for file in weight_files(folder):
         with safe_open(file, "pt") as tensors:
-            state |= {name: tensors.get_tensor(name) for name in tensors.keys() if name in wanted}
-    if missing := wanted - state.keys():
+            found |= {name: tensors.get_tensor(name) for name in tensors.keys() if name in wanted - found.keys()}
+    if missing := wanted - found.keys():
         raise InputError(str(folder), f"lacks {len(missing)} weights, the first {min(missing)!r}",
                          "point to a whole diffusers U-Net")
-    unet.load_state_dict(state, assign=True)
+    unet.load_state_dict(found, assign=True)
     return unet.float()
+
+
+def up_blocks(unet: nn.Module) -> dict[str, Tensor]:
+    """What ``load_down_mid`` left on disk, fp32: whole denoisers are written with it. Empty if the files are gone."""
+    kept, rest = set(unet.state_dict()), {}
+    for file in weight_files(Path(unet.config._name_or_path)):
+        with safe_open(file, "pt") as tensors:
+            rest |= {name: tensors.get_tensor(name).float() for name in tensors.keys() if name not in kept}
+    return rest
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -162,11 +174,38 @@ def weight_files(folder: Path) -> list[Path]:
     return [file for file in files if "." not in file.stem] or [file for file in files if ".fp16" in file.stem]
 
 
-def load_text(path: Path, family: Family, folder: Path | None = None) -> list[nn.Module]:
-    """The family's text encoders below ``path``, or below ``folder`` where that has them (an LRM's own)."""
-    def source(name: str) -> Path:
-        return folder if folder is not None and (folder / name).is_dir() else path
-    return [cls.from_pretrained(source(name), subfolder=name, dtype=torch.float32) for name, cls in family.encoders]
+def variant(folder: Path) -> str | None:
+    """The variant that ``from_pretrained`` has to be asked for: None where full precision lies there."""
+    return "fp16" if any(".fp16" in file.stem for file in weight_files(folder)) else None
+
+
+def load_unet(path: Path) -> UNet2DConditionModel:
+    """The denoiser below ``path``, fp32."""
+    return UNet2DConditionModel.from_pretrained(path / "unet", variant=variant(path / "unet"), torch_dtype=torch.float32)
+
+
+def load_text(path: Path, family: Family, folder: Path | None = None,
+              state: dict[str, Tensor] | None = None) -> list[nn.Module]:
+    """The family's text encoders, fp32: from ``state`` (names start with the subfolder), from below ``folder`` (an LRM's
+    own), or from below ``path``, whichever has them first. Raises InputError if weights are missing."""
+    encoders = []
+    for name, cls in family.encoders:
+        source = (folder if folder is not None and (folder / name).is_dir() else path) / name
+        how = {"variant": variant(source), "dtype": torch.float32, "output_loading_info": True}
+        if own := part(state or {}, name):
+            encoder, info = cls.from_pretrained(None, config=cls.config_class.from_pretrained(source), state_dict=own, **how)
+        else:
+            encoder, info = cls.from_pretrained(source, **how)
+        if missing := info["missing_keys"]:
+            raise InputError(str(source), f"lacks {len(missing)} weights, the first {min(missing)!r}",
+                             "use a whole text encoder")
+        encoders.append(encoder)
+    return encoders
+
+
+def part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors of a submodule, without its name in front."""
+    return {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
 
 
 def load_tokenizers(path: Path, family: Family) -> list[CLIPTokenizer]:
@@ -174,11 +213,20 @@ def load_tokenizers(path: Path, family: Family) -> list[CLIPTokenizer]:
     return [CLIPTokenizer.from_pretrained(path, subfolder=name) for name in family.tokenizers]
 
 
-def load_vae(path: Path) -> AutoencoderKL:
-    """The VAE in ``path``/vae, or in ``path`` itself, frozen."""
-    return AutoencoderKL.from_pretrained(vae_folder(path)).requires_grad_(False).eval()
-
-
 def vae_folder(path: Path) -> Path:
-    """Where the VAE of a pipeline's or of its own directory lies."""
+    """Where the VAE lies: below a pipeline, or ``path`` itself."""
     return path / "vae" if (path / "vae").is_dir() else path
+
+
+def load_vae(path: Path) -> AutoencoderKL:
+    """The VAE of a pipeline, or a directory of its own; frozen, fp32."""
+    folder = vae_folder(path)
+    vae = AutoencoderKL.from_pretrained(folder, variant=variant(folder), torch_dtype=torch.float32)
+    return vae.requires_grad_(False).eval()
+
+
+def pixels_per_latent(path: Path) -> int:
+    """How many pixels a latent stands for in each direction: 8, unless the VAE below ``path`` says otherwise."""
+    config = path / "vae" / "config.json"
+    stages = len(json.loads(config.read_text())["block_out_channels"]) if config.is_file() else 4
+    return 2 ** (stages - 1)

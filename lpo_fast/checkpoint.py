@@ -1,14 +1,6 @@
-"""Reading and writing: LRM directories, LoRA files in the official and the diffusers form, resumable run states.
-
-Everything is written beside its target and renamed into place, so a killed run leaves no half file; pickles are read
-with ``weights_only`` and so cannot run code.
-"""
+"""Reading and writing: LRM directories, LoRA files in the official and the diffusers form, resumable run states."""
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,75 +8,28 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from lpo_fast import backbone
+from lpo_fast import backbone, models
 from lpo_fast.errors import InputError
+from lpo_fast.files import read_pickle, read_safetensors, replacing
 from lpo_fast.reward import LatentRewardModel
 
 LORA_OFFICIAL, LORA_DIFFUSERS = "unet_lora.pt", "pytorch_lora_weights.safetensors"
 STATE = "state.pt"
 
 
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A fresh path beside ``target`` (file or directory) that becomes ``target`` when the block succeeds."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside, old = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old"))
-    _remove(aside)  # a killed run's
-    _settle(old, target)  # killed between the two renames below
-    try:
-        yield aside
-        for file in [aside] if aside.is_file() else sorted(p for p in aside.rglob("*") if p.is_file()):
-            with open(file, "rb+") as f:
-                os.fsync(f.fileno())
-        if target.is_dir():
-            os.replace(target, old)
-        os.replace(aside, target)
-    finally:
-        _remove(aside)
-        _settle(old, target)
-
-
-def _settle(old: Path, target: Path) -> None:
-    """Bring the old one back unless a new one took its place."""
-    if old.exists() and not target.exists():
-        os.replace(old, target)
-    _remove(old)
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def read_pickle(file: Path, key: str = "") -> dict:
-    """A .pt file, read without running code. Raises InputError if it is damaged or holds anything but tensors."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for damaged or hostile files
-        raise InputError(str(file), f"cannot be read safely ({type(error).__name__})",
-                         "use a file written by the official code or by lpo_fast", key) from error
-
-
-def read_safetensors(file: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a .safetensors file. Raises InputError if it is damaged."""
-    try:
-        with safe_open(file, "pt") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}, tensors.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise InputError(str(file), f"cannot be read ({error})", "copy or download it again", key) from error
-
-
 # Latent reward models
 
 
-def new_lrm(base: Path, *, clip: str | None = None, generator: torch.Generator, **settings) -> LatentRewardModel:
+def new_lrm(base: Path, *, clip: str | None = None, generator: torch.Generator, resolution: int = 0,
+            **settings) -> LatentRewardModel:
     """An LRM to be trained, from a diffusers model directory: W_v ~ N(0, 0.02²), logit_scale 2.6592.
 
     clip: file or directory with the ``text_projection.weight`` that W_t starts from (SD1.5: CLIP ViT-L/14's); None is
-    the identity. Families whose pooled text is projected already have no W_t.
+    the identity. Families whose pooled text is projected already have no W_t. resolution: see ``size_conditions``.
     """
     unet = backbone.load_down_mid(base / "unet")
     family = backbone.family_of(unet.config)
@@ -98,12 +43,17 @@ def new_lrm(base: Path, *, clip: str | None = None, generator: torch.Generator, 
     multi_scale = settings.get("multi_scale", True)
     visual = torch.randn(dim, sum(feature_widths(unet, multi_scale)), generator=generator) * 0.02
     return LatentRewardModel(family, unet, encoders, visual, text_projection, torch.tensor(2.6592),
-                             sizes=size_conditions(base, family, unet), **settings)
+                             sizes=size_conditions(base, family, unet, resolution), base=models.origin(base), **settings)
 
 
 def read_heads(path: Path, channels: list[int]) -> dict:
-    """state_dict.pt of an LRM directory, whose projection must fit the denoiser's channels."""
-    heads = read_pickle(path / "state_dict.pt", "--lrm")
+    """state_dict.pt of an LRM directory (or the same of an LRM in a single file), to fit the denoiser's channels."""
+    if path.is_file():
+        state = read_pickle(path, "--lrm", mmap=True)
+        heads = {name: {"weight": state[f"{name}.weight"]} for name in ("visual_projection", "text_projection")
+                 if f"{name}.weight" in state} | {"logit_scale": state.get("logit_scale")}
+    else:
+        heads = read_pickle(path / "state_dict.pt", "--lrm")
     try:
         float(heads["logit_scale"])
         shapes = {name: tuple(heads[name]["weight"].shape) for name in heads if name.endswith("_projection")}
@@ -111,7 +61,8 @@ def read_heads(path: Path, channels: list[int]) -> dict:
         if "visual_projection" not in shapes or len(outputs) != 1:
             raise ValueError(f"projections {shapes}")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-        raise InputError(str(path / "state_dict.pt"), f"holds no visual_projection.weight and logit_scale ({error})",
+        raise InputError(str(path if path.is_file() else path / "state_dict.pt"),
+                         f"holds no visual_projection.weight and logit_scale ({error})",
                          "use an LRM's own file", "--lrm") from error
     width, multi, mid = heads["visual_projection"]["weight"].shape[1], sum(channels) + channels[-1], channels[-1]
     if width not in (multi, mid):
@@ -120,31 +71,48 @@ def read_heads(path: Path, channels: list[int]) -> dict:
     return heads
 
 
-def load_lrm(path: Path, base: Path | None = None, **settings) -> LatentRewardModel:
-    """An LRM directory, official or ours. ``base`` supplies the text encoders that an official one may lack.
+def load_lrm(path: Path, base: Path | None = None, *, resolution: int = 0, **settings) -> LatentRewardModel:
+    """An LRM: a directory, official or ours, or a single .pt file of the official module's state.
 
-    guidance_scale and multi_scale_cfg are those of ``settings``, or else those that the directory records.
-    Raises InputError if weights are missing or widths do not fit.
+    ``base`` supplies what the LRM lacks: text encoders (official, if frozen), configs (a single file). guidance_scale and
+    multi_scale_cfg are those of ``settings``, or else those that the directory records. resolution: see
+    ``size_conditions``. Raises InputError if weights are missing or widths do not fit.
     """
-    unet = backbone.load_down_mid(path / "unet")
+    if single := path.is_file():
+        if base is None:
+            raise InputError(str(path), "is a single file, without configs and tokenizers",
+                             "name the diffusers directory that it was made from with --lrm-base", "--lrm")
+    state = read_pickle(path, "--lrm", mmap=True) if single else {}
+    home = base if single else path
+    unet = backbone.load_down_mid(home / "unet", backbone.part(state, "unet"))
     family = backbone.family_of(unet.config)
     heads = read_heads(path, list(unet.config.block_out_channels))
     visual = heads["visual_projection"]["weight"]
     text = heads["text_projection"]["weight"] if "text_projection" in heads else None
     recorded = json.loads((path / "lrm.json").read_text()) if (path / "lrm.json").is_file() else {}
-    multi_scale = visual.shape[1] == sum(feature_widths(unet, True))
-    settings = {"guidance_scale": 7.5, **recorded, **settings, "multi_scale": multi_scale}
-    lrm = LatentRewardModel(family, unet, backbone.load_text(base or path, family, path), visual, text,
-                            heads["logit_scale"], sizes=size_conditions(base or path, family, unet), **settings)
+    trained_at = recorded.pop("resolution", 0)
+    settings = {"guidance_scale": 7.5, "base": models.origin(base) if base else "", **recorded, **settings,
+                "multi_scale": visual.shape[1] == sum(feature_widths(unet, True))}
+    lrm = LatentRewardModel(
+        family, unet, backbone.load_text(base or path, family, home, state), visual, text, heads["logit_scale"],
+        sizes=size_conditions(base or path, family, unet, resolution or trained_at), **settings)
     return lrm.requires_grad_(False).eval()
 
 
 def save_lrm(lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], path: Path) -> None:
-    """Write an LRM directory in the official layout, with its tokenizers and settings beside it."""
+    """Write an LRM directory that the official code reads too, with its tokenizers and settings beside it.
+
+    The official loader wants a whole denoiser: the up blocks are carried over from the files that it came from.
+    """
     with replacing(path) as aside:
-        lrm.unet.save_pretrained(aside / "unet")
+        lrm.unet.save_config(aside / "unet")
+        whole = lrm.unet.state_dict() | backbone.up_blocks(lrm.unet)
+        save_tensors(whole, aside / "unet" / "diffusion_pytorch_model.safetensors")
         for (name, _), encoder in zip(lrm.family.encoders, lrm.text_encoders, strict=True):
-            encoder.save_pretrained(aside / name)
+            encoder.config.save_pretrained(aside / name)
+            tensors = {n if n.startswith(("text_model.", "text_projection.")) else f"text_model.{n}": t
+                       for n, t in encoder.state_dict().items()}  # names of transformers < 5, which 5 reads too
+            save_tensors(tensors, aside / name / "model.safetensors")
         for name, tokenizer in zip(lrm.family.tokenizers, tokenizers, strict=True):
             tokenizer.save_pretrained(aside / name)
         heads = {"visual_projection": {"weight": lrm.visual_projection.weight.detach().cpu()},
@@ -152,8 +120,15 @@ def save_lrm(lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], path: Path
         if lrm.text_projection is not None:
             heads["text_projection"] = {"weight": lrm.text_projection.weight.detach().cpu()}
         torch.save(heads, aside / "state_dict.pt")
-        settings = {"guidance_scale": lrm.guidance_scale, "multi_scale_cfg": lrm.multi_scale_cfg}
+        settings = {"base": lrm.base, "guidance_scale": lrm.guidance_scale, "multi_scale_cfg": lrm.multi_scale_cfg}
+        if lrm.sizes is not None:
+            settings["resolution"] = int(lrm.sizes[0, 0])
         (aside / "lrm.json").write_text(json.dumps(settings, indent=1))
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """A .safetensors file as diffusers and transformers write it."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
 
 
 def feature_widths(unet: nn.Module, multi_scale: bool) -> list[int]:
@@ -162,13 +137,11 @@ def feature_widths(unet: nn.Module, multi_scale: bool) -> list[int]:
     return [*(channels if multi_scale else []), channels[-1]]
 
 
-def size_conditions(base: Path, family: backbone.Family, unet: nn.Module) -> Tensor | None:
-    """Time ids [1, 6] for the denoiser's own resolution, or None for families without."""
+def size_conditions(base: Path, family: backbone.Family, unet: nn.Module, resolution: int = 0) -> Tensor | None:
+    """Time ids [1, 6] for a resolution in pixels (0: the denoiser's own), or None for families without."""
     if not family.time_ids:
         return None
-    vae = base / "vae" / "config.json"
-    stages = len(json.loads(vae.read_text())["block_out_channels"]) if vae.is_file() else 4
-    pixels = unet.config.sample_size * 2 ** (stages - 1)
+    pixels = resolution or unet.config.sample_size * backbone.pixels_per_latent(base)
     return backbone.time_ids(pixels, pixels)
 
 

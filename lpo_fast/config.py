@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from lpo_fast.errors import InputError
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
-Optimizer = Literal["adamw", "adamw8bit"]
+Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit", "adafactor"]
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,15 @@ class LPO:
     """Align a diffusion model with a latent reward model (arXiv 2502.01051, section 3.3)."""
 
     model: str = ""
-    """Stable Diffusion in diffusers layout: a local directory."""
+    """Stable Diffusion: a diffusers directory, a hub name (ORG/NAME) or a single-file .safetensors or .ckpt checkpoint."""
+    revision: str = ""
+    """Branch, tag or commit of a hub name; default: its main branch."""
     vae: str = ""
-    """Another VAE for the pictures: its directory, or one with it in vae/; default: the model's own."""
+    """Another VAE: a directory or hub name (SDXL: madebyollin/sdxl-vae-fp16-fix); default: the model's own."""
+    resolution: int = 0
+    """Height and width of the pictures in pixels; 0: the denoiser's own."""
     lrm: str = ""
-    """Latent reward model: a directory written by `lrm` or by the official code."""
+    """Latent reward model: a directory written by `lrm` or by the official code, its single .pt file, or a hub name."""
     lrm_base: str = ""
     """Diffusers directory with what the LRM's directory lacks: tokenizer, a frozen text encoder (default: the model)."""
     lrm_tokenizer: str = ""
@@ -97,7 +101,7 @@ class LPO:
     learning_rate: float = 6e-5
     """Constant."""
     optimizer: Optimizer = "adamw"
-    """AdamW, or bitsandbytes' 8-bit AdamW."""
+    """AdamW, bitsandbytes' 8-bit or paged 8-bit AdamW, or Adafactor (the given rate, no momentum: it has no betas)."""
     adam_beta1: float = 0.9
     """AdamW's first beta."""
     adam_beta2: float = 0.999
@@ -152,8 +156,9 @@ class LPO:
         _at_least(self, 1, "epochs", "batch_size", "num_steps", "train_batch_size", "accumulate", "save_epochs", "save_steps",
                   "validation_pictures", "validate_epochs")
         _at_least(self, 2, "num_candidates")
-        _at_least(self, 0, "max_batches", "start_step", "stop_step", "pictures", "seed", "weight_decay", "adam_beta1",
-                  "learning_rate", "guidance_scale", "alpha", "threshold_min", "ema_decay", "adam_beta2", "keep_checkpoints")
+        _at_least(self, 0, "resolution", "max_batches", "start_step", "stop_step", "pictures", "seed", "weight_decay",
+                  "adam_beta1", "learning_rate", "guidance_scale", "alpha", "threshold_min", "ema_decay", "adam_beta2",
+                  "keep_checkpoints")
         _above(self, 0, "eta", "beta", "clip_eps", "max_grad_norm", "adam_epsilon")
         _below(self, 1, "threshold_min", "threshold_max", "ema_decay", "adam_beta1", "adam_beta2")
         if self.num_steps > 999:
@@ -212,9 +217,11 @@ class LRM:
     """Train a latent reward model from preference pairs (arXiv 2502.01051, section 3.2)."""
 
     model: str = ""
-    """Diffusers directory that the LRM starts from."""
+    """Stable Diffusion that the LRM starts from: as in `lpo`."""
+    revision: str = ""
+    """Branch, tag or commit of a hub name; default: its main branch."""
     vae: str = ""
-    """Diffusers VAE instead of the model's own: its directory, or one with it in vae/."""
+    """Another VAE: a directory or hub name (SDXL: madebyollin/sdxl-vae-fp16-fix); default: the model's own."""
     pairs: str = ""
     """Training pairs: a .parquet file, a directory of them, a directory of datasets' save_to_disk, or a hub data set."""
     validation_pairs: str = ""
@@ -299,7 +306,7 @@ class LRM:
     warmup: Literal["log", "linear"] = "log"
     """Shape of the warm-up; log is the official one: lr·ln(k+1)/ln(steps)."""
     optimizer: Optimizer = "adamw"
-    """AdamW, or bitsandbytes' 8-bit AdamW."""
+    """AdamW, bitsandbytes' 8-bit or paged 8-bit AdamW, or Adafactor (the given rate, no momentum: it has no betas)."""
     weight_decay: float = 0.3
     """AdamW's weight decay."""
     max_grad_norm: float = 1.0

@@ -51,7 +51,7 @@ def eight_bit() -> str:
     parameter = torch.nn.Parameter(torch.zeros(8192, device=speed.device()))
     parameter.grad = torch.ones_like(parameter)
     try:
-        speed.optimizer("adamw8bit", [parameter], lr=1e-3).step()
+        speed.optimizer("adamw8bit", [parameter], lr=1e-3, weight_decay=0.0).step()
         state = "works"
     except (InputError, RuntimeError, OSError) as problem:
         state = f"does not run ({problem})"

@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
-from lpo_fast import checkpoint, cli, compare, data, export, policy, preflight, runs, scorers
+from lpo_fast import checkpoint, cli, compare, data, export, models, policy, preflight, runs, scorers
 from lpo_fast.checkpoint import LORA_OFFICIAL
 from lpo_fast.config import LPO, Precision
 from lpo_fast.errors import InputError
@@ -108,7 +108,7 @@ def check(settings: Evaluate) -> tuple[list[str], dict[str, scorers.Score]]:
 
 def lrm_base(settings: Evaluate) -> str:
     """The directory that completes the LRM; "": the one that it names."""
-    file = Path(settings.lrm) / "lrm.json"
+    file = models.locate(settings.lrm, "--lrm") / "lrm.json"
     named = file.is_file() and preflight.read_config(file.parent, "--lrm", file.name).get("base")
     return settings.lrm_base or ("" if named else settings.model)
 
@@ -261,6 +261,9 @@ def write(settings: Evaluate, rows: list[dict], names: list[str], prompts: int) 
 
 def run(settings: Evaluate) -> None:
     """The command, on every rank."""
+    cli.required(settings, "model")
+    given = {key: getattr(settings, key) for key in ("model", "tuned") if getattr(settings, key)}
+    settings = replace(settings, **{key: str(models.locate(name, cli.flag(key))) for key, name in given.items()})
     prompts, functions = check(settings)
     state = PartialState(cpu=not torch.cuda.is_available())
     state.wait_for_everyone()  # all have looked at --out before the first writes there

@@ -15,7 +15,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from lpo_fast import checkpoint, cli, preflight
+from lpo_fast import backbone, checkpoint, cli, models, preflight
 from lpo_fast.errors import InputError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -89,7 +89,7 @@ def merge(unet: nn.Module, lora: Lora) -> None:
 
 def save_merged(model: Path, lora: Lora, out: Path, dtype: str) -> None:
     """The model's directory with the LoRA in its denoiser; single-file checkpoints that lie beside its parts stay behind."""
-    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", torch_dtype=torch.float32)
+    unet = backbone.load_unet(model)
     merge(unet, lora)
     with checkpoint.replacing(out) as aside:
         aside.mkdir()
@@ -136,7 +136,7 @@ def run(settings: Export) -> None:
         save_lora(lora, out)
         print(f"LoRA: {out / checkpoint.LORA_DIFFUSERS}, {len(lora.pairs)} layers")
     else:
-        save_merged(Path(settings.model), lora, out, settings.dtype)
+        save_merged(models.locate(settings.model, "--model"), lora, out, settings.dtype)
         print(f"model: {out}, {len(lora.pairs)} layers merged, denoiser in {settings.dtype}")
 
 

@@ -187,7 +187,7 @@ def settings(config: dict[str, object]) -> tuple[LPO, list[str]]:
 def attention(notes: list[str]) -> str:
     """xformers where it runs; else PyTorch's memory-efficient attention, which computes the same."""
     from lpo_fast import speed
-    if speed.xformers_runs():
+    if not speed.xformers_problem():
         return "xformers"
     notes.append("use_xformers: xformers does not run here, PyTorch's memory-efficient attention computes the same")
     return "sdpa"

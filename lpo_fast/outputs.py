@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
-from lpo_fast import checkpoint, ranks, runs
+from lpo_fast import checkpoint, models, ranks, runs
 from lpo_fast import policy as policies
 from lpo_fast.config import LPO
 from lpo_fast.errors import InputError
@@ -92,9 +92,8 @@ class Pictures:
     @torch.no_grad()
     def _draw(self, prompts: Tensor) -> list[Image.Image]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        pixels = policies.pictures(self.policy.predict, self.sched, Path(self.config.vae or self.config.model), prompts,
-                                   self.shape, guidance=self.config.guidance_scale, seed=self.config.seed,
-                                   batch=self.config.batch_size)
+        pixels = policies.pictures(self.policy.predict, self.sched, models.vae(self.config), prompts, self.shape,
+                                   guidance=self.config.guidance_scale, seed=self.config.seed, batch=self.config.batch_size)
         return [Image.fromarray(picture.numpy()) for picture in pixels]
 
     def compared(self, when: str) -> None:

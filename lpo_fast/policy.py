@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from lpo_fast import backbone, checkpoint, runs, sample, schedule, speed, surgery
+from lpo_fast import backbone, checkpoint, models, runs, sample, schedule, speed, surgery
 from lpo_fast.backbone import Text
 from lpo_fast.config import LPO
 from lpo_fast.sample import CounterNoise, Predict, Score
@@ -65,14 +65,14 @@ def trainable(unet: nn.Module) -> list[nn.Parameter]:
 
 def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy, Schedule]:
     """The policy with a LoRA attached (or all weights trainable), its text features and its sampler's schedule."""
-    model = Path(config.model)
+    model = models.model(config)
     precision = speed.precision(config.mixed_precision, "fp16")
-    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").to(device).eval()
+    unet = backbone.load_unet(model).to(device).eval()
     if config.fused_norms:
         surgery.fuse_norms(unet)
     speed.attention(unet, config.attention)
     if config.checkpointing:
-        unet.enable_gradient_checkpointing()
+        speed.checkpointing(unet)
     family = backbone.family_of(unet.config)
     encoders = [e.to(device).eval() for e in backbone.load_text(model, family)]
     tokenizers = backbone.load_tokenizers(model, family)
@@ -88,18 +88,25 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
             parameter.data = parameter.data.float()
         if config.lora:
             checkpoint.load_lora(unet, Path(config.lora))
-    sizes = checkpoint.size_conditions(model, family, unet)
+    sizes = checkpoint.size_conditions(model, family, unet, config.resolution)
     sizes = None if sizes is None else sizes.to(device)
     scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
     sched = schedule.from_config(scheduler, config.num_steps, config.eta).to(device)
     return Policy(unet, text, sizes, full=config.full, precision=precision), sched
 
 
+def latent_shape(config: LPO, unet: UNet2DConditionModel) -> tuple[int, int, int]:
+    """(C, H, W) of the latents that the policy makes."""
+    size = config.resolution // backbone.pixels_per_latent(models.model(config)) or unet.config.sample_size
+    return unet.config.in_channels, size, size
+
+
 def load_score(config: LPO, prompts: list[str], device: torch.device) -> Score:
     """The LRM as a function of latents, timesteps and prompt numbers; its text features are computed here, once."""
-    path, base = Path(config.lrm), Path(config.lrm_base or config.model)
+    path, base = models.lrm(config), models.base(config)
     settings = {"guidance_scale": config.lrm_guidance or None, "multi_scale_cfg": config.lrm_multi_scale_cfg}
-    lrm = checkpoint.load_lrm(path, base, **{k: v for k, v in settings.items() if v is not None}).to(device)
+    lrm = checkpoint.load_lrm(path, base, resolution=config.resolution,
+                              **{k: v for k, v in settings.items() if v is not None}).to(device)
     if config.fused_norms:
         surgery.fuse_norms(lrm.unet)
     speed.attention(lrm.unet, config.attention)
@@ -119,7 +126,10 @@ def load_score(config: LPO, prompts: list[str], device: torch.device) -> Score:
 @torch.no_grad()
 def pictures(predict: Predict, sched: Schedule, model: Path, prompts: Tensor, shape: tuple[int, int, int], *,
              guidance: float, seed: int, batch: int, items: Tensor | None = None) -> Tensor:
-    """uint8 [N, H, W, 3] pictures for prompt numbers [N]; items: the numbers that key their noise (default: 0 … N−1)."""
+    """uint8 [N, H, W, 3] pictures for prompt numbers [N], decoded by the VAE of ``model`` (or that is ``model``).
+
+    items: the numbers that key their noise (default: 0 … N−1).
+    """
     device = sched.table.device
     vae = backbone.load_vae(model).to(device)
     items = torch.arange(len(prompts)) if items is None else items

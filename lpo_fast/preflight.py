@@ -9,7 +9,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from diffusers import UNet2DConditionModel
 
-from lpo_fast import backbone, checkpoint, data, outputs, pairs, speed
+from lpo_fast import backbone, checkpoint, data, models, outputs, pairs, speed
 from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
 from lpo_fast.pairs import Pairs
@@ -24,17 +24,20 @@ MAY_CHANGE = {"out", "resume", "epochs", "max_batches", "save_epochs", "save_ste
 def lpo(config: LPO) -> list[str]:
     """Check an LPO run; its prompts."""
     config.check()
-    unet, lrm = pipeline(config.model, "--model"), reward_model(config)
-    families = [backbone.family_of(u) for u in (unet, lrm)]
-    if families[0] != families[1] or unet["in_channels"] != lrm["in_channels"]:
-        raise InputError(config.lrm, f"scores {families[1].name} latents, the model makes {families[0].name} latents",
-                         "use an LRM trained for this kind of model", "--lrm")
-    if config.vae:
-        read_config(backbone.vae_folder(Path(config.vae)), "--vae")
+    speed.check_optimizer(config.optimizer)
+    speed.check_attention(config.attention)
+    unet = pipeline(config.model, "--model", config.revision)
+    picture(config, unet)
+    lrm = reward_model(config)
+    families = [backbone.family_of(u).name for u in (unet, lrm)]
+    if families[0] != families[1]:
+        raise InputError(config.lrm, f"scores {families[1]} latents, the model makes {families[0]} latents: their VAEs, and so "
+                         "their latent spaces, differ", "use an LRM trained for this kind of model", "--lrm")
+    if unet["in_channels"] != lrm["in_channels"]:
+        raise InputError(config.lrm, f"scores latents of {lrm['in_channels']} channels, the model makes "
+                         f"{unet['in_channels']}", "use an LRM trained for this kind of model", "--lrm")
     if config.lrm_tokenizer and not Path(config.lrm_tokenizer).is_dir():
         raise InputError(config.lrm_tokenizer, "no such directory", "name a tokenizer's directory", "--lrm-tokenizer")
-    if config.attention == "xformers" and not speed.xformers_runs():
-        raise InputError("xformers", "does not run here", "use sdpa, which computes the same", "--attention")
     prompts = data.read_prompts(config.prompts, config.caption_key)
     if not config.full:
         targets(unet, config.targets)
@@ -52,12 +55,11 @@ def lrm(config: LRM) -> dict[str, Pairs]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(os.environ["WORLD_SIZE"], "processes, but LRM training runs in one as yet", "launch one process",
                          "WORLD_SIZE")
-    pipeline(config.model, "--model")
-    if config.vae:
-        read_config(backbone.vae_folder(Path(config.vae)), "--vae")
+    speed.check_optimizer(config.optimizer)
+    picture(config, pipeline(config.model, "--model", config.revision))
     if config.clip:
-        width = checkpoint.read_text_projection(config.clip).shape[1]
-        wanted = read_config(Path(config.model) / "text_encoder", "--model")["hidden_size"]
+        width = checkpoint.read_text_projection(models.clip(config)).shape[1]
+        wanted = read_config(models.model(config) / "text_encoder", "--model")["hidden_size"]
         if width != wanted:
             raise InputError(config.clip, f"projects {width} features, the model's text encoder gives {wanted}",
                              "use the CLIP that the model was made with", "--clip")
@@ -95,23 +97,43 @@ def read_config(folder: Path, flag: str, name: str = "config.json") -> dict:
         raise InputError(str(file), "cannot be read as JSON", "download it again", flag) from error
 
 
-def pipeline(model: str, flag: str) -> dict:
-    """The U-Net config of a diffusers directory, all parts of which are there."""
-    path = Path(model)
+def picture(config: LPO | LRM, unet: dict) -> None:
+    """Another VAE must make the same latents, and a resolution must come out even at the bottom of the denoiser."""
+    if config.vae:
+        path = models.vae(config)
+        if not path.is_dir():
+            raise InputError(config.vae, "no such directory", "name a VAE's directory or hub name", "--vae")
+        channels = read_config(backbone.vae_folder(path), "--vae").get("latent_channels")
+        if channels != unet["in_channels"]:
+            raise InputError(config.vae, f"makes latents of {channels} channels, the denoiser takes {unet['in_channels']}",
+                             "use a VAE of the same family", "--vae")
+        weights(path, backbone.vae_folder(path), "--vae")
+    each = backbone.pixels_per_latent(models.model(config)) * 2 ** (len(unet["block_out_channels"]) - 1)
+    if config.resolution % each:
+        raise InputError(str(config.resolution), f"is no multiple of {each}, what VAE and denoiser halve in turn",
+                         f"use {max(config.resolution // each, 1) * each}, or 0 for the denoiser's own", "--resolution")
+
+
+def weights(path: Path, folder: Path, flag: str) -> None:
+    """A model's folder must hold weights that are read without running code."""
+    if not backbone.weight_files(folder):
+        raise InputError(str(path), f"{folder.name}/ holds no .safetensors", "download these weights, or convert them: "
+                         "DiffusionPipeline.from_pretrained(NAME).save_pretrained(DIR)", flag)
+
+
+def pipeline(model: str, flag: str, revision: str = "") -> dict:
+    """The U-Net config of a diffusers pipeline, all parts of which are there."""
     if not model:
-        raise InputError("(none)", "is required", "name a Stable Diffusion directory in diffusers layout", flag)
-    if path.is_file():
-        raise InputError(model, "is a single file", "convert it: StableDiffusionPipeline.from_single_file(FILE)"
-                         ".save_pretrained(DIR)", flag)
+        raise InputError("(none)", "is required", "name a Stable Diffusion directory in diffusers layout, or a hub name", flag)
+    path = models.locate(model, flag, revision)
     if not path.is_dir():
-        raise InputError(model, "no such directory", "name a Stable Diffusion directory in diffusers layout (hub names "
-                         "are not downloaded: hf download NAME --local-dir DIR)", flag)
+        raise InputError(model, "is no model" if path.exists() else "no such directory", "name a Stable Diffusion directory "
+                         "in diffusers layout, a hub name, or a .safetensors checkpoint", flag)
     unet = read_config(path / "unet", flag)
     family = backbone.family_of(unet)
     for part in ("unet", "vae", *(name for name, _ in family.encoders)):
         read_config(path / part, flag)
-        if not any("." not in file.stem for file in backbone.weight_files(path / part)):
-            raise InputError(model, f"{part}/ holds no full-precision .safetensors", "download these weights", flag)
+        weights(path, path / part, flag)
     read_config(path / "scheduler", flag, "scheduler_config.json")
     for part in family.tokenizers:
         if not (path / part).is_dir() or not any((path / part).iterdir()):
@@ -126,25 +148,19 @@ def pipeline(model: str, flag: str) -> dict:
 
 
 def reward_model(config: LPO) -> dict:
-    """The U-Net config of the LRM's directory, whose widths fit together."""
-    path = Path(config.lrm)
-    if not config.lrm or not path.is_dir():
-        raise InputError(config.lrm or "(none)", "no such directory" if config.lrm else "is required",
+    """The U-Net config of the LRM, whose widths fit together."""
+    if not config.lrm:
+        raise InputError("(none)", "is required", "train one with `python -m lpo_fast.train lrm`, or use casiatao/LRM", "--lrm")
+    path = models.lrm(config)
+    if not path.exists() or path.is_file() and path.suffix not in (".pt", ".pth", ".bin"):
+        raise InputError(config.lrm, "is no model" if path.exists() else "no such directory",
                          "train one with `python -m lpo_fast.train lrm`, or download casiatao/LRM", "--lrm")
-    if (path / "checkpoint-final").is_dir():
-        raise InputError(config.lrm, "is the run directory", f"name {path / 'checkpoint-final'}", "--lrm")
-    unet = read_config(path / "unet", "--lrm")
-    for part in (part for part in ("unet", "text_encoder", "text_encoder_2") if (path / part).is_dir()):
-        if not backbone.weight_files(path / part):
-            raise InputError(config.lrm, f"{part}/ holds no .safetensors", "download all of it", "--lrm")
-    if not (path / "state_dict.pt").is_file():
-        raise InputError(config.lrm, "is no latent reward model: state_dict.pt is missing",
-                         "name its top directory", "--lrm")
     if config.lrm_base:
         pipeline(config.lrm_base, "--lrm-base")
+    base = models.base(config)
+    unet = read_config(base / "unet", "--lrm-base") if path.is_file() else reward_directory(path)
     heads = checkpoint.read_heads(path, unet["block_out_channels"])
-    base = Path(config.lrm_base or config.model)
-    own = (path / "tokenizer").is_dir() or config.lrm_base
+    own = path.is_file() or config.lrm_base or (path / "tokenizer").is_dir()
     if not own and unet["cross_attention_dim"] != read_config(base / "unet", "--model")["cross_attention_dim"]:
         raise InputError(config.lrm, "has no tokenizer, and the model's is another family's",
                          "name the diffusers directory that the LRM was made from with --lrm-base", "--lrm")
@@ -154,6 +170,18 @@ def reward_model(config: LPO) -> dict:
         if heads["text_projection"]["weight"].shape[1] != width:
             raise InputError(config.lrm, f"its text projection takes {heads['text_projection']['weight'].shape[1]} "
                              f"features, its text encoder gives {width}", "name the LRM's own --lrm-base", "--lrm")
+    return unet
+
+
+def reward_directory(path: Path) -> dict:
+    """The U-Net config of an LRM directory, the parts of which are there."""
+    if (path / "checkpoint-final").is_dir():
+        raise InputError(str(path), "is the run directory", f"name {path / 'checkpoint-final'}", "--lrm")
+    unet = read_config(path / "unet", "--lrm")
+    for part in (part for part in ("unet", "text_encoder", "text_encoder_2") if (path / part).is_dir()):
+        weights(path, path / part, "--lrm")
+    if not (path / "state_dict.pt").is_file():
+        raise InputError(str(path), "is no latent reward model: state_dict.pt is missing", "name its top directory", "--lrm")
     return unet
 
 
@@ -173,6 +201,11 @@ def directory(config: LPO | LRM) -> None:
     if not state.is_file():
         raise InputError(config.out, f"holds no {checkpoint.STATE} to go on from", "drop --resume, or name the run",
                          "--out")
+    environment = read_config(out, "--out", "environment.json") if (out / "environment.json").is_file() else {}
+    for name, commit in environment.get("models", {}).items():
+        if models.RESOLVED.get(name, commit) != commit:
+            raise InputError(models.RESOLVED[name], f"{name} has changed: the run in {config.out} used {commit}",
+                             "name that commit (--revision, or NAME@COMMIT)", "--out")
     before = read_config(out, "--out")
     for key, value in asdict(config).items():
         value = list(value) if isinstance(value, tuple) else value

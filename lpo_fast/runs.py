@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
-from lpo_fast import ranks
+from lpo_fast import models, ranks
 from lpo_fast.config import LPO, LRM
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "xformers")
@@ -100,7 +100,8 @@ def environment() -> dict[str, object]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"command": " ".join(sys.orig_argv),
             "date": time.strftime("%Y-%m-%d %H:%M:%S"), "commit": commit(), "python": platform.python_version(),
-            **versions, "gpu": gpu, "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+            **versions, "models": dict(models.RESOLVED),
+            "gpu": gpu, "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
 
 
 def commit() -> str | None:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from lpo_fast import backbone, checkpoint, cli, data, noise, preflight, schedule, speed, tables
+from lpo_fast import backbone, checkpoint, cli, data, models, noise, preflight, schedule, speed, tables
 from lpo_fast.config import LPO, Precision
 from lpo_fast.errors import InputError
 from lpo_fast.tables import KINDS, Picture
@@ -67,13 +67,13 @@ class Score:
 class Scorer:
     """A latent reward model as a function of pictures and prompts.
 
-    lrm: its directory. base: a diffusers directory of its family, for the VAE and whatever else the LRM's directory
+    lrm: its directory, or hub name. base: a diffusers directory of its family, for the VAE and whatever else that directory
     lacks; "": the one that the LRM's directory names. Raises InputError if the two do not belong together.
     """
 
     def __init__(self, lrm: str | os.PathLike, base: str | os.PathLike = "", *, batch_size: int = 8, seed: int = 0,
                  mixed_precision: Precision = "auto"):
-        path, base = Path(lrm), check_lrm(str(lrm), str(base))
+        path, base = models.locate(str(lrm), "--lrm"), check_lrm(str(lrm), str(base))
         self.device, self.batch_size, self.seed = speed.device(), batch_size, seed
         self.precision = speed.precision(mixed_precision, "fp16")
         self.lrm = checkpoint.load_lrm(path, base).to(self.device)
@@ -141,10 +141,10 @@ def pixels(picture: Picture, row: int, resolution: int) -> Tensor:
 
 def check_lrm(lrm: str, base: str) -> Path:
     """The base directory of an LRM: the given one or the one that it names. Raises InputError unless they fit."""
-    record = Path(lrm) / "lrm.json"
-    if not base and record.is_file():
-        base = preflight.read_config(Path(lrm), "--lrm", record.name).get("base") or ""
-    if not base and lrm and Path(lrm).is_dir():
+    path = models.locate(lrm, "--lrm")
+    if not base and (path / "lrm.json").is_file():
+        base = preflight.read_config(path, "--lrm", "lrm.json").get("base") or ""
+    if not base and lrm and path.exists():
         raise InputError(lrm, "names no base, and holds no VAE", "name the diffusers directory that it was made from",
                          "--lrm-base")
     unet = preflight.pipeline(base, "--lrm-base") if base else {}
@@ -153,7 +153,7 @@ def check_lrm(lrm: str, base: str) -> Path:
     if families[0] != families[1] or own["in_channels"] != unet["in_channels"]:
         raise InputError(lrm, f"scores {families[0].name} latents, {base} makes {families[1].name} latents",
                          "name the diffusers directory that it was made from", "--lrm-base")
-    return Path(base)
+    return models.locate(base, "--lrm-base")
 
 
 def check(settings: Score) -> None:

@@ -1,10 +1,10 @@
 """Precision, attention, memory format, compilation and optimizer: every such choice of the project is made here."""
 
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.utils import is_xformers_available
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
 from lpo_fast.errors import InputError
@@ -27,38 +27,65 @@ def autocast(setting: str) -> torch.autocast:
     return torch.autocast(device().type, DTYPES[setting], enabled=setting != "no")
 
 
-def xformers_runs() -> bool:
-    """Whether xformers' attention runs on this device."""
-    if not (torch.cuda.is_available() and is_xformers_available()):
-        return False
-    from xformers.ops import memory_efficient_attention
+OPTIMIZERS = {"adamw": "torch", "adafactor": "transformers", "adamw8bit": "bitsandbytes", "paged_adamw8bit": "bitsandbytes"}
+
+
+def check_optimizer(name: str) -> None:
+    """Raise InputError if the package of an optimizer is not installed."""
+    if find_spec(OPTIMIZERS[name]) is None:
+        raise InputError(name, f"{OPTIMIZERS[name]} is not installed", f"pip install {OPTIMIZERS[name]}, or use adamw",
+                         "--optimizer")
+
+
+def optimizer(name: str, parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float,
+              **adam) -> torch.optim.Optimizer:
+    """An optimizer over the parameters that train. adam: betas and eps of the AdamWs; Adafactor has none."""
+    parameters = [p for p in parameters if p.requires_grad]
+    check_optimizer(name)
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+        return Adafactor(parameters, lr=lr, weight_decay=weight_decay, scale_parameter=False, relative_step=False)
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=torch.cuda.is_available(), **adam)
+    from bitsandbytes import optim
+    cls = {"adamw8bit": optim.AdamW8bit, "paged_adamw8bit": optim.PagedAdamW8bit}[name]
+    return cls(parameters, lr=lr, weight_decay=weight_decay, **adam)
+
+
+def xformers_problem() -> str:
+    """Why xformers' attention cannot run on this device; "" if it can."""
+    if find_spec("xformers") is None:
+        return "is not installed"
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU"
     try:
+        from xformers.ops import memory_efficient_attention
         q = torch.zeros(1, 8, 1, 64, dtype=torch.float16, device="cuda")
         memory_efficient_attention(q, q, q)
-    except (NotImplementedError, RuntimeError):  # built for another torch or GPU
-        return False
-    return True
+    except Exception as error:  # built for another torch or GPU: the kinds are many
+        return f"does not run here ({str(error).splitlines()[0][:160]})"
+    return ""
 
 
-def attention(unet: UNet2DConditionModel, name: str) -> None:
-    """PyTorch's attention ("sdpa") or xformers' in every transformer of a denoiser. Raises InputError where it cannot run."""
-    if name == "xformers":
-        if not xformers_runs():
-            raise InputError(name, "does not run here", "use sdpa, which computes the same", "--attention")
+def check_attention(choice: str) -> None:
+    """Raise InputError if xformers is asked for where it cannot run."""
+    if choice == "xformers" and (problem := xformers_problem()):
+        raise InputError(choice, problem, "use sdpa, which computes the same, or the xformers built for this torch",
+                         "--attention")
+
+
+def attention(unet: nn.Module, choice: str) -> None:
+    """How a denoiser computes attention: "sdpa" (torch's own) or "xformers". Raises InputError where that cannot run."""
+    check_attention(choice)
+    if choice == "xformers":
         unet.enable_xformers_memory_efficient_attention()
+    else:
+        unet.set_attn_processor(AttnProcessor2_0())
 
 
-def optimizer(name: str, parameters: Iterable[nn.Parameter], **settings) -> torch.optim.Optimizer:
-    """AdamW (fused on CUDA) or bitsandbytes' 8-bit AdamW over the parameters that train."""
-    parameters = [p for p in parameters if p.requires_grad]
-    if name == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise InputError(name, "bitsandbytes is not installed", "pip install bitsandbytes, or use adamw",
-                             "--optimizer") from error
-        return AdamW8bit(parameters, **settings)
-    return torch.optim.AdamW(parameters, fused=torch.cuda.is_available(), **settings)
+def checkpointing(unet: nn.Module) -> None:
+    """Keep a denoiser's activations at the borders of its blocks alone and compute the others again in the backward pass."""
+    unet.enable_gradient_checkpointing()
 
 
 def learning_rate(warmup: str, warmup_steps: int, max_steps: int) -> Callable[[int], float]:

@@ -7,10 +7,8 @@ lpo                 align a Stable Diffusion model with a latent reward model
 --config-path DIR --config-name NAME key=value …  the official LRM script's (official_lrm.py)
 """
 
-import json
 import os
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -41,12 +39,13 @@ def run(settings: Demo | LRM | LPO) -> None:
 
 def recipe(argv: list[str]) -> config.Recipe:
     """The defaults of a command line: the recipe for the kind of model that --model names."""
-    model = next((b for a, b in zip(argv, argv[1:], strict=False) if a == "--model"), "")
-    model = next((a.partition("=")[2] for a in argv if a.startswith("--model=")), model)
-    try:
-        unet = dict(json.loads((Path(model) / "unet" / "config.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        unet = {}  # preflight says what is wrong with the model
+    def value(flag: str) -> str:
+        given = [b for a, b in zip(argv, argv[1:], strict=False) if a == flag]
+        return (given + [a.partition("=")[2] for a in argv if a.startswith(f"{flag}=")] + [""])[0]
+    unet = {}
+    if name := value("--model"):
+        from lpo_fast import models
+        unet = models.unet_config(name, value("--revision"))
     if unet.get("addition_embed_type") == "text_time":
         return config.sdxl()
     return config.sd21() if unet.get("cross_attention_dim") == 1024 else config.sd15()

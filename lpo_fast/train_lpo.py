@@ -123,7 +123,7 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
     score = wrap_score(policies.load_score(config, prompts, device))
     low, high = config.threshold_min, config.threshold_max
     gap = select.gaps(sched, config.threshold_shape, low, low if config.threshold_shape == "none" else high)
-    shape = (policy.unet.config.in_channels, *[policy.unet.config.sample_size] * 2)
+    shape = policies.latent_shape(config, policy.unet)
     optimizer = speed.optimizer(
         config.optimizer, policy.unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
         betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from lpo_fast import backbone, checkpoint, loss, noise, preflight, runs, schedule, speed, surgery
+from lpo_fast import backbone, checkpoint, loss, models, noise, preflight, runs, schedule, speed, surgery
 from lpo_fast.backbone import Text
 from lpo_fast.config import LRM
 from lpo_fast.pairs import Corrupt, PairDataset, collate
@@ -27,11 +27,11 @@ NEIGHBOUR, MIRROR, OFFSET = 1, 2, 4  # "steps" of a pair's further draws; its la
 class Encoder:
     """Pictures to noisy latents and captions to token ids: all that stands before the LRM and does not train."""
 
-    def __init__(self, model: Path, lrm: LatentRewardModel, seed: int, precision: str, vae: str = "",
+    def __init__(self, model: Path, lrm: LatentRewardModel, seed: int, precision: str, vae: Path | None = None,
                  noise_offset: float = 0.0):
         device = next(lrm.parameters()).device
         scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
-        self.vae = backbone.load_vae(Path(vae) if vae else model).to(device)
+        self.vae = backbone.load_vae(vae or model).to(device)
         self.tokenizers: list[CLIPTokenizer] = backbone.load_tokenizers(model, lrm.family)
         self.sched: Schedule = schedule.from_config(scheduler, 20).to(device)
         self.noise_offset = noise_offset
@@ -190,16 +190,17 @@ def batches(config: LRM, pairs: int, step: int) -> Iterator[list[int]]:
 def train(config: LRM) -> Path:
     """Train an LRM; the run directory, whose checkpoint-final/ is the best LRM by validation accuracy, or the last."""
     used = preflight.lrm(config)
-    device, model = speed.device(), Path(config.model)
+    device, model = speed.device(), models.model(config)
     lrm = checkpoint.new_lrm(
-        model, clip=config.clip or None, generator=torch.Generator().manual_seed(config.seed),
+        model, clip=models.clip(config), generator=torch.Generator().manual_seed(config.seed), resolution=config.resolution,
         multi_scale=config.multi_scale, multi_scale_cfg=config.multi_scale_cfg, guidance_scale=config.guidance_scale)
     lrm.logit_scale.data.fill_(config.logit_scale)
     lrm.to(device).train()
     lrm.text_encoders.requires_grad_(not config.freeze_text_encoder)
     if config.fused_norms:
         surgery.fuse_norms(lrm.unet)
-    encoder = Encoder(model, lrm, config.seed, speed.precision(config.mixed_precision, "bf16"), config.vae, config.noise_offset)
+    encoder = Encoder(model, lrm, config.seed, speed.precision(config.mixed_precision, "bf16"), models.vae(config),
+                      config.noise_offset)
     sets = {use: PairDataset(pairs, config.resolution or encoder.resolution) for use, pairs in used.items()}
     held_out = {use: DataLoader(pairs, config.batch_size // config.accumulate, num_workers=config.num_workers,
                                 collate_fn=collate) for use, pairs in sets.items() if use != "train"}

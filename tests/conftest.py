@@ -62,25 +62,38 @@ def two_stages(name: str, **changes) -> dict:
     return config | listed | {"layers_per_block": 1, "sample_size": 8}
 
 
-def make_sd(folder: Path) -> Path:
-    """A random Stable Diffusion 1.5 in miniature: 4×8×8 latents, 16×16 pictures, 16 tokens."""
+def make_sd(folder: Path, text: str = "text_encoder", pad: str = "<|endoftext|>", prediction: str = "epsilon",
+            **unet) -> Path:
+    """A random Stable Diffusion 1.5 or 2.1 in miniature: 4×8×8 latents, 16×16 pictures, 16 tokens. unet: its config."""
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, pad_token=pad)
     vae = AutoencoderKL(block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, sample_size=16,
                         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    width = CONFIGS[text]["hidden_size"]
     pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text_config("text_encoder", tokenizer)), tokenizer=tokenizer,
-        unet=UNet2DConditionModel(**CONFIGS["unet_sd15"] | {"sample_size": 8}),
-        scheduler=DDIMScheduler(**CONFIGS["scheduler"]), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False)
+        vae=vae, text_encoder=CLIPTextModel(text_config(text, tokenizer)), tokenizer=tokenizer,
+        unet=UNet2DConditionModel(**CONFIGS["unet_sd15"] | {"sample_size": 8, "cross_attention_dim": width} | unet),
+        scheduler=DDIMScheduler(**CONFIGS["scheduler"] | {"prediction_type": prediction}), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False)
     pipeline.save_pretrained(folder)
     return folder
+
+
+def make_sd21(folder: Path, prediction: str = "v_prediction") -> Path:
+    """SD2.1 in miniature: the VAE of ``make_sd``, another text width, and a tokenizer that pads with "!"."""
+    return make_sd(folder, "text_encoder_2", "!", prediction, use_linear_projection=True, attention_head_dim=(1, 2, 2, 3))
 
 
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers directory in the layout of SD1.5; not to be changed."""
     return make_sd(tmp_path_factory.mktemp("models") / "sd")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd21(tiny_sd: Path) -> Path:
+    """A diffusers directory in the layout of SD2.1, v-prediction; not to be changed."""
+    return make_sd21(tiny_sd.parent / "sd21")
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """LRM directories and LoRA files survive the round trip, and foreign ones are refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,82 @@ def test_heads_that_do_not_fit(tiny_lrm: Path, copied, heads: object, message: s
     torch.save(heads, folder / "state_dict.pt")
     with pytest.raises(InputError, match=message):
         checkpoint.load_lrm(folder)
+
+
+def test_the_official_loader_finds_what_it_needs(tiny_sd: Path, tiny_sdxl: Path, tmp_path: Path) -> None:
+    """A whole denoiser whose up blocks are the base's, and text encoders under the names of transformers < 5."""
+    for base in (tiny_sd, tiny_sdxl):
+        lrm = checkpoint.new_lrm(base, generator=torch.Generator().manual_seed(4))
+        lrm.unet.conv_in.weight.data.add_(1)
+        folder = tmp_path / base.name
+        checkpoint.save_lrm(lrm, backbone.load_tokenizers(base, lrm.family), folder)
+        whole, before = (UNet2DConditionModel.from_pretrained(f, subfolder="unet") for f in (folder, base))
+        state, old = whole.state_dict(), before.state_dict()
+        assert state.keys() == old.keys() == load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").keys()
+        up = [n for n in old if n.startswith(("up_blocks.", "conv_norm_out.", "conv_out."))]
+        assert up and all(torch.equal(state[n], old[n]) for n in up)
+        assert torch.equal(state["conv_in.weight"], old["conv_in.weight"] + 1)
+        assert not any(n.startswith("up_blocks") for n, _ in lrm.unet.named_parameters())
+        for name, _ in lrm.family.encoders:
+            names = set(load_file(folder / name / "model.safetensors"))
+            assert "text_model.embeddings.token_embedding.weight" in names
+            assert all(n.startswith(("text_model.", "text_projection.")) for n in names)
+        again = checkpoint.load_lrm(folder)  # written again without the base at hand
+        checkpoint.save_lrm(again, backbone.load_tokenizers(folder, lrm.family), tmp_path / "again")
+        second = load_file(tmp_path / "again" / "unet" / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(second[n], state[n]) for n in state)
+        assert json.loads((tmp_path / "again" / "lrm.json").read_text())["base"] == str(base)
+
+
+def test_an_lrm_without_up_blocks_is_still_written(tiny_lrm: Path, copied, tmp_path: Path) -> None:
+    folder = copied(tiny_lrm)
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if not n.startswith(("up_", "conv_out", "conv_norm"))}, file)
+    lrm = checkpoint.load_lrm(folder)
+    checkpoint.save_lrm(lrm, backbone.load_tokenizers(folder, SD), tmp_path / "out")
+    assert load_file(tmp_path / "out" / "unet" / file.name).keys() == lrm.unet.state_dict().keys()
+
+
+@pytest.mark.parametrize("family", ["tiny_sd", "tiny_sdxl"])
+def test_a_single_file_of_the_modules_state(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Official LRM-XL: one .pt of the whole module, VAE included, under the names of transformers < 5."""
+    base: Path = request.getfixturevalue(family)
+    lrm = checkpoint.new_lrm(base, generator=torch.Generator().manual_seed(4))
+    for encoder in lrm.text_encoders:
+        for p in encoder.parameters():
+            p.data.mul_(1.1)
+    lrm.unet.conv_in.weight.data.mul_(1.2)
+    checkpoint.save_lrm(lrm, backbone.load_tokenizers(base, lrm.family), tmp_path / "lrm")
+    state = {"vae.encoder.conv_in.weight": torch.zeros(3), "logit_scale": torch.tensor(1.5),
+             "visual_projection.weight": lrm.visual_projection.weight.data}
+    if lrm.text_projection is not None:
+        state["text_projection.weight"] = lrm.text_projection.weight.data
+    for part in ("unet", *(name for name, _ in lrm.family.encoders)):
+        (file,) = (tmp_path / "lrm" / part).glob("*.safetensors")
+        state |= {f"{part}.{name}": tensor for name, tensor in load_file(file).items()}
+        if part != "unet":
+            state[f"{part}.text_model.embeddings.position_ids"] = torch.arange(16)[None]  # older files hold it
+    torch.save(state, tmp_path / "lrm.pt")
+    lrm.logit_scale.data.fill_(1.5)
+    again = checkpoint.load_lrm(tmp_path / "lrm.pt", base)
+    assert again.guidance_scale == (7.5,) and again.multi_scale
+    assert torch.allclose(scores(lrm, base), scores(again, base), rtol=1e-5)
+    with pytest.raises(InputError, match="is a single file, without configs") as caught:
+        checkpoint.load_lrm(tmp_path / "lrm.pt")
+    assert "--lrm-base" in caught.value.remedy
+    frozen = {n: t for n, t in state.items() if not n.startswith("text_encoder")}  # the rest is the base's
+    torch.save(frozen, tmp_path / "frozen.pt")
+    own = checkpoint.load_lrm(tmp_path / "frozen.pt", base)
+    expected = backbone.load_text(base, lrm.family)
+    assert all(torch.equal(a, b) for a, b in zip(own.text_encoders.parameters(), torch.nn.ModuleList(expected).parameters(),
+                                                 strict=True))
+
+
+@pytest.mark.parametrize("state", [{"unet.conv_in.bias": torch.zeros(8)}, {"visual_projection.weight": torch.zeros(16, 88)}])
+def test_a_single_file_of_something_else(tiny_sd: Path, tmp_path: Path, state: dict) -> None:
+    torch.save(state, tmp_path / "lrm.pt")
+    with pytest.raises(InputError, match="lrm.pt: holds no visual_projection.weight and logit_scale"):
+        checkpoint.load_lrm(tmp_path / "lrm.pt", tiny_sd)
 
 
 def test_missing_weights_of_the_denoiser(tiny_lrm: Path, copied) -> None:

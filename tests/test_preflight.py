@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from test_data import BLUE, HEADER, RED, scores, table
 
-from lpo_fast import backbone, checkpoint, config, preflight, train_lpo, train_lrm
+from lpo_fast import backbone, checkpoint, config, files, preflight, speed, train_lpo, train_lrm
 from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
 
@@ -35,7 +35,7 @@ class Bench:
     def without(self, folder: Path, part: str) -> str:
         """A copy of a directory without a file or a part."""
         copy = self.copy(folder)
-        checkpoint._remove(copy / part)
+        files._remove(copy / part)
         return str(copy)
 
     def with_config(self, folder: Path, part: str, **changes) -> str:
@@ -127,7 +127,53 @@ def test_sdxl_passes(bench: Bench, lpo: LPO, lrm: LRM, tiny_sdxl: Path) -> None:
     for part in ("tokenizer_2", "text_encoder_2"):
         broken = bench.without(tiny_sdxl, part)
         refused(train_lpo.train, replace(good, model=broken), "--model", "is missing")
-        checkpoint._remove(Path(broken))
+        files._remove(Path(broken))
+
+
+@pytest.mark.parametrize("stage", ["lpo", "lrm"])
+@pytest.mark.parametrize("changes, flag, message", [
+    ({"resolution": 24}, "--resolution", "is no multiple of 16"),
+    ({"vae": "/no/where"}, "--vae", "no such directory"),
+    ({"vae": "no/vae"}, "--vae", "not in the Hugging Face cache"),
+    ({"revision": "abc"}, "--revision", "is no hub name"),
+])
+def test_pictures(stage: str, changes: dict, flag: str, message: str, request: pytest.FixtureRequest) -> None:
+    """The tiny VAE halves once, the denoiser three times."""
+    settings = request.getfixturevalue(stage)
+    train = {"lpo": train_lpo.train, "lrm": train_lrm.train}[stage]
+    refused(train, replace(settings, **changes), flag, message)
+    {"lpo": preflight.lpo, "lrm": preflight.lrm}[stage](replace(settings, resolution=32, vae=str(Path(settings.model) / "vae")))
+
+
+def test_a_vae_of_another_family(bench: Bench, lpo: LPO) -> None:
+    vae = bench.with_config(bench.sd, "vae", latent_channels=16) + "/vae"
+    problem = refused(train_lpo.train, replace(lpo, vae=vae), "--vae", "latents of 16 channels, the denoiser takes 4")
+    assert problem.value == vae
+    for part, message in (("config.json", "config.json is missing"), ("diffusion_pytorch_model.safetensors", "holds no")):
+        (Path(vae) / "config.json").write_text((bench.sd / "vae" / "config.json").read_text())
+        files._remove(Path(vae) / part)
+        refused(train_lpo.train, replace(lpo, vae=vae), "--vae", message)
+
+
+@pytest.mark.parametrize("name, package", [("adamw8bit", "bitsandbytes"), ("paged_adamw8bit", "bitsandbytes"),
+                                           ("adafactor", "transformers")])
+def test_an_optimizer_that_is_not_installed(lpo: LPO, lrm: LRM, name: str, package: str,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    preflight.lpo(replace(lpo, optimizer=name))
+    monkeypatch.setattr(speed, "find_spec", lambda wanted: None if wanted == package else wanted)
+    for train, settings in ((train_lpo.train, lpo), (train_lrm.train, lrm)):
+        problem = refused(train, replace(settings, optimizer=name), "--optimizer", f"{package} is not installed")
+        assert f"pip install {package}" in problem.remedy
+
+
+def test_families_do_not_mix(bench: Bench, lpo: LPO, tiny_sdxl: Path, tiny_sd21: Path) -> None:
+    """The latent spaces of SD and SDXL differ, those of SD1.5 and SD2.1 do not."""
+    problem = refused(train_lpo.train, replace(lpo, model=str(tiny_sdxl)), "--lrm", "scores sd latents, the model makes sdxl")
+    assert "latent spaces, differ" in problem.problem
+    preflight.lpo(replace(lpo, model=str(tiny_sd21)))
+    bare = bench.without(bench.lrm, "tokenizer")
+    refused(train_lpo.train, replace(lpo, model=str(tiny_sd21), lrm=bare), "--lrm", "has no tokenizer")
+    preflight.lpo(replace(lpo, model=str(tiny_sd21), lrm=bare, lrm_base=str(bench.sd)))
 
 
 BAD_NUMBERS = [
@@ -188,16 +234,19 @@ def test_lrm_numbers(lrm: LRM, changes: dict, flag: str, message: str) -> None:
 PIPELINES = [
     (lambda b: "", "is required"),
     (lambda b: str(b.tmp / "nowhere"), "no such directory"),
-    (lambda b: b.file("file.txt"), "is a single file"),
+    (lambda b: b.file("file.txt"), "is no model"),
+    (lambda b: "no/such-model", "not in the Hugging Face cache, and HF_HUB_OFFLINE is set"),
+    (lambda b: b.file("bad.safetensors", "bad"), "cannot be converted"),
+    (lambda b: b.file("bad.ckpt", "bad"), "cannot be read safely"),
     (lambda b: str(b.tmp), "unet/config.json is missing"),
     (lambda b: str(b.sd / "unet"), "unet/config.json is missing"),
     (lambda b: b.without(b.sd, "vae"), "vae/config.json is missing"),
     (lambda b: b.without(b.sd, "text_encoder"), "text_encoder/config.json is missing"),
     (lambda b: b.without(b.sd, "tokenizer"), "tokenizer/ is missing"),
     (lambda b: b.without(b.sd, "scheduler"), "scheduler/scheduler_config.json is missing"),
-    (lambda b: b.without(b.sd, "unet/diffusion_pytorch_model.safetensors"), "unet/ holds no full-precision"),
-    (lambda b: b.without(b.sd, "vae/diffusion_pytorch_model.safetensors"), "vae/ holds no full-precision .safetensors"),
-    (lambda b: b.without(b.sd, "text_encoder/model.safetensors"), "text_encoder/ holds no full-precision .safetensors"),
+    (lambda b: b.without(b.sd, "unet/diffusion_pytorch_model.safetensors"), "unet/ holds no .safetensors"),
+    (lambda b: b.without(b.sd, "vae/diffusion_pytorch_model.safetensors"), "vae/ holds no .safetensors"),
+    (lambda b: b.without(b.sd, "text_encoder/model.safetensors"), "text_encoder/ holds no .safetensors"),
     (lambda b: b.broken(b.sd, "unet/config.json"), "cannot be read as JSON"),
     (lambda b: b.broken(b.sd, "unet/config.json", "[1]"), "cannot be read as JSON"),
     (lambda b: b.with_config(b.sd, "unet", addition_embed_type="text_time"), "text_encoder_2/config.json is missing"),
@@ -223,9 +272,13 @@ def test_no_pipeline(bench: Bench, lpo: LPO, lrm: LRM, make: Callable[[Bench], s
     (lambda b: b.with_heads(visual_projection={"weight": torch.zeros(16, 87)}), "takes 87 features"),
     (lambda b: b.with_heads(text_projection={"weight": torch.zeros(16, 17)}), "its text projection takes 17"),
     (lambda b: b.with_config(b.lrm, "unet", addition_embed_type="text_time"), "scores sdxl latents, the model makes"),
-    (lambda b: b.with_config(b.lrm, "unet", in_channels=16), "scores sd latents"),
+    (lambda b: b.with_config(b.lrm, "unet", in_channels=16), "scores latents of 16 channels, the model makes 4"),
     (lambda b: b.with_config(b.lrm, "unet", block_out_channels=[8, 16, 16, 32]), "its denoiser gives 104"),
     (lambda b: b.broken(b.lrm, "unet/config.json"), "cannot be read as JSON"),
+    (lambda b: b.without(b.lrm, "unet/diffusion_pytorch_model.safetensors"), "unet/ holds no .safetensors"),
+    (lambda b: b.file("lrm.txt"), "is no model"),
+    (lambda b: b.file("lrm.pt", "garbage"), "cannot be read safely"),
+    (lambda b: "casiatao/LRM/lrm_sd15", "not in the Hugging Face cache, and HF_HUB_OFFLINE is set"),
 ])
 def test_no_reward_model(bench: Bench, lpo: LPO, make: Callable[[Bench], str], message: str) -> None:
     refused(train_lpo.train, replace(lpo, lrm=make(bench)), "--lrm", message)
@@ -291,11 +344,6 @@ def test_columns(bench: Bench, lrm: LRM) -> None:
     refused(train_lrm.train, replace(lrm, pairs=bench.captions_alone()), "--columns.jpg-0", "which has caption")
     refused(train_lrm.train, replace(lrm, columns=config.Columns(caption="text")), "--columns.caption",
             "which has caption, jpg_0")
-
-
-def test_vae(bench: Bench, lrm: LRM) -> None:
-    preflight.lrm(replace(lrm, vae=str(bench.sd / "vae")))
-    refused(train_lrm.train, replace(lrm, vae=str(bench.tmp / "nowhere")), "--vae", "config.json is missing")
 
 
 def test_pairs_are_needed(lrm: LRM) -> None:

@@ -10,7 +10,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from lpo_fast import backbone, checkpoint
+from lpo_fast import backbone, checkpoint, files
 from lpo_fast.backbone import SD
 from lpo_fast.errors import InputError
 
@@ -160,8 +160,8 @@ def test_a_directory_is_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             calls.append(b)
             real(a, b)
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            patch.setattr(checkpoint.os, "replace", replace)
-            patch.setattr(checkpoint, "_remove", lambda path: None)  # a killed process does not clean up
+            patch.setattr(files.os, "replace", replace)
+            patch.setattr(files, "_remove", lambda path: None)  # a killed process does not clean up
             write("new")
         with contextlib.suppress(RuntimeError), checkpoint.replacing(tmp_path / "folder"):
             raise RuntimeError  # the next run recovers, even if it fails

@@ -2,7 +2,7 @@
 
 After the whole preflight the networks are built on the meta device, where tensors have shapes but no contents, and the run's
 own functions are called on them at the run's own batch sizes. ``Cuda`` gives the results the precisions that they would have
-on a GPU, ``Meter`` follows the bytes that live at a time, and torch counts the operations. No weights are read, no GPU is
+on a GPU, ``Meter`` follows the bytes that live at a time and counts operations by torch's formulas. No weights are read, no GPU is
 needed, and no run directory is written. Sizes are those of one process.
 """
 
@@ -11,6 +11,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
+from torch.utils.flop_counter import flop_registry
 
 from lpo_fast import (
     backbone,
@@ -69,8 +71,9 @@ class Cuda(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, device = kwargs or {}, speed.device().type
         if torch.is_autocast_enabled(device) and func in HALF | FULL:
-            to = torch.float32 if func in FULL else torch.get_autocast_dtype(device)
-            args, kwargs = tree_map(lambda x: x.to(to) if isinstance(x, Tensor) and x.is_floating_point() else x, (args, kwargs))
+            dtype = torch.float32 if func in FULL else torch.get_autocast_dtype(device)
+            args, kwargs = tree_map(
+                lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, (args, kwargs))
         return (fused_attention if func is F.scaled_dot_product_attention else func)(*args, **kwargs)
 
 
@@ -83,16 +86,19 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = 
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of the memory that operations inside allocate, as long as it lives. What was there before does not count."""
+    """Bytes that operations inside allocate, as long as they live (what was there before does not count), and what is computed
+    by torch's formulas. FlopCounterMode itself would hold on to tensors that checkpointing lets go."""
 
     def __init__(self):
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.flops = 0
         self.known: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         out = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func._overloadpacket):
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
                 self.add(tensor.untyped_storage())
@@ -112,21 +118,27 @@ class Meter(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
-def measure(step: Callable[[], object], backward: bool = False) -> Cost:
-    """What a function on meta tensors computes, and the memory that it takes beyond what was there before. backward: of the
-    scalar that it gives, with gradients; else nothing is kept for one."""
-    with torch.set_grad_enabled(backward), Meter() as meter, FlopCounterMode(display=False) as counter:
+def measure(step: Callable[[], object]) -> Cost:
+    """What a function on meta tensors computes without gradients, and its memory beyond what was there before."""
+    with torch.no_grad(), Meter() as meter:
         out = step()
         kept = meter.live
-        if backward:
+    del out
+    return Cost(meter.flops, meter.peak, kept)
+
+
+def training_pass(step: Callable[[], Tensor], parameters: list[nn.Parameter], accumulate: int = 1) -> Cost:
+    """The same of a forward pass, which gives the loss, and its backward pass, gradients included. accumulate: passes an
+    optimizer step; in the second the gradients of the first are there already."""
+    costs = []
+    for before in (0, sum(p.numel() * p.element_size() for p in parameters))[:accumulate]:
+        with Meter() as meter:
+            out = step()
+            kept = meter.live
             out.backward()
-    return Cost(counter.get_total_flops(), meter.peak, kept)
-
-
-def passes(step: Callable[[], Tensor], accumulate: int) -> Cost:
-    """A forward and backward pass; its peak is that of the second one where gradients of the first are there already."""
-    first = measure(step, backward=True)
-    return first if accumulate == 1 else first._replace(peak=max(first.peak, measure(step, backward=True).peak))
+            del out
+        costs.append(Cost(meter.flops, before + meter.peak, kept))
+    return costs[0]._replace(peak=max(cost.peak for cost in costs))
 
 
 @contextmanager
@@ -166,7 +178,7 @@ def policy(config: LPO, precision: str, text: Text) -> Policy:
         surgery.fuse_norms(unet)
     speed.attention(unet, "sdpa")
     if config.checkpointing:
-        speed.checkpointing(unet)
+        unet.enable_gradient_checkpointing(partial(checkpointed, precision))
     if not config.full:
         unet.to(speed.DTYPES[precision])
         checkpoint.add_lora(unet, config.rank, config.alpha or config.rank, config.targets, config.seed)
@@ -186,6 +198,14 @@ def reward_model(unet: nn.Module, encoders: list[nn.Module], heads: dict[str, tu
         empty(*heads["text_projection"]) if "text_projection" in heads else None, empty(),
         sizes=backbone.time_ids(pixels, pixels) if family.time_ids else None, **settings)
     return lrm.to(META)
+
+
+def checkpointed(precision: str, block: Callable, *inputs) -> Tensor:
+    """A block whose activations are computed again in the backward pass, where no mode and no autocast is left."""
+    def run(*inputs):
+        with Cuda(), speed.autocast(precision):
+            return block(*inputs)
+    return activation_checkpoint(run, *inputs, use_reentrant=False)
 
 
 def scorer(config: LPO, pixels: int) -> LatentRewardModel:
@@ -277,6 +297,7 @@ def lpo(config: LPO) -> list[str]:
     encoders = [built(kind, model / name) for name, kind in family.encoders]
     text, encoding = encoded(family, encoders, len(prompts) + len(config.validation_prompts))
     actor = policy(config, precision, text)
+    parameters = trainable(actor.unet)
     shape = policies.latent_shape(config, actor.unet)
     pixels = shape[-1] * backbone.pixels_per_latent(model)
     judge = scorer(config, pixels)
@@ -298,13 +319,12 @@ def lpo(config: LPO) -> list[str]:
             actor.predict, score, sched, empty(1000),
             CounterNoise(config.seed, 0, index, shape), index, guidance=config.guidance_scale, num_candidates=k, stop=1))
         drawing = measure(lambda: actor.predict(empty(size, *shape), index, index))
-        training = passes(lambda: train_lpo.evaluate(
+        training = training_pass(lambda: train_lpo.evaluate(
             actor, sched, pairs, empty(n), beta=config.beta, eps=config.clip_eps,
-            guidance=config.guidance_scale if config.train_cfg else 1.0).loss, config.accumulate)
+            guidance=config.guidance_scale if config.train_cfg else 1.0).loss, parameters, config.accumulate)
     with on_cuda():
         decoding = measure(lambda: vae.decode(empty(min(DECODED, size), *shape)).sample)
 
-    parameters = trainable(actor.unet)
     gradients, optimizers = held(actor.unet, True), optimizer_states(parameters)
     always = {
         f"denoiser, {'fp32' if config.full else names(precision)}": held(actor.unet),
@@ -318,11 +338,12 @@ def lpo(config: LPO) -> list[str]:
     whole = 4 * sum(p.numel() for name, p in actor.unet.named_parameters() if "lora_" not in name)
     phases = {
         "loading": max(whole + sum(map(held, encoders)) + encoding.peak + 2 * of_text(text),
-                       held(actor.unet) + of_text(text) + held(judge) + held(judge_encoders) + judging.peak + 2 * of_text(words)),
+                       held(actor.unet) + of_text(text) + held(judge) + held(judge_encoders) + judging.peak
+                       + 2 * of_text(words)),
         f"sampling, {size} prompts, {k * size} candidates": base + sampling.peak,
         f"training, {n} pairs{' with checkpointing' if config.checkpointing else ''}": base + training.peak}
     if config.pictures or config.validation_prompts:
-        phases["pictures, VAE in fp32"] = base + held(vae) + max(decoding.peak, drawing.peak)
+        phases["drawing pictures, VAE in fp32"] = base + held(vae) + max(decoding.peak, drawing.peak)
     scoring = sampling.flops - drawing.flops
     each, guided = training.flops / n, 2 if max(judge.guidance_scale) > 1 else 1
     sampled = steps * drawing.flops / size, judged * scoring / size
@@ -336,8 +357,9 @@ def lpo(config: LPO) -> list[str]:
             "its text encoders, while loading": list(judge_encoders.parameters()),
             "text encoders, while loading": [p for e in encoders for p in e.parameters()],
             "VAE, for pictures": list(vae.parameters())}), "",
-        *memory_table(always, {"activations": training.kept, "gradients": gradients}, phases, optimizers), "",
-        f"a batch of {size} prompts: up to {judged * size} pairs, {-(-judged * size // (n * config.accumulate))} optimizer steps",
+        *memory_table(always, training.kept, gradients, phases, optimizers), "",
+        f"a batch of {size} prompts: up to {judged * size} pairs, "
+        f"{-(-judged * size // (n * config.accumulate))} optimizer steps",
         *table(["network evaluations", "a prompt", "a batch"], [
             ["policy, sampling (null and text pass)", 2 * steps, 2 * steps * size],
             [f"reward model ({guided} a candidate)", guided * k * judged, guided * k * judged * size],
@@ -361,6 +383,7 @@ def lrm(config: LRM) -> list[str]:
     vae = built(AutoencoderKL, backbone.vae_folder(models.vae(config)))
     pixels = size * 2 ** (len(vae.config.block_out_channels) - 1)
     reward = learner(config, pixels)
+    parameters = trainable(reward)
     own = min(config.batch_size, len(used["train"]) // world)
     n = -(-own // config.accumulate)
     ids = [empty(n, e.config.max_position_embeddings, dtype=torch.int64) for e in reward.text_encoders]
@@ -374,14 +397,13 @@ def lrm(config: LRM) -> list[str]:
     with on_cuda():
         with speed.autocast(precision):
             encoding = measure(lambda: vae.encode(empty(2 * n, 3, pixels, pixels)).latent_dist)
-        training = passes(forward, config.accumulate)
-    parameters = trainable(reward)
+        training = training_pass(forward, parameters, config.accumulate)
     gradients, optimizers = held(reward, True), optimizer_states(parameters)
     always = {"reward model, fp32": held(reward), "VAE, fp32": held(vae),
               f"optimizer state ({config.optimizer})": optimizers[config.optimizer]}
     base = sum(always.values())
     between = gradients if config.accumulate > 1 else 0
-    phases = {f"VAE, {2 * n} pictures": base + between + encoding.peak, f"training, {n} pairs a pass": base + training.peak}
+    phases = {f"encoding {2 * n} pictures": base + between + encoding.peak, f"training, {n} pairs a pass": base + training.peak}
     evaluations = 2 * (2 if max(config.guidance_scale) > 1 else 1)
     work = encoding.flops / n, training.flops / n
     return [
@@ -389,7 +411,7 @@ def lrm(config: LRM) -> list[str]:
         *parameter_table({"denoiser (down, mid)": list(reward.unet.parameters()),
                           "text encoders": list(reward.text_encoders.parameters()),
                           "projections, logit scale": heads_of(reward), "VAE": list(vae.parameters())}), "",
-        *memory_table(always, {"activations": training.kept, "gradients": gradients}, phases, optimizers), "",
+        *memory_table(always, training.kept, gradients, phases, optimizers), "",
         f"an optimizer step: {own} pairs a process in {-(-own // n)} passes; {config.max_steps} steps",
         *table(["network evaluations", "a pair", "a step"], [
             ["VAE's encoder", 2, 2 * own],
@@ -431,23 +453,24 @@ def parameter_table(parts: dict[str, list[nn.Parameter]]) -> list[str]:
     return table(["parameters", "trained", "frozen"], counts)
 
 
-def memory_table(always: dict[str, int], step: dict[str, int], phases: dict[str, int], optimizers: dict[str, int]) -> list[str]:
-    """Lines: what is held, what a training step adds, and the most that lives in each phase."""
+def memory_table(always: dict[str, int], activations: int, gradients: int, phases: dict[str, int],
+                 optimizers: dict[str, int]) -> list[str]:
+    """Lines: what is held, what a training pass adds, the most that lives in each phase, and each optimizer's state."""
     def gib(size: int) -> str:
         return f"{size / 2**30:,.2f}"
     top = max(phases, key=lambda name: phases[name])
-    return table(["GiB (estimate, not yet checked on a GPU)", ""], [
+    return table(["memory, GiB: estimate, not yet checked on a GPU", ""], [
         *([name, gib(size)] for name, size in always.items() if size), ["held in all phases", gib(sum(always.values()))],
-        *([f"+ {name} of a training pass", gib(size)] for name, size in step.items()),
-        *([f"= peak while {name}", gib(size)] for name, size in phases.items()),
+        ["a training pass's activations", gib(activations)], ["a training pass's gradients", gib(gradients)],
+        *([f"most while {name}", gib(size)] for name, size in phases.items()),
         [f"peak ({top.partition(',')[0]})", gib(phases[top])]]) + [
         "optimizer states: " + ", ".join(f"{name} {gib(size)}" for name, size in optimizers.items()),
-        "on top come CUDA's context, workspaces of its libraries, and what PyTorch's allocator keeps"]
+        "on top: CUDA's context, its libraries' workspaces, what PyTorch's allocator keeps"]
 
 
 def table(header: list[str], rows: list[list[object]]) -> list[str]:
     """Aligned lines; whole numbers get commas."""
     cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    return [f"{row[0]:<{max(widths[0], 52)}}" + "".join(f"  {cell:>{max(w, 13)}}" for cell, w in zip(
-        row[1:], widths[1:], strict=True)) for row in cells]
+    return [(f"{row[0]:<{max(widths[0], 48)}}" + "".join(f"  {cell:>{max(w, 13)}}" for cell, w in zip(
+        row[1:], widths[1:], strict=True))).rstrip() for row in cells]

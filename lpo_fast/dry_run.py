@@ -2,8 +2,8 @@
 
 After the whole preflight the networks are built on the meta device, where tensors have shapes but no contents, and the run's
 own functions are called on them at the run's own batch sizes. ``Cuda`` gives the results the precisions that they would have
-on a GPU, ``Meter`` follows the bytes that live at a time and counts operations by torch's formulas. No weights are read, no GPU is
-needed, and no run directory is written. Sizes are those of one process.
+on a GPU, ``Meter`` follows the bytes that live at a time and counts operations by torch's formulas. No weights are read, no
+GPU is needed, and no run directory is written. Sizes are those of one process.
 """
 
 import json
@@ -384,7 +384,7 @@ def lrm(config: LRM) -> list[str]:
     pixels = size * 2 ** (len(vae.config.block_out_channels) - 1)
     reward = learner(config, pixels)
     parameters = trainable(reward)
-    own = min(config.batch_size, len(used["train"]) // world)
+    own = min(config.batch_size, len(used["train"])) // world
     n = -(-own // config.accumulate)
     ids = [empty(n, e.config.max_position_embeddings, dtype=torch.int64) for e in reward.text_encoders]
     x, t, label = empty(2, n, unet["in_channels"], size, size), empty(2, n, dtype=torch.int64), empty(n)

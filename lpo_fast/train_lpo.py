@@ -42,7 +42,7 @@ def padded(pairs: Pairs, size: int) -> Pairs:
 
 def micro_batches(pairs: Pairs, size: int) -> Iterator[Pairs]:
     """This process's part of an optimizer step's pairs, ``size`` at a time; as many times in every process."""
-    rank, world, total = ranks.state().process_index, ranks.count(), len(pairs.t)
+    rank, world, total = ranks.index(), ranks.count(), len(pairs.t)
     for first in range(0, -(-total // world), size):
         part = pairs.take(slice(rank + first * world, rank + (first + size) * world, world))
         yield padded(part, size) if len(part.t) else padded(pairs, size)._replace(valid=torch.zeros_like(
@@ -71,7 +71,7 @@ def train_step(policy: Policy, sched: Schedule, pairs: Pairs, optimizer: torch.o
 def sample_pairs(policy: Policy, score: Score, sched: Schedule, gap: Tensor, shape: tuple[int, int, int], index: Tensor,
                  config: LPO, epoch: int) -> tuple[Pairs, dict[str, object]]:
     """The valid pairs of all processes for prompt numbers ``index``, step-major, and what they say of the batch."""
-    rank, world = ranks.state().process_index, ranks.count()
+    rank, world = ranks.index(), ranks.count()
     own = index[rank::world]
     some = own if len(own) else index[:1]  # a process without a prompt keeps the others company
     pairs, scores = sample.trajectory(

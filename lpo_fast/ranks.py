@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from lpo_fast.errors import PeerError
+from lpo_fast.errors import InputError, PeerError
 
 BUCKET = 2**25  # elements of a message of gradients
 
@@ -28,8 +28,14 @@ def _together() -> Iterator[None]:
 
 
 def state() -> PartialState:
-    """This process among all; the first call joins the others and picks the GPU."""
-    return PartialState(cpu=not torch.cuda.is_available())
+    """This process among all; the first call joins the others and picks the GPU. Raises InputError if they cannot meet."""
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"  # launched with --use_deepspeed or not: it is not needed
+    try:
+        return PartialState(cpu=not torch.cuda.is_available())
+    except dist.DistNetworkError as error:
+        where = ":".join(os.environ.get(key, "?") for key in ("MASTER_ADDR", "MASTER_PORT"))
+        raise InputError(where, f"the processes cannot meet there ({str(error).splitlines()[0]})",
+                         "name a free port: --master_port, or --main_process_port", "MASTER_PORT") from error
 
 
 def main() -> bool:

@@ -290,10 +290,10 @@ def test_adapters_are_off_within_the_block_alone(tiny_sd: Path) -> None:
     plain, unet = output(UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet").eval()), with_lora(tiny_sd)
     adapted, training = output(unet), [p.requires_grad for p in unet.parameters()]
     assert (adapted - plain).abs().max() > 1e-2
-    with policy.adapters_off(unet):
+    with policy.adapters_off(policy.adapters(unet)):
         assert torch.allclose(output(unet), plain, atol=1e-6)
     assert torch.allclose(output(unet), adapted, atol=1e-6)
-    with pytest.raises(KeyboardInterrupt), policy.adapters_off(unet):
+    with pytest.raises(KeyboardInterrupt), policy.adapters_off(policy.adapters(unet)):
         raise KeyboardInterrupt
     assert torch.allclose(output(unet), adapted, atol=1e-6)
     assert [p.requires_grad for p in unet.parameters()] == training

@@ -45,7 +45,7 @@ for step in range(5):
     pairs = Pairs(*x, torch.arange(1, 1 + 50 * n, 50), torch.arange(n) % 5, torch.ones(n, dtype=torch.bool))
     row = train_lpo.train_step(Policy(unet, text, None, full=False), sched, pairs, optimizer,
                                torch.amp.GradScaler("cpu", enabled=False), config)
-print(f"rank {ranks.state().process_index}", row, flush=True)
+row = dict(zip(train_lpo.STEP, row.tolist(), strict=True))
 ranks.wait()
 if ranks.main():
     torch.save((checkpoint.Trained(unet).state_dict(), row), out)

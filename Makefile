@@ -12,7 +12,7 @@ demo: $(VENV)/.done
 	$(VENV)/bin/python -m lpo_fast.train demo
 
 test: $(VENV)/.done
-	$(VENV)/bin/python -m pytest --cov=lpo_fast --cov-report=term --cov-fail-under=90
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal --cov=lpo_fast --cov-report=term --cov-fail-under=90
 
 lint: $(VENV)/.done
 	$(VENV)/bin/ruff check .

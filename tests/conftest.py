@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; tensors are small, and tests run side by side
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers and transformers are imported
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lpo_fast_datasets_")
 

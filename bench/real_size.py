@@ -4,8 +4,9 @@
     sd15-lrm                    a new LRM of it, written as LRM training writes one
     sdxl-lrm                    one whose text encoders were frozen, as the official code leaves it: its denoiser is the model's
     sd15-score, sdxl-score      one latent scored by it, as LPO does
-    sd15-step                   the command `lpo`: one prompt, one denoising step, two candidates, a LoRA step on their pair
-    sdxl-predict                the policy once, with guidance, as sampling does
+    sd15-predict, sdxl-predict  the policy once, with guidance, as sampling does
+    sd15-step, sdxl-step        the command `lpo`: one prompt, one denoising step, two candidates, a LoRA step on their pair;
+                                SDXL with activation checkpointing
 
 A stage is a process of its own, so that its peak memory is its own. The directories take 2 + 4 GB and 7 GB and stay until
 --clean; the table that is printed (and written, with --out) has all stages that were run with that --work.
@@ -28,8 +29,7 @@ from safetensors.torch import save_file
 
 REPO = Path(__file__).parent.parent
 PROMPT = "a photo of a red circle on a blue background"
-STAGES = [f"{family}-{what}" for family, last in (("sd15", "step"), ("sdxl", "predict"))
-          for what in ("model", "lrm", "score", last)]
+STAGES = [f"{family}-{what}" for family in ("sd15", "sdxl") for what in ("model", "lrm", "score", "predict", "step")]
 UNETS = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
     "sdxl": {"sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
@@ -158,7 +158,7 @@ def step(work: Path, family: str, precision: str) -> dict[str, float]:
         "lpo", "--model", str(work / family), "--lrm", str(work / f"lrm_{family}"), "--prompts", str(work / "prompts.txt"),
         "--out", str(out), "--mixed-precision", precision, "--batch-size", "1", "--num-steps", "2", "--stop-step", "1",
         "--num-candidates", "2", "--threshold-min", "0", "--threshold-max", "0", "--train-batch-size", "1", "--epochs", "1",
-        "--pictures", "0"])
+        "--pictures", "0", *(["--checkpointing"] if family == "sdxl" else [])])
     seconds = json.loads((out / "timings.jsonl").read_text().splitlines()[0])
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     (trained,) = (row for row in rows if row["kind"] == "train")

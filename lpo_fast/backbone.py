@@ -183,9 +183,9 @@ def variant(folder: Path) -> str | None:
     return "fp16" if any(".fp16" in file.stem for file in weight_files(folder)) else None
 
 
-def load_unet(path: Path) -> UNet2DConditionModel:
-    """The denoiser below ``path``, fp32."""
-    return UNet2DConditionModel.from_pretrained(path / "unet", variant=variant(path / "unet"), torch_dtype=torch.float32)
+def load_unet(path: Path, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    """The denoiser below ``path``."""
+    return UNet2DConditionModel.from_pretrained(path / "unet", variant=variant(path / "unet"), torch_dtype=dtype)
 
 
 def load_text(path: Path, family: Family, folder: Path | None = None,

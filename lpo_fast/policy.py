@@ -81,7 +81,9 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
     """The policy with a LoRA attached (or all weights trainable), its text features and its sampler's schedule."""
     model = models.model(config)
     precision = speed.precision(config.mixed_precision, "fp16")
-    unet = speed.layout(backbone.load_unet(model).to(device)).eval()
+    # Frozen weights are never in memory in more than the precision of the network.
+    unet = backbone.load_unet(model, torch.float32 if config.full else speed.DTYPES[precision])
+    unet = speed.layout(unet.to(device)).eval()
     if config.fused_norms:
         surgery.fuse_norms(unet)
     speed.attention(unet, config.attention)
@@ -96,8 +98,6 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
     if too_long:
         runs.say(f"{too_long} of {len(prompts)} prompts exceed {tokenizers[0].model_max_length} tokens and are cut")
     if not config.full:
-        if precision != "no":
-            unet.to(speed.DTYPES[precision])
         checkpoint.add_lora(unet, config.rank, config.alpha or config.rank, config.targets, config.seed)
         for parameter in trainable(unet):
             parameter.data = parameter.data.float()

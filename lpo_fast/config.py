@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from lpo_fast.errors import InputError
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
+Compile = Literal["auto", "none", "default", "max"]
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit", "adafactor"]
 
 
@@ -122,6 +123,8 @@ class LPO:
     """GroupNorm fused with what stands around it, in channels-last networks; no gain is measured yet."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """PyTorch's attention or xformers'."""
+    compile: Compile = "auto"
+    """Compile the sampling step and the training step: "default", "max" (searches longer), or "none"; auto: on a GPU."""
     checkpointing: bool = False
     """Activation checkpointing: less memory in training, about a third more time."""
     tf32: bool = True
@@ -321,6 +324,8 @@ class LRM:
     """Weight of the batch loss in `both`."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """Precision of the networks; auto: bf16 on CUDA, fp32 on a CPU."""
+    compile: Compile = "auto"
+    """Compile the step: "default", "max" (searches longer), or "none"; auto: on a GPU."""
     fused_norms: bool = False
     """GroupNorm fused with what stands around it, in channels-last networks; no gain is measured yet."""
 

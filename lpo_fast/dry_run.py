@@ -1,9 +1,9 @@
 """--dry-run: what a run would train, hold and compute on a GPU, from the models' configs alone.
 
 After the whole preflight the networks are built on the meta device, where tensors have shapes but no contents, and the run's
-own functions are called on them at the run's own batch sizes. ``Cuda`` gives the results the precisions that they would have
-on a GPU, ``Meter`` follows the bytes that live at a time and counts operations by torch's formulas. No weights are read, no
-GPU is needed, and no run directory is written. Sizes are those of one process.
+own functions are called on them at the run's own batch sizes, not compiled. ``Cuda`` gives the results the precisions that
+they would have on a GPU, ``Meter`` follows the bytes that live at a time and counts operations by torch's formulas. No weights
+are read, no GPU is needed, and no run directory is written. Sizes are those of one process.
 """
 
 import json
@@ -174,13 +174,13 @@ def policy(config: LPO, precision: str, text: Text) -> Policy:
     """As ``policy.load`` makes it."""
     model = models.model(config)
     unet = built(UNet2DConditionModel, model / "unet").requires_grad_(config.full)
+    unet.to(torch.float32 if config.full else speed.DTYPES[precision]).to(memory_format=torch.channels_last)
     if config.fused_norms:
         surgery.fuse_norms(unet)
     speed.attention(unet, "sdpa")
     if config.checkpointing:
         unet.enable_gradient_checkpointing(partial(checkpointed, precision))
     if not config.full:
-        unet.to(speed.DTYPES[precision])
         checkpoint.add_lora(unet, config.rank, config.alpha or config.rank, config.targets, config.seed)
         for parameter in trainable(unet):
             parameter.data = parameter.data.float()
@@ -209,10 +209,10 @@ def checkpointed(precision: str, block: Callable, *inputs) -> Tensor:
 
 
 def scorer(config: LPO, pixels: int) -> LatentRewardModel:
-    """As ``policy.load_score`` makes it; its text encoders are still there."""
+    """As ``policy.load_score`` loads it: with its text encoders, in fp32."""
     path, base = models.lrm(config), models.base(config)
     home = base if path.is_file() else path
-    unet = backbone.empty_down_mid(home / "unet")
+    unet = backbone.empty_down_mid(home / "unet").to(memory_format=torch.channels_last)
     if config.fused_norms:
         surgery.fuse_norms(unet)
     speed.attention(unet, "sdpa")
@@ -232,7 +232,7 @@ def scorer(config: LPO, pixels: int) -> LatentRewardModel:
 def learner(config: LRM, pixels: int) -> LatentRewardModel:
     """As ``train_lrm.train`` makes it."""
     model = models.model(config)
-    unet = backbone.empty_down_mid(model / "unet")
+    unet = backbone.empty_down_mid(model / "unet").to(memory_format=torch.channels_last)
     encoders = [built(kind, model / name) for name, kind in backbone.family_of(unet.config).encoders]
     width = encoders[-1].config.hidden_size
     clip = models.clip(config)
@@ -296,7 +296,7 @@ def lpo(config: LPO) -> list[str]:
     family = backbone.family_of(preflight.read_config(model / "unet", "--model"))
     encoders = [built(kind, model / name) for name, kind in family.encoders]
     text, encoding = encoded(family, encoders, len(prompts) + len(config.validation_prompts))
-    actor = policy(config, precision, text)
+    actor = policy(config, precision, text.prepared(speed.DTYPES[precision]))
     parameters = trainable(actor.unet)
     shape = policies.latent_shape(config, actor.unet)
     pixels = shape[-1] * backbone.pixels_per_latent(model)
@@ -309,7 +309,12 @@ def lpo(config: LPO) -> list[str]:
     judged, latent = steps - first, 4 * shape[0] * shape[1] * shape[2]
     x, t, index = empty(n, *shape), empty(n, dtype=torch.int64), empty(size, dtype=torch.int64)
     pairs = Pairs(x, x.clone(), x.clone(), t, t, empty(n, dtype=torch.bool))
+    loading = max(
+        held(actor.unet, False) + sum(map(held, encoders)) + encoding.peak + 2 * of_text(text),
+        held(actor.unet) + of_text(actor.text) + held(judge) + judging.peak + 2 * of_text(words))
     judge_encoders, judge.text_encoders = judge.text_encoders, nn.ModuleList()
+    judge.unet.to(speed.DTYPES[precision])
+    words = words.prepared(speed.DTYPES[precision])
 
     def score(x: Tensor, t: Tensor, index: Tensor) -> Tensor:
         with speed.autocast(precision):
@@ -329,18 +334,16 @@ def lpo(config: LPO) -> list[str]:
     always = {
         f"denoiser, {'fp32' if config.full else names(precision)}": held(actor.unet),
         "reference, fp32": held(actor.frozen),
-        "reward model, fp32": held(judge),
-        f"text features of {len(prompts):,} prompts": of_text(text) + of_text(words),
+        f"reward model, {names(precision)}": held(judge),
+        f"text features of {len(prompts):,} prompts": of_text(actor.text) + of_text(words),
         f"optimizer state ({config.optimizer})": optimizers[config.optimizer],
         "average of the weights": gradients if config.ema_decay else 0,
-        "pairs of a prompt batch": 2 * 3 * latent * judged * size}
+        "pairs of a prompt batch": 2 * 3 * latent * judged * size,
+        "sampling, which its CUDA graph keeps (--compile)": 0 if config.compile == "none" else sampling.peak}
     base = sum(always.values())
-    whole = 4 * sum(p.numel() for name, p in actor.unet.named_parameters() if "lora_" not in name)
     phases = {
-        "loading": max(whole + sum(map(held, encoders)) + encoding.peak + 2 * of_text(text),
-                       held(actor.unet) + of_text(text) + held(judge) + held(judge_encoders) + judging.peak
-                       + 2 * of_text(words)),
-        f"sampling, {size} prompts, {k * size} candidates": base + sampling.peak,
+        "loading": loading,
+        f"sampling, {size} prompts, {k * size} candidates": base + (sampling.peak if config.compile == "none" else 0),
         f"training, {n} pairs{' with checkpointing' if config.checkpointing else ''}": base + training.peak}
     if config.pictures or config.validation_prompts:
         phases["drawing pictures, VAE in fp32"] = base + held(vae) + max(decoding.peak, drawing.peak)
@@ -384,14 +387,14 @@ def lrm(config: LRM) -> list[str]:
     pixels = size * 2 ** (len(vae.config.block_out_channels) - 1)
     reward = learner(config, pixels)
     parameters = trainable(reward)
-    own = min(config.batch_size, len(used["train"])) // world
+    own = min(config.batch_size, len(used["train"])) // world  # train_lrm.own_size
     n = -(-own // config.accumulate)
     ids = [empty(n, e.config.max_position_embeddings, dtype=torch.int64) for e in reward.text_encoders]
     x, t, label = empty(2, n, unet["in_channels"], size, size), empty(2, n, dtype=torch.int64), empty(n)
 
     def forward() -> Tensor:
         with speed.autocast(precision):
-            unit = train_lrm.features(reward, reward.encode(ids, [i[:1] for i in ids]), x, t)
+            unit = train_lrm.encode_features(reward, ids, [i[:1] for i in ids], x, t)
         return loss.preference(*unit, reward.logit_scale.exp(), label, label, t[0], t.T, loss_type=config.loss_type,
                                batch_coeff=config.batch_coeff, aux_loss_coeff=config.aux_loss_coeff)
     with on_cuda():
@@ -465,7 +468,7 @@ def memory_table(always: dict[str, int], activations: int, gradients: int, phase
         *([f"most while {name}", gib(size)] for name, size in phases.items()),
         [f"peak ({top.partition(',')[0]})", gib(phases[top])]]) + [
         "optimizer states: " + ", ".join(f"{name} {gib(size)}" for name, size in optimizers.items()),
-        "on top: CUDA's context, its libraries' workspaces, what PyTorch's allocator keeps"]
+        "counted as not compiled; on top: CUDA's context, its libraries' workspaces, what PyTorch's allocator keeps"]
 
 
 def table(header: list[str], rows: list[list[object]]) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lpo_fast import data
+from lpo_fast import data, ranks
 from lpo_fast.config import LRM, Columns
 from lpo_fast.data import Scores
 from lpo_fast.errors import InputError
@@ -264,8 +264,13 @@ class Corrupt:
         self.rows: set[int] = set()
 
     def count(self, batch: dict) -> None:
-        """Note a batch's. Raises InputError naming the table and the first rows."""
+        """Note a batch's."""
         self.rows |= {row % len(self.pairs.captions) for row in batch["rows"][batch["corrupt"]].tolist()}
+
+    def share(self) -> None:
+        """Note those of the other processes. Raises InputError naming the table and the first rows."""
+        rows = torch.tensor(sorted(self.rows), dtype=torch.int64, device=ranks.state().device)
+        self.rows = set(ranks.gather(rows)[0].tolist())
         if len(self.rows) > self.limit:
             first = ", ".join(map(str, sorted(self.rows)[:5]))
             raise InputError(self.pairs.source.path, f"pictures of {len(self.rows)} pairs do not decode, the first: rows "

@@ -52,9 +52,6 @@ def lpo(config: LPO) -> list[str]:
 def lrm(config: LRM) -> dict[str, Pairs]:
     """Check an LRM run; the pairs that it uses for "train" and, where asked for, "validation" and "test"."""
     config.check()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(os.environ["WORLD_SIZE"], "processes, but LRM training runs in one as yet", "launch one process",
-                         "WORLD_SIZE")
     speed.check_optimizer(config.optimizer)
     picture(config, pipeline(config.model, "--model", config.revision))
     if config.clip:
@@ -71,6 +68,13 @@ def lrm(config: LRM) -> dict[str, Pairs]:
             table = pairs.read(path, flag, config.columns, split, config.cache_dir)
             pairs.check_pictures(table)
             used[use] = pairs.choose(table, config, scores, training=use == "train")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if len(used["train"]) < processes:
+        raise InputError(str(processes), f"processes, but there are {len(used['train'])} pairs to train on",
+                         f"start at most {len(used['train'])}", "WORLD_SIZE")
+    if config.batch_size % (config.accumulate * processes):
+        raise InputError(str(config.batch_size), f"pairs are not dealt out evenly to {processes} processes and "
+                         f"{config.accumulate} passes", f"use a multiple of {config.accumulate * processes}", "--batch-size")
     directory(config)
     return used
 

@@ -1,7 +1,7 @@
 """Many processes (``torchrun``, ``accelerate launch``): who is who, and the few things that they tell one another.
 
-Alone, every function here does nothing. Gradients are summed once an optimizer step, when they are whole: a LoRA's are
-small, and losses carry weights over the global batch, so a sum is all there is to do.
+Alone, every function here does nothing. Gradients are summed once an optimizer step, when they are whole: losses carry
+weights over the global batch, so a sum is all there is to do.
 """
 
 import os
@@ -13,7 +13,9 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from lpo_fast.errors import PeerError
+from lpo_fast.errors import InputError, PeerError
+
+BUCKET = 2**25  # elements of a message of gradients
 
 
 @contextmanager
@@ -22,12 +24,18 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise PeerError(f"rank {state().process_index}: another process has failed and says why; this one ends") from error
+        raise PeerError(f"rank {index()}: another process has failed and says why; this one ends") from error
 
 
 def state() -> PartialState:
-    """This process among all; the first call joins the others and picks the GPU."""
-    return PartialState(cpu=not torch.cuda.is_available())
+    """This process among all; the first call joins the others and picks the GPU. Raises InputError if they cannot meet."""
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"  # launched with --use_deepspeed or not: it is not needed
+    try:
+        return PartialState(cpu=not torch.cuda.is_available())
+    except dist.DistNetworkError as error:
+        where = ":".join(os.environ.get(key, "?") for key in ("MASTER_ADDR", "MASTER_PORT"))
+        raise InputError(where, f"the processes cannot meet there ({str(error).splitlines()[0]})",
+                         "name a free port: --master_port, or --main_process_port", "MASTER_PORT") from error
 
 
 def main() -> bool:
@@ -38,6 +46,11 @@ def main() -> bool:
 def count() -> int:
     """How many processes there are."""
     return state().num_processes
+
+
+def index() -> int:
+    """Which of them this one is, from 0."""
+    return state().process_index
 
 
 def wait() -> None:
@@ -61,33 +74,46 @@ def anywhere(flag: object) -> bool:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Σ over the processes, in place, in one message a dtype; parameters without a gradient count as 0."""
+    """Σ over the processes, in place, in messages of about BUCKET elements; parameters without a gradient count as 0."""
     if count() == 1:
         return
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    bucket: list[Tensor] = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        by_dtype.setdefault(parameter.dtype, []).append(parameter.grad)
-    for grads in by_dtype.values():
-        flat = total(torch.cat([grad.flatten() for grad in grads]))
-        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
+        if bucket and (bucket[0].dtype != parameter.dtype or sum(grad.numel() for grad in bucket) >= BUCKET):
+            _sum_together(bucket)
+            bucket = []
+        bucket.append(parameter.grad)
+    if bucket:
+        _sum_together(bucket)
+
+
+def _sum_together(grads: list[Tensor]) -> None:
+    flat = total(torch.cat([grad.flatten() for grad in grads]))
+    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(part.view_as(grad))
 
 
 def gather(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Each tensor [n_rank, …] of all processes one after another; n may differ, and be 0 on some."""
+    """Each tensor [n_rank, …] of all processes one after another; n may differ, and be 0 on some.
+
+    The own part keeps its gradient: if every process computes a loss of the whole, the sum of the gradients is that of the
+    loss.
+    """
     if count() == 1:
         return tensors
+    rank = index()
     sizes = torch.zeros(count(), dtype=torch.int64, device=tensors[0].device)
-    sizes[state().process_index] = len(tensors[0])
+    sizes[rank] = len(tensors[0])
     sizes = total(sizes).tolist()
     gathered = []
     for x in tensors:
         own = x.new_zeros(max(sizes), *x.shape[1:])
-        own[:len(x)] = x
+        own[:len(x)] = x.detach()
         parts = [torch.empty_like(own) for _ in sizes]
         with _together():
             dist.all_gather(parts, own)
-        gathered.append(torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]))
+        parts = [part[:size] for part, size in zip(parts, sizes, strict=True)]
+        gathered.append(torch.cat([*parts[:rank], x, *parts[rank + 1:]]))
     return tuple(gathered)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from lpo_fast import backbone, checkpoint, loss, models, noise, preflight, runs, schedule, speed, surgery
+from lpo_fast import backbone, checkpoint, loss, models, noise, preflight, ranks, runs, schedule, speed, surgery
 from lpo_fast.backbone import Text
 from lpo_fast.config import LRM
 from lpo_fast.pairs import Corrupt, PairDataset, collate
@@ -28,7 +29,7 @@ class Encoder:
     """Pictures to noisy latents and captions to token ids: all that stands before the LRM and does not train."""
 
     def __init__(self, model: Path, lrm: LatentRewardModel, seed: int, precision: str, vae: Path | None = None,
-                 noise_offset: float = 0.0):
+                 noise_offset: float = 0.0, compile: str = "none"):
         device = next(lrm.parameters()).device
         scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
         self.vae = backbone.load_vae(vae or model).to(device)
@@ -36,6 +37,8 @@ class Encoder:
         self.sched: Schedule = schedule.from_config(scheduler, 20).to(device)
         self.noise_offset = noise_offset
         self.seed, self.precision, self.null_ids = seed, precision, backbone.tokenize(self.tokenizers, [""])
+        self.train_posterior = speed.compiled(self.posterior, compile)
+        self.train_features = speed.compiled(encode_features, compile)
         self.resolution = lrm.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @torch.no_grad()
@@ -57,11 +60,16 @@ class Encoder:
         x_t = schedule.add_noise(self.sched, x0.flatten(0, 1), eps.flatten(0, 1), t.expand(2, -1).flatten())
         return x_t.view_as(mean)
 
-    def text(self, lrm: LatentRewardModel, captions: list[str]) -> Text:
-        """Text features of captions, with gradient where the text encoders train."""
+    def ids(self, captions: list[str]) -> tuple[list[Tensor], list[Tensor]]:
+        """Token ids of captions and of the null prompt, a tensor an encoder."""
         device = self.sched.table.device
-        ids = [i.to(device) for i in backbone.tokenize(self.tokenizers, captions)]
-        return lrm.encode(ids, [i.to(device) for i in self.null_ids])
+        return tuple([i.to(device) for i in ids] for ids in (backbone.tokenize(self.tokenizers, captions), self.null_ids))
+
+
+def encode_features(lrm: LatentRewardModel, ids: list[Tensor], null_ids: list[Tensor], x: Tensor,
+                    t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``features`` of token ids: all of a training step's forward pass that has gradient, one null prompt a batch."""
+    return features(lrm, lrm.encode(ids, null_ids), x, t)
 
 
 def features(lrm: LatentRewardModel, text: Text, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,41 +112,48 @@ def parts(batch: dict, count: int) -> list[dict]:
 
 def train_step(lrm: LatentRewardModel, encoder: Encoder, batch: dict, step: int, optimizer: torch.optim.Optimizer,
                config: LRM) -> dict[str, float]:
-    """One optimizer step; its metrics. Pairs that do not decode go through the networks, but not into the loss."""
+    """One optimizer step of all processes, each with its part of the pairs; its metrics, which are those of all.
+
+    Pairs that do not decode go through the networks, but not into the loss.
+    """
+    device = encoder.sched.table.device
+    batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     good = ~batch["corrupt"]
-    count, weight = int(good.sum()), (good / batch["counts"]).sum()
+    weight, count = ranks.total(torch.stack([(good / batch["counts"]).sum(), good.sum()]))
     values = [pair_loss(lrm, encoder, part, step, config, weight) for part in parts(batch, config.accumulate)]
+    ranks.sum_gradients(p for p in lrm.parameters() if p.requires_grad)
     norm = nn.utils.clip_grad_norm_([p for p in lrm.parameters() if p.requires_grad], config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         value, right = torch.stack(values).sum(0)
-        values = torch.stack([value, right / max(count, 1), norm, lrm.logit_scale.exp()]).tolist()
+        values = torch.stack([value, right / count.clamp(min=1), norm, lrm.logit_scale.exp()]).tolist()
     return dict(zip(("loss", "accuracy", "grad_norm", "logit_scale"), values, strict=True))
 
 
 def pair_loss(lrm: LatentRewardModel, encoder: Encoder, batch: dict, step: int, config: LRM, weight: Tensor) -> Tensor:
     """Forward and backward of a pass; its share of the step's loss and its number of right pairs, [2].
 
-    weight: Σ_j 1/n_j over the step's pairs, of which the loss takes the share of this pass.
+    weight: Σ_j 1/n_j over the step's pairs, of which the loss takes the share of this pass. Every process computes the loss
+    of all processes' pairs, and its gradient for its own.
     """
-    device, good = encoder.sched.table.device, (~batch["corrupt"]).nonzero()[:, 0]
-    rows, counts = batch["rows"].to(device), batch["counts"][good]
-    t, labels = timesteps(config, step, rows, batch["compare"].to(device), batch["labels"].to(device))
-    pixels = batch["pixels"].to(device)
+    rows, pixels = batch["rows"], batch["pixels"]
+    t, labels = timesteps(config, step, rows, batch["compare"], batch["labels"])
     if config.hflip:
         pixels = mirrored(config, step, rows, pixels)
-    x = encoder.latents(*encoder.posterior(pixels), rows, step, t)
+    x = encoder.latents(*encoder.train_posterior(pixels), rows, step, t)
     with speed.autocast(encoder.precision):
-        unit = features(lrm, encoder.text(lrm, batch["captions"]), x, t)
-    share = ((1 / counts).sum() / weight).nan_to_num().to(device)
-    good = good.to(device)
-    text, image_0, image_1 = (feature[good] for feature in unit)
+        unit = encoder.train_features(lrm, *encoder.ids(batch["captions"]), x, t)
+    good = (~batch["corrupt"]).nonzero()[:, 0]
+    text, image_0, image_1, label_0, label_1, counts, t = ranks.gather(
+        *(feature[good] for feature in unit), *labels[:, good], batch["counts"][good], t[:, good].T)
+    scale = lrm.logit_scale.exp()  # its gradient is the same in every process, and counts once
+    share = ((1 / counts).sum() / weight).nan_to_num()
     value = share * loss.preference(
-        text, image_0, image_1, lrm.logit_scale.exp(), *labels[:, good], counts.to(device), t[:, good].T,
+        text, image_0, image_1, scale if ranks.index() == 0 else scale.detach(), label_0, label_1, counts, t,
         loss_type=config.loss_type, batch_coeff=config.batch_coeff, aux_loss_coeff=config.aux_loss_coeff)
     value.backward()
-    right = correct(((image_0 - image_1) * text).sum(-1), labels[:, good]).sum()
+    right = correct(((image_0 - image_1) * text).sum(-1), torch.stack([label_0, label_1])).sum()
     return torch.stack([value, right]).detach()
 
 
@@ -153,43 +168,54 @@ def validate(lrm: LatentRewardModel, encoder: Encoder, loader: DataLoader, times
     """Accuracy on held-out pairs at each timestep; ``accuracy`` is the one at the first, t = 1."""
     lrm.eval()
     device = encoder.sched.table.device
-    right: dict[int, list[Tensor]] = {t: [] for t in timesteps}
+    right = torch.zeros(len(timesteps) + 1, dtype=torch.float64, device=device)  # and the number of pairs
     for batch in loader:
         if corrupt is not None:
             corrupt.count(batch)
         good = (~batch["corrupt"]).nonzero()[:, 0].to(device)
         rows, posterior = batch["rows"].to(device), encoder.posterior(batch["pixels"].to(device))
         with speed.autocast(encoder.precision):
-            words = encoder.text(lrm, batch["captions"])
-        for timestep in timesteps:
+            words = lrm.encode(*encoder.ids(batch["captions"]))
+        right[-1] += len(good)
+        for k, timestep in enumerate(timesteps):
             t = torch.full_like(rows, timestep)
             with speed.autocast(encoder.precision):
                 x = encoder.latents(*posterior, rows, VALIDATION_EPOCH - timestep, t)
                 text, image_0, image_1 = features(lrm, words, x, t)
-            right[timestep].append(correct(((image_0 - image_1) * text).sum(-1), batch["labels"].to(device))[good])
+            right[k] += correct(((image_0 - image_1) * text).sum(-1), batch["labels"].to(device))[good].sum()
     lrm.train()
-    accuracy = {str(t): torch.cat(found).mean().item() for t, found in right.items()}
-    return {"accuracy": accuracy[str(timesteps[0])], "accuracy_by_timestep": accuracy,
-            "n": sum(len(found) for found in right[timesteps[0]])}
+    if corrupt is not None:
+        corrupt.share()
+    *shares, count = [*(ranks.total(right)[:-1] / right[-1]).tolist(), int(right[-1])]
+    accuracy = dict(zip(map(str, timesteps), shares, strict=True))
+    return {"accuracy": accuracy[str(timesteps[0])], "accuracy_by_timestep": accuracy, "n": count}
 
 
 def steps_an_epoch(config: LRM, pairs: int) -> int:
     """Steps of whole batches in a pass over the pairs; the rest is left to the next pass's order."""
-    return pairs // min(config.batch_size, pairs)
+    return pairs // (own_size(config, pairs) * ranks.count())
+
+
+def own_size(config: LRM, pairs: int) -> int:
+    """Pairs of a step in each process."""
+    return min(config.batch_size, pairs) // ranks.count()
 
 
 def batches(config: LRM, pairs: int, step: int) -> Iterator[list[int]]:
-    """Pair numbers of every batch from ``step`` on: each epoch a new order, a function of the seed and the epoch."""
-    size, each = min(config.batch_size, pairs), steps_an_epoch(config, pairs)
+    """This process's pair numbers of every batch from ``step`` on: each epoch a new order, a function of the seed and the
+    epoch."""
+    own, world, each = own_size(config, pairs), ranks.count(), steps_an_epoch(config, pairs)
     for k in range(step, config.max_steps):
         if k % each == 0 or k == step:
             order = noise.permutation(config.seed, k // each, 0, pairs)
-        yield order[k % each * size:(k % each + 1) * size].tolist()
+        first = (k % each * world + ranks.index()) * own
+        yield order[first:first + own].tolist()
 
 
 def train(config: LRM) -> Path:
     """Train an LRM; the run directory, whose checkpoint-final/ is the best LRM by validation accuracy, or the last."""
     used = preflight.lrm(config)
+    ranks.state()
     device, model = speed.device(), models.model(config)
     lrm = checkpoint.new_lrm(
         model, clip=models.clip(config), generator=torch.Generator().manual_seed(config.seed), resolution=config.resolution,
@@ -197,13 +223,15 @@ def train(config: LRM) -> Path:
     lrm.logit_scale.data.fill_(config.logit_scale)
     lrm.to(device).train()
     lrm.text_encoders.requires_grad_(not config.freeze_text_encoder)
+    speed.layout(lrm.unet)
     if config.fused_norms:
         surgery.fuse_norms(lrm.unet)
     encoder = Encoder(model, lrm, config.seed, speed.precision(config.mixed_precision, "bf16"), models.vae(config),
-                      config.noise_offset)
+                      config.noise_offset, config.compile)
     sets = {use: PairDataset(pairs, config.resolution or encoder.resolution) for use, pairs in used.items()}
-    held_out = {use: DataLoader(pairs, config.batch_size // config.accumulate, num_workers=config.num_workers,
-                                collate_fn=collate) for use, pairs in sets.items() if use != "train"}
+    held_out = {use: DataLoader(pairs, config.batch_size // config.accumulate // ranks.count(), collate_fn=collate,
+                                sampler=range(ranks.index(), len(pairs), ranks.count()), num_workers=config.num_workers)
+                for use, pairs in sets.items() if use != "train"}
     corrupt = {use: Corrupt(pairs, config.max_corrupt) for use, pairs in used.items()}
     optimizer = speed.optimizer(config.optimizer, lrm.parameters(), lr=config.learning_rate,
                                 weight_decay=config.weight_decay)
@@ -223,7 +251,7 @@ def train(config: LRM) -> Path:
                         num_workers=config.num_workers, collate_fn=collate)
     runs.say(f"LRM on {device}, precision {encoder.precision} | {len(used['train'])} of {len(used['train'].captions)} pairs | "
              f"steps {at['step']} to {config.max_steps} | "
-             f"{sum(p.numel() for p in lrm.parameters() if p.requires_grad):,} parameters train")
+             f"{sum(p.numel() for p in lrm.parameters() if p.requires_grad):,} parameters train | {ranks.count()} processes")
     every = list(range(1, config.largest_timestep + 1, 50))
     shown_at = list(dict.fromkeys([1 if config.variable_timestep else config.constant_timestep, *every]))
 
@@ -236,7 +264,8 @@ def train(config: LRM) -> Path:
             at["stage"]["metrics"] = {"accuracy": shown["accuracy"]}
             keep(config, lrm, encoder.tokenizers, at)
 
-    bar = tqdm(total=config.max_steps, initial=at["step"], desc="LRM", unit="step", leave=False, disable=None)
+    bar = tqdm(total=config.max_steps, initial=at["step"], desc="LRM", unit="step", leave=False,
+               disable=None if ranks.main() else True)
     with runs.stoppable() as stopped:
         if "validation" in held_out and config.eval_on_start and at["step"] == 0:
             validation()
@@ -244,6 +273,7 @@ def train(config: LRM) -> Path:
         for batch in loader:
             lr = decay.get_last_lr()[0]
             corrupt["train"].count(batch)
+            corrupt["train"].share()
             row = train_step(lrm, encoder, batch, at["step"], optimizer, config)
             decay.step()
             row |= {"lr": lr, "corrupt": sum(len(c.rows) for c in corrupt.values())}
@@ -253,22 +283,23 @@ def train(config: LRM) -> Path:
                             "global_step": at["step"], "step_loss": row["loss"]}
             bar.update()
             seconds, start = time.perf_counter() - start, time.perf_counter()
-            run.time(global_step=at["step"], seconds=seconds, pairs_per_second=len(batch["rows"]) / seconds)
+            rate = len(batch["rows"]) * ranks.count() / seconds
+            run.time(global_step=at["step"], seconds=seconds, pairs_per_second=rate)
             runs.say(f"step {at['step']} | loss {row['loss']:.3f} | acc {row['accuracy']:.2f} | {seconds * 1e3:.0f} ms | "
-                     f"{len(batch['rows']) / seconds:.1f} pairs/s | {runs.memory()}")
-            last = at["step"] == config.max_steps
+                     f"{rate:.1f} pairs/s | {runs.memory()}")
+            last, stop = at["step"] == config.max_steps, ranks.anywhere(stopped)
             if "validation" in held_out and (at["step"] % config.validate_steps == 0 or last):
                 validation()
-            if at["step"] % config.save_steps == 0 or last or stopped:
+            if (at["step"] % config.save_steps == 0 or last or stop) and ranks.main():
                 at |= {"metrics": run.size, "corrupt": {use: sorted(c.rows) for use, c in corrupt.items()}}
                 checkpoint.save_state(out / checkpoint.STATE, at, state)
-            if stopped:
+            if stop:
                 break
     bar.close()
-    if stopped:
+    if at["step"] < config.max_steps:
         run.close()
         runs.say(f"stopped after step {at['step']}; go on with --resume")
-        raise SystemExit(128 + stopped[0])
+        raise SystemExit(128 + (stopped or [signal.SIGTERM])[0])
     hand_on(config, lrm, encoder.tokenizers, at)
     if held_out:
         final = checkpoint.load_lrm(out / FINAL).to(device)
@@ -289,9 +320,10 @@ def keep(config: LRM, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], a
     if config.save_only_if_best and any(accuracy < known for _, known in at["checkpoints"]):
         return
     at["checkpoints"] = [*(known for known in at["checkpoints"] if known[0] != at["step"]), (at["step"], accuracy)]
-    save(lrm, tokenizers, out / CHECKPOINT.format(at["step"]), at["stage"])
+    if ranks.main():
+        save(lrm, tokenizers, out / CHECKPOINT.format(at["step"]), at["stage"])
     order = sorted(at["checkpoints"], key=lambda known: (known[1] if config.keep_best else 0, known[0]), reverse=True)
-    for step, _ in order[config.keep_checkpoints or len(order):]:
+    for step, _ in order[config.keep_checkpoints or len(order):] if ranks.main() else ():
         shutil.rmtree(out / CHECKPOINT.format(step), ignore_errors=True)
     at["checkpoints"] = sorted(order[:config.keep_checkpoints or len(order)])
 
@@ -305,10 +337,11 @@ def save(lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], folder: Path, 
 def hand_on(config: LRM, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], at: dict) -> None:
     """Write checkpoint-final: the best of the checkpoints, or the LRM as it is."""
     out = Path(config.out)
-    at["handed_on"] = at["step"]
-    if config.handed_on == "last" or not at["checkpoints"]:
+    last = config.handed_on == "last" or not at["checkpoints"]
+    at["handed_on"] = at["step"] if last else max(at["checkpoints"], key=lambda known: (known[1], known[0]))[0]
+    if ranks.main() and last:
         save(lrm, tokenizers, out / FINAL, at["stage"])
-        return
-    at["handed_on"] = max(at["checkpoints"], key=lambda known: (known[1], known[0]))[0]
-    with checkpoint.replacing(out / FINAL) as aside:
-        shutil.copytree(out / CHECKPOINT.format(at["handed_on"]), aside)
+    elif ranks.main():
+        with checkpoint.replacing(out / FINAL) as aside:
+            shutil.copytree(out / CHECKPOINT.format(at["handed_on"]), aside)
+    ranks.wait()

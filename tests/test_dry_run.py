@@ -53,7 +53,8 @@ def lpo(tmp_path: Path, small_sd: Path) -> LPO:
     """A run that could start."""
     (tmp_path / "prompts.txt").write_text("a red circle\ntwo\n")
     return LPO(model=str(small_sd), lrm=str(small_sd.parent / "lrm"), prompts=str(tmp_path / "prompts.txt"),
-               out=str(tmp_path / "runs" / "out"), num_steps=4, num_candidates=3, batch_size=2, train_batch_size=3, start_step=1)
+               out=str(tmp_path / "runs" / "out"), num_steps=4, num_candidates=3, batch_size=2, train_batch_size=3,
+               start_step=1)
 
 
 @pytest.fixture
@@ -157,10 +158,18 @@ def test_weights_and_texts_by_formula(lpo: LPO, small_sd: Path, monkeypatch: pyt
                if isinstance(m, nn.Linear) and n.endswith(lpo.targets))
     always, (_, gradients, phases, states) = found["always"], found["rest"]
     assert always["denoiser, fp16"] == 2 * count + 4 * lora
-    assert always["text features of 2 prompts"] == 2 * 2 * 4 * (16 * width + width)
+    assert always["text features of 2 prompts"] == 2 * 2 * (2 * 16 * width + 4 * width)
+    judge = checkpoint.load_lrm(Path(lpo.lrm))
+    heads = sum(p.numel() for p in judge.parameters()) - sum(
+        p.numel() for m in (judge.unet, judge.text_encoders) for p in m.parameters())
+    assert always["reward model, fp16"] == 2 * sum(p.numel() for p in judge.unet.parameters()) + 4 * heads
     assert always["optimizer state (adamw)"] == states["adamw"] == 8 * lora
     assert gradients == always["average of the weights"] == 4 * lora
     assert all(phases[name] >= sum(always.values()) for name in phases if name != "loading")
+    graph = "sampling, which its CUDA graph keeps (--compile)"
+    whole, before = always[graph], phases["training, 3 pairs"]
+    dry_run.report(replace(lpo, ema_decay=0.9, compile="none"))
+    assert whole == before - found["rest"][2]["training, 3 pairs"] > 0 and not found["always"][graph]
     dry_run.report(replace(lpo, full=True, mixed_precision="no"))
     always, (_, gradients, _, _) = found["always"], found["rest"]
     assert always["denoiser, fp32"] == always["reference, fp32"] == gradients == 4 * count
@@ -284,6 +293,15 @@ def test_other_settings_and_sdxl(lpo: LPO, lrm: LRM, small_sdxl: Path) -> None:
                      replace(lrm, model=str(small_sdxl), fused_norms=True, multi_scale_cfg=True, resolution=32)):
         lines = dry_run.report(settings)
         assert any("not yet checked on a GPU" in line for line in lines) and all(len(line) < 110 for line in lines)
+
+
+def test_the_same_on_a_machine_with_a_gpu(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There speed.autocast stands for CUDA, and nothing is put on it."""
+    lpo = replace(lpo, checkpointing=True, pictures=0)
+    here = dry_run.report(lpo)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    assert speed.device().type == "cuda" and dry_run.report(lpo) == here
 
 
 def test_the_command_prints_and_writes_nothing(lpo: LPO, lrm: LRM, tmp_path: Path, small_sd: Path, capsys, copied) -> None:

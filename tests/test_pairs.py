@@ -268,9 +268,11 @@ def test_the_count_of_broken_pictures_stops_a_run(tmp_path: Path) -> None:
     batch = pairs.collate([made[i] for i in range(4)])
     for _ in range(3):  # epochs: a pair counts once
         corrupt.count(batch)
+        corrupt.share()
     assert corrupt.rows == {1, 3}
+    corrupt.count(pairs.collate([made[5]]))
     with pytest.raises(InputError, match="pictures of 3 pairs do not decode, the first: rows 1, 3, 5") as caught:
-        corrupt.count(pairs.collate([made[5]]))
+        corrupt.share()
     assert "--max-corrupt" in caught.value.remedy
 
 

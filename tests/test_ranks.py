@@ -5,15 +5,20 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from forked import ROOT, environment, free_port, processes
 from safetensors.torch import load_file
+from test_data import plain, table
 
+from lpo_fast import preflight
+from lpo_fast.config import LRM
+from lpo_fast.errors import InputError
 from lpo_fast.shapes import world
 
-ROOT = Path(__file__).parent.parent
 STEPS = """
 import sys, torch
 from pathlib import Path
@@ -40,44 +45,70 @@ for step in range(5):
     pairs = Pairs(*x, torch.arange(1, 1 + 50 * n, 50), torch.arange(n) % 5, torch.ones(n, dtype=torch.bool))
     row = train_lpo.train_step(Policy(unet, text, None, full=False), sched, pairs, optimizer,
                                torch.amp.GradScaler("cpu", enabled=False), config)
-print(f"rank {ranks.state().process_index}", row, flush=True)
+row = dict(zip(train_lpo.STEP, row.tolist(), strict=True))
 ranks.wait()
 if ranks.main():
     torch.save((checkpoint.Trained(unet).state_dict(), row), out)
 """
 
+LRM_STEPS = """
+import sys, torch
+from pathlib import Path
+from lpo_fast import checkpoint, ranks, reward, train_lrm
+from lpo_fast.config import LRM
+reward.normalized = lambda projection, x: torch.nn.functional.normalize(projection(x), dim=-1, eps=0)  # in float64
+model, out = sys.argv[1:]
+ranks.state()
+lrm = checkpoint.new_lrm(Path(model), generator=torch.Generator().manual_seed(0), multi_scale=True).double().train()
+lrm.requires_grad_(True)
+encoder = train_lrm.Encoder(Path(model), lrm, 0, "no")
+encoder.vae.double()
+encoder.train_posterior = lambda pixels: (pixels.unflatten(2, (3, 1))[:, :, [0, 1, 2, 0], 0], torch.tensor(0.1).double())
+optimizer = torch.optim.SGD(lrm.parameters(), lr=0.1)
+config = LRM(loss_type="both", batch_coeff=0.5, accumulate=1, compare_between_timestep=True, aux_loss_coeff=0.5)
+own, first = 6 // ranks.count(), 6 // ranks.count() * ranks.index()
+for step in range(5):
+    generator = torch.Generator().manual_seed(step)
+    labels = torch.rand(6, generator=generator).gt(0.4).double()
+    labels = torch.stack([labels, 1 - labels])
+    labels[:, 2] = 0.5
+    batch = {"rows": torch.arange(6), "captions": list("abcdef"), "counts": torch.tensor([1, 3, 2, 2, 1, 5]),
+             "pixels": torch.randn(2, 6, 3, 8, 8, generator=generator).double(), "labels": labels,
+             "compare": torch.arange(6) == 1, "corrupt": torch.tensor([step > 2, False, False, False, step > 2, step > 2])}
+    at = {key: 1 if key in ("pixels", "labels") else 0 for key in batch}
+    part = {key: value[first:first + own] if at[key] == 0 else value[:, first:first + own] for key, value in batch.items()}
+    row = train_lrm.train_step(lrm, encoder, part, step, optimizer, config)
+ranks.wait()
+if ranks.main():
+    torch.save((lrm.state_dict(), row), out)
+"""
 
-def processes(count: int, *arguments: str, cwd: Path = ROOT, timeout: int = 240) -> subprocess.CompletedProcess:
-    """Run a module or a script in ``count`` processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [] if count == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={count}", f"--master_port={port}"]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run([sys.executable, *launcher, *arguments], cwd=cwd, env=environment, capture_output=True, text=True,
+
+def launched(count: int, *arguments: str, timeout: int = 240) -> subprocess.CompletedProcess:
+    """Run a module or a script in ``count`` processes of torch.distributed.run."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={count}", f"--master_port={free_port()}"]
+    return subprocess.run([sys.executable, *launcher, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True,
                           timeout=timeout)
 
 
-@pytest.fixture(scope="module")
-def alone(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict]:
+@pytest.fixture(scope="module", params=["lpo", "lrm"])
+def alone(request: pytest.FixtureRequest, tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict]:
     """The script, and what one process makes of it."""
     folder = tmp_path_factory.mktemp("steps")
-    (folder / "steps.py").write_text(STEPS)
-    done = processes(1, str(folder / "steps.py"), str(tiny_sd), str(folder / "1.pt"))
+    (folder / "steps.py").write_text({"lpo": STEPS, "lrm": LRM_STEPS}[request.param])
+    done = processes(1, str(folder / "steps.py"), str(tiny_sd), str(folder / "1.pt"), folder=folder)
     assert done.returncode == 0, done.stderr
     return folder, *torch.load(folder / "1.pt")
 
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_equal_global_batches_give_equal_weights(count: int, alone: tuple, tiny_sd: Path) -> None:
-    """Five SGD steps in float64."""
+    """Five SGD steps in float64; the LRM's last two leave a process without a pair that counts."""
     folder, weights, row = alone
-    done = processes(count, str(folder / "steps.py"), str(tiny_sd), str(folder / f"{count}.pt"))
+    done = processes(count, str(folder / "steps.py"), str(tiny_sd), str(folder / f"{count}.pt"), folder=folder)
     assert done.returncode == 0, done.stderr
     other, other_row = torch.load(folder / f"{count}.pt")
-    moved = sum(tensor.abs().sum() for name, tensor in weights.items() if "lora_B" in name)
-    assert moved > 1e-4
+    assert row["grad_norm"] > 1e-4
     for name, tensor in weights.items():
         assert (tensor - other[name]).abs().max() < 1e-9, name
     assert other_row == pytest.approx(row, rel=1e-9)
@@ -93,7 +124,8 @@ def test_the_same_pairs_at_rate_0(count: int, tiny_sd: Path, tiny_lrm: Path, tmp
         done = processes(n, "-m", "lpo_fast.train", "lpo", "--model", str(tiny_sd), "--lrm", str(tiny_lrm), "--prompts",
                          str(tmp_path / "prompts.json"), "--out", str(out), "--batch-size", str(batch), "--num-steps", "3",
                          "--pictures", "0", "--threshold-min", "0", "--threshold-max", "0.001", "--epochs", "1",
-                         "--learning-rate", "0", "--train-batch-size", str(batch), "--validation-prompts", "a red circle")
+                         "--learning-rate", "0", "--train-batch-size", str(batch), "--validation-prompts", "a red circle",
+                         folder=tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("parameters train") == 1 and done.stdout.count("weights: ") == 1
         assert (out / "pictures" / "validation_0.png").is_file() and load_file(out / "pytorch_lora_weights.safetensors")
@@ -112,7 +144,7 @@ def test_the_same_pairs_at_rate_0(count: int, tiny_sd: Path, tiny_lrm: Path, tmp
 
 
 def test_bad_input_ends_all(tiny_sd: Path, tmp_path: Path) -> None:
-    done = processes(2, "-m", "lpo_fast.train", "lpo", "--model", str(tiny_sd), "--lrm", "nowhere", "--out", str(tmp_path))
+    done = launched(2, "-m", "lpo_fast.train", "lpo", "--model", str(tiny_sd), "--lrm", "nowhere", "--out", str(tmp_path))
     assert done.returncode != 0 and "--lrm nowhere: no such directory" in done.stderr
 
 
@@ -134,10 +166,62 @@ def test_a_broken_process_ends_the_run(tiny_sd: Path, tiny_lrm: Path, tmp_path: 
     """Within 60 s, and the error is told."""
     (tmp_path / "fails.py").write_text(FAILS)
     (tmp_path / "prompts.json").write_text(json.dumps(world.captions(held_out=False)[:4]))
-    done = processes(2, str(tmp_path / "fails.py"), "lpo", "--model", str(tiny_sd), "--lrm", str(tiny_lrm), "--prompts",
-                     str(tmp_path / "prompts.json"), "--out", str(tmp_path / "run"), "--batch-size", "2", "--num-steps", "3",
-                     "--pictures", "0", "--threshold-min", "0", "--threshold-max", "0.001", "--train-batch-size", "2",
-                     "--epochs", "2", timeout=60)
+    done = launched(2, str(tmp_path / "fails.py"), "lpo", "--model", str(tiny_sd), "--lrm", str(tiny_lrm), "--prompts",
+                    str(tmp_path / "prompts.json"), "--out", str(tmp_path / "run"), "--batch-size", "2", "--num-steps", "3",
+                    "--pictures", "0", "--threshold-min", "0", "--threshold-max", "0.001", "--train-batch-size", "2",
+                    "--epochs", "2", timeout=60)
     assert done.returncode != 0 and done.stderr.count("RuntimeError: this rank is broken") == 1
     assert done.stderr.count("error: rank 0: another process has failed") == 1
     assert done.stderr.count("Traceback") == 2  # its own, and the launcher's
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_reward_model_in_several_processes(count: int, tiny_sd: Path, tmp_path: Path) -> None:
+    """The same steps and validations as one process; a broken picture is counted once; one process writes."""
+    colours = [plain((40 * i, 255 - 40 * i, 90)) for i in range(7)]
+    pairs = table(tmp_path / "p.parquet", list("abcabcd"), jpg_0=[*colours[:3], b"", *colours[4:]], jpg_1=colours[::-1])
+
+    def run(n: int) -> list[dict]:
+        out = tmp_path / f"run{n}"
+        done = processes(n, "-m", "lpo_fast.train", "lrm", "--model", str(tiny_sd), "--pairs", str(pairs), "--validation-pairs",
+                         str(pairs), "--out", str(out), "--batch-size", "6", "--max-steps", "2", "--validate-steps", "1",
+                         "--num-workers", "0", "--learning-rate", "1e-4", "--warmup-steps", "0", folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("parameters train") == 1 and done.stdout.count("latent reward model: ") == 1
+        assert (out / "checkpoint-final" / "state_dict.pt").is_file() and (out / "report.html").is_file()
+        return list(map(json.loads, (out / "metrics.jsonl").read_text().splitlines()))
+
+    alone, together = run(1), run(count)
+    assert [row["kind"] for row in alone] == [row["kind"] for row in together]
+    assert [row["corrupt"] for row in together if row["kind"] == "train"] == [1, 1 + 1]  # training's, then validation's too
+    for a, b in zip(alone, together, strict=True):
+        assert a.pop("kind") == b.pop("kind") and a.pop("accuracy_by_timestep", 0) == b.pop("accuracy_by_timestep", 0)
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+def test_more_processes_than_pairs(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = LRM(model=str(tiny_sd), pairs=str(table(tmp_path / "p.parquet", ["a", "b"])), out=str(tmp_path / "run"))
+    preflight.lrm(settings)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(InputError, match="processes, but there are 2 pairs"):
+        preflight.lrm(settings)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    preflight.lrm(settings)
+    with pytest.raises(InputError, match="5: pairs are not dealt out evenly to 2 processes and 1 passes"):
+        preflight.lrm(replace(settings, batch_size=5))
+
+
+def test_a_port_in_use(tiny_sd: Path, tmp_path: Path) -> None:
+    """And a launcher that asks for DeepSpeed, which is not needed."""
+    pairs = table(tmp_path / "p.parquet", ["a", "b"])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+               "ACCELERATE_USE_DEEPSPEED": "true"}
+        done = subprocess.run([sys.executable, "-m", "lpo_fast.train", "lrm", "--model", str(tiny_sd), "--pairs", str(pairs),
+                               "--out", str(tmp_path / "run")], env=os.environ | one, capture_output=True, text=True,
+                              timeout=60)
+    assert done.returncode == 2 and f"error: MASTER_PORT 127.0.0.1:{port}: the processes cannot meet there" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()

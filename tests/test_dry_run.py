@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from test_data import table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lpo_fast import backbone, checkpoint, dry_run, official_lrm, policy, speed, train, train_lpo
+from lpo_fast import backbone, checkpoint, dry_run, official_lrm, policy, preflight, speed, train, train_lpo
 from lpo_fast.config import LPO, LRM
 from lpo_fast.dry_run import META, Meter, empty, measure, on_cuda, training_pass
 from lpo_fast.errors import InputError
@@ -346,6 +346,16 @@ def test_bad_input_is_refused_as_in_a_run(lpo: LPO, change: dict, flag: str, tmp
             start(replace(lpo, **change))
         problems.append(str(caught.value))
     assert problems[0] == problems[1] and caught.value.key == flag and not (tmp_path / "runs").exists()
+
+
+def test_resuming_takes_no_notice(lpo: LPO) -> None:
+    """Neither of the setting, nor of a run that was started before there was one."""
+    out = Path(lpo.out)
+    out.mkdir(parents=True)
+    (out / checkpoint.STATE).touch()
+    for known in (asdict(lpo), {key: value for key, value in asdict(lpo).items() if key != "dry_run"}):
+        (out / "config.json").write_text(json.dumps(known))
+        assert preflight.lpo(replace(lpo, resume=True, dry_run=True)) == ["a red circle", "two"]
 
 
 def test_bad_pairs_are_refused(lrm: LRM, tmp_path: Path, capsys) -> None:

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from lpo_fast import backbone, checkpoint, models, runs, sample, schedule, speed, surgery
+from lpo_fast import backbone, checkpoint, models, runs, sample, schedule, shard, speed, surgery
 from lpo_fast.backbone import Text
 from lpo_fast.config import LPO
 from lpo_fast.sample import CounterNoise, Predict, Score
@@ -24,9 +24,12 @@ PICTURE_EPOCH = 0xFFFFFFFF  # pictures for reports have noise of their own
 class Policy:
     """The denoiser that trains and its reference: the same weights with the adapters off, or a frozen copy of them."""
 
-    def __init__(self, unet: UNet2DConditionModel, text: Text, sizes: Tensor | None, *, full: bool, precision: str = "no"):
+    def __init__(self, unet: UNet2DConditionModel, text: Text, sizes: Tensor | None, *, full: bool, precision: str = "no",
+                 sharded: bool = False):
         self.unet, self.text, self.sizes, self.precision = unet, text, sizes, precision
         self.frozen = copy.deepcopy(unet).requires_grad_(False) if full else None
+        for network in (unet, self.frozen) if sharded else ():
+            shard.cut(network, precision)
 
     def predict(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         """Outputs [2B, C, H, W], null pass first, in the network's precision; x_t [B, C, H, W], t, prompt numbers [B]."""
@@ -67,7 +70,7 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
     """The policy with a LoRA attached (or all weights trainable), its text features and its sampler's schedule."""
     model = models.model(config)
     precision = speed.precision(config.mixed_precision, "fp16")
-    unet = backbone.load_unet(model).to(device).eval()
+    unet = backbone.load_unet(model).to("cpu" if config.shard else device).eval()  # sharded: a GPU may not hold it
     if config.fused_norms:
         surgery.fuse_norms(unet)
     speed.attention(unet, config.attention)
@@ -92,7 +95,7 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
     sizes = None if sizes is None else sizes.to(device)
     scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
     sched = schedule.from_config(scheduler, config.num_steps, config.eta).to(device)
-    return Policy(unet, text, sizes, full=config.full, precision=precision), sched
+    return Policy(unet, text, sizes, full=config.full, precision=precision, sharded=config.shard), sched
 
 
 def latent_shape(config: LPO, unet: UNet2DConditionModel) -> tuple[int, int, int]:

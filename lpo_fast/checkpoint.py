@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from lpo_fast import backbone, models
+from lpo_fast import backbone, models, ranks, shard
 from lpo_fast.errors import InputError
 from lpo_fast.files import read_pickle, read_safetensors, replacing
 from lpo_fast.reward import LatentRewardModel
@@ -257,24 +257,29 @@ class Trained:
         if {n: p.shape for n, p in self.parameters.items()} != {n: t.shape for n, t in state.items()}:
             raise ValueError("other parameters train")
         for name, parameter in self.parameters.items():
-            parameter.data.copy_(state[name])
+            parameter.data.copy_(shard.part(state[name], parameter))
 
 
 def save_state(file: Path, at: dict, parts: dict[str, object]) -> None:
-    """All that a resumed run needs: where it stands, and the state_dict of each part (None: not in use)."""
-    with replacing(file) as aside:
-        torch.save({"at": at} | {name: part and part.state_dict() for name, part in parts.items()}, aside)
+    """All that a resumed run needs: where it stands, and the state_dict of each part (None: not in use).
+
+    The main process writes; if the parts are sharded, all processes call it.
+    """
+    states = {name: part and shard.whole(part.state_dict()) for name, part in parts.items()}
+    if ranks.main():
+        with replacing(file) as aside:
+            torch.save({"at": at} | states, aside)
 
 
 def load_state(file: Path, parts: dict[str, object]) -> dict:
     """Restore what ``save_state`` wrote into the parts; where the run stands."""
-    state = read_pickle(file, "--out")
+    state = read_pickle(file, "--out", mmap=ranks.count() > 1)  # no copy of it in the memory of each
     try:
         for name, part in parts.items():
             if (part is None) != (state[name] is None):
                 raise ValueError(f"{name} was {'not ' if part else ''}in use")
             if part is not None:
-                part.load_state_dict(state[name])
+                shard.load(part, state[name])
         return state["at"]
     except (KeyError, ValueError, RuntimeError, TypeError, IndexError, AttributeError) as error:
         raise InputError(str(file), f"was saved with other settings ({error})", "resume with the run's own settings",

@@ -82,6 +82,8 @@ class LPO:
 
     full: bool = False
     """Full fine-tuning instead of a LoRA."""
+    shard: bool = False
+    """Shard weights, gradients and optimizer state of --full over the processes (FSDP)."""
     rank: int = 4
     """LoRA rank."""
     alpha: float = 0.0
@@ -155,6 +157,11 @@ class LPO:
     run_name: str = ""
     """The run's name in the tracker; default: the tracker's choice."""
 
+    @property
+    def compiled(self) -> str:
+        """--compile, but for sharded weights, which are gathered between the operations of a graph."""
+        return "none" if self.shard else self.compile
+
     def check(self) -> None:
         """Raise InputError for a setting that cannot work."""
         _finite(self)
@@ -187,6 +194,12 @@ class LPO:
             _refuse(self, "resume_from", "--lora starts from other weights", "drop one of the two")
         if self.full and self.lora:
             _refuse(self, "lora", "full fine-tuning has no LoRA to start from", "drop --lora or --full")
+        if self.shard and not self.full:
+            _refuse(self, "shard", "a LoRA is small, and is not sharded", "drop --shard, or use --full")
+        if self.shard and self.compile in ("default", "max"):
+            _refuse(self, "compile", "does not go with --shard", "use auto or none, or drop --shard")
+        if self.shard and self.optimizer != "adamw":
+            _refuse(self, "optimizer", "keeps no state that can be sharded", "use adamw, or drop --shard")
         if not self.full:
             _at_least(self, 1, "rank")
 

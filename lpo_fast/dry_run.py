@@ -65,8 +65,8 @@ class Cost(NamedTuple):
 
 
 class Cuda(TorchFunctionMode):
-    """On meta tensors, which autocast leaves alone: its casts as on CUDA, where the run is within ``speed.autocast``; and fused
-    attention, which keeps no matrix."""
+    """On meta tensors, which autocast leaves alone: its casts as on CUDA, where the run is within ``speed.autocast``; and
+    fused attention, which keeps no matrix."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, device = kwargs or {}, speed.device().type
@@ -309,9 +309,10 @@ def lpo(config: LPO) -> list[str]:
     judged, latent = steps - first, 4 * shape[0] * shape[1] * shape[2]
     x, t, index = empty(n, *shape), empty(n, dtype=torch.int64), empty(size, dtype=torch.int64)
     pairs = Pairs(x, x.clone(), x.clone(), t, t, empty(n, dtype=torch.bool))
+    gradients, optimizers, cut = held(actor.unet, True), optimizer_states(parameters), processes() if config.shard else 1
     loading = max(
-        held(actor.unet, False) + sum(map(held, encoders)) + encoding.peak + 2 * of_text(text),
-        held(actor.unet) + of_text(actor.text) + held(judge) + judging.peak + 2 * of_text(words))
+        held(actor.unet, config.full) // cut + sum(map(held, encoders)) + encoding.peak + 2 * of_text(text),
+        held(actor.unet) // cut + of_text(actor.text) + held(judge) + judging.peak + 2 * of_text(words))
     judge_encoders, judge.text_encoders = judge.text_encoders, nn.ModuleList()
     judge.unet.to(speed.DTYPES[precision])
     words = words.prepared(speed.DTYPES[precision])
@@ -327,24 +328,23 @@ def lpo(config: LPO) -> list[str]:
         training = training_pass(lambda: train_lpo.evaluate(
             actor, sched, pairs, empty(n), beta=config.beta, eps=config.clip_eps,
             guidance=config.guidance_scale if config.train_cfg else 1.0).loss, parameters, config.accumulate)
-    with on_cuda():
         decoding = measure(lambda: vae.decode(empty(min(DECODED, size), *shape)).sample)
 
-    gradients, optimizers = held(actor.unet, True), optimizer_states(parameters)
     always = {
-        f"denoiser, {'fp32' if config.full else names(precision)}": held(actor.unet),
-        "reference, fp32": held(actor.frozen),
+        f"denoiser, {'fp32' if config.full else names(precision)}": held(actor.unet) // cut,
+        "reference, fp32": held(actor.frozen) // cut,
         f"reward model, {names(precision)}": held(judge),
         f"text features of {len(prompts):,} prompts": of_text(actor.text) + of_text(words),
-        f"optimizer state ({config.optimizer})": optimizers[config.optimizer],
-        "average of the weights": gradients if config.ema_decay else 0,
+        f"optimizer state ({config.optimizer})": optimizers[config.optimizer] // cut,
+        "average of the weights": gradients // cut if config.ema_decay else 0,
         "pairs of a prompt batch": 2 * 3 * latent * judged * size,
-        "sampling, which its CUDA graph keeps (--compile)": 0 if config.compile == "none" else sampling.peak}
+        "sampling, which its CUDA graph keeps (--compile)": 0 if config.compiled == "none" else sampling.peak}
     base = sum(always.values())
     phases = {
         "loading": loading,
-        f"sampling, {size} prompts, {k * size} candidates": base + (sampling.peak if config.compile == "none" else 0),
-        f"training, {n} pairs{' with checkpointing' if config.checkpointing else ''}": base + training.peak}
+        f"sampling, {size} prompts, {k * size} candidates": base + (sampling.peak if config.compiled == "none" else 0),
+        f"training, {n} pairs{' with checkpointing' if config.checkpointing else ''}":
+            base + training.peak - gradients + gradients // cut}
     if config.pictures or config.validation_prompts:
         phases["drawing pictures, VAE in fp32"] = base + held(vae) + max(decoding.peak, drawing.peak)
     scoring = sampling.flops - drawing.flops
@@ -360,7 +360,9 @@ def lpo(config: LPO) -> list[str]:
             "its text encoders, while loading": list(judge_encoders.parameters()),
             "text encoders, while loading": [p for e in encoders for p in e.parameters()],
             "VAE, for pictures": list(vae.parameters())}), "",
-        *memory_table(always, training.kept, gradients, phases, optimizers), "",
+        *memory_table(always, training.kept, gradients // cut, phases, optimizers),
+        *(["sharded: weights, gradients, optimizer state and average are a process's part; activations are those of whole "
+           "weights"] if config.shard else []), "",
         f"a batch of {size} prompts: up to {judged * size} pairs, "
         f"{-(-judged * size // (n * config.accumulate))} optimizer steps",
         *table(["network evaluations", "a prompt", "a batch"], [
@@ -406,7 +408,8 @@ def lrm(config: LRM) -> list[str]:
               f"optimizer state ({config.optimizer})": optimizers[config.optimizer]}
     base = sum(always.values())
     between = gradients if config.accumulate > 1 else 0
-    phases = {f"encoding {2 * n} pictures": base + between + encoding.peak, f"training, {n} pairs a pass": base + training.peak}
+    phases = {f"encoding {2 * n} pictures": base + between + encoding.peak,
+              f"training, {n} pairs a pass": base + training.peak}
     evaluations = 2 * (2 if max(config.guidance_scale) > 1 else 1)
     work = encoding.flops / n, training.flops / n
     return [

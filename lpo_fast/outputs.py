@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
-from lpo_fast import checkpoint, models, ranks, runs
+from lpo_fast import checkpoint, models, ranks, runs, shard
 from lpo_fast import policy as policies
 from lpo_fast.config import LPO
 from lpo_fast.errors import InputError
@@ -21,14 +21,20 @@ STEP, OPTIMIZER = "global_step.json", "optimizer.bin"
 
 def save_checkpoint(out: Path, epoch: int, unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer, config: LPO,
                     step: int) -> None:
-    """checkpoint_{epoch}/ in the official form: unet_lora.pt or unet/, optimizer.bin, global_step.json; old ones go."""
+    """checkpoint_{epoch}/ in the official form: unet_lora.pt or unet/, optimizer.bin, global_step.json; old ones go.
+
+    The main process writes; if the denoiser is sharded, all processes call it.
+    """
+    unet, state = shard.uncut(unet), shard.whole(optimizer.state_dict())
+    if not ranks.main():
+        return
     with checkpoint.replacing(out / f"checkpoint_{epoch}") as aside:
         aside.mkdir()
         if config.full:
             unet.save_pretrained(aside / "unet")
         else:
             torch.save(checkpoint.lora_state(unet), aside / checkpoint.LORA_OFFICIAL)
-        torch.save(optimizer.state_dict(), aside / OPTIMIZER)
+        torch.save(state, aside / OPTIMIZER)
         (aside / STEP).write_text(json.dumps({"global_step": step}))
     if config.keep_checkpoints:
         for old in checkpoints(out)[:-config.keep_checkpoints]:
@@ -59,12 +65,12 @@ def resume_from(path: Path, unet: UNet2DConditionModel, optimizer: torch.optim.O
     full = not hasattr(unet, "peft_config")
     folder = find_checkpoint(path, full)
     if full:
-        unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder / "unet").state_dict())
+        checkpoint.Trained(unet).load_state_dict(UNet2DConditionModel.from_pretrained(folder / "unet").state_dict())
     else:
         checkpoint.load_lora(unet, folder / checkpoint.LORA_OFFICIAL, "--resume-from")
     if (folder / OPTIMIZER).is_file():
         try:
-            optimizer.load_state_dict(checkpoint.read_pickle(folder / OPTIMIZER, "--resume-from"))
+            shard.load(optimizer, checkpoint.read_pickle(folder / OPTIMIZER, "--resume-from", mmap=ranks.count() > 1))
         except (KeyError, ValueError) as error:
             raise InputError(str(folder / OPTIMIZER), f"is another optimizer's ({error})", "use the --optimizer that wrote it",
                              "--resume-from") from error
@@ -74,7 +80,10 @@ def resume_from(path: Path, unet: UNet2DConditionModel, optimizer: torch.optim.O
 
 
 def export(out: Path, unet: UNet2DConditionModel, config: LPO) -> None:
-    """The final weights: pytorch_lora_weights.safetensors, or unet/."""
+    """The final weights: pytorch_lora_weights.safetensors, or unet/. The main process writes; all call it, as above."""
+    unet = shard.uncut(unet)
+    if not ranks.main():
+        return
     if config.full:
         with checkpoint.replacing(out / "unet") as aside:
             unet.save_pretrained(aside)
@@ -83,11 +92,14 @@ def export(out: Path, unet: UNet2DConditionModel, config: LPO) -> None:
 
 
 class Pictures:
-    """Draws with the policy; nothing in processes other than the main one. Prompts: those that train, then validation's."""
+    """Draws with the policy. Prompts: those that train, then validation's.
+
+    The main process writes; if the denoiser is sharded, the others draw too, since all run it together.
+    """
 
     def __init__(self, config: LPO, policy: Policy, sched: Schedule, prompts: list[str], shape: tuple[int, int, int]):
         self.config, self.policy, self.sched, self.prompts, self.shape = config, policy, sched, prompts, shape
-        self.folder = Path(config.out) / "pictures"
+        self.folder, self.draws = Path(config.out) / "pictures", ranks.main() or config.shard
 
     @torch.no_grad()
     def _draw(self, prompts: Tensor) -> list[Image.Image]:
@@ -99,17 +111,20 @@ class Pictures:
     def compared(self, when: str) -> None:
         """The first prompts, with the same noise ``when`` it is "before" and "after", for the report."""
         count = min(self.config.pictures, len(self.prompts))
-        if count and ranks.main():
-            for i, picture in enumerate(self._draw(torch.arange(count))):
+        pictures = self._draw(torch.arange(count)) if count and self.draws else []
+        if pictures and ranks.main():
+            for i, picture in enumerate(pictures):
                 picture.save(self.folder / f"{i:03d}_{when}.png")
             runs.write_json(self.folder / "captions.json", [{"caption": prompt} for prompt in self.prompts[:count]])
 
     def validation(self, epoch: int) -> list[Image.Image]:
         """validation_{epoch}.png: a row a validation prompt, the same noise every time; the single pictures."""
         each, prompts = self.config.validation_pictures, self.config.validation_prompts
-        if not prompts or not ranks.main():
+        if not prompts or not self.draws:
             return []
         pictures = self._draw(len(self.prompts) + torch.arange(len(prompts)).repeat_interleave(each))
+        if not ranks.main():
+            return []
         width, height = pictures[0].size
         grid = Image.new("RGB", (each * width, len(prompts) * height))
         for i, picture in enumerate(pictures):

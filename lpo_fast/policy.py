@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from lpo_fast import backbone, checkpoint, models, runs, sample, schedule, speed, surgery
+from lpo_fast import backbone, checkpoint, models, runs, sample, schedule, shard, speed, surgery
 from lpo_fast.backbone import Text
 from lpo_fast.config import LPO
 from lpo_fast.sample import CounterNoise, Predict, Score
@@ -25,9 +25,11 @@ class Policy:
     """The denoiser that trains and its reference: the same weights with the adapters off, or a frozen copy of them."""
 
     def __init__(self, unet: UNet2DConditionModel, text: Text, sizes: Tensor | None, *, full: bool, precision: str = "no",
-                 compile: str = "none"):
+                 compile: str = "none", sharded: bool = False):
         self.unet, self.text, self.sizes, self.precision = unet, text, sizes, precision
         self.frozen = copy.deepcopy(unet).requires_grad_(False) if full else None
+        for network in (unet, self.frozen) if sharded else ():
+            shard.cut(network, precision)
         self.adapters = adapters(unet)
         self._compiled = speed.compiled(self._evaluate, compile)
 
@@ -83,7 +85,7 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
     precision = speed.precision(config.mixed_precision, "fp16")
     # Frozen weights are never in memory in more than the precision of the network.
     unet = backbone.load_unet(model, torch.float32 if config.full else speed.DTYPES[precision])
-    unet = speed.layout(unet.to(device)).eval()
+    unet = speed.layout(unet.to("cpu" if config.shard else device)).eval()  # sharded: a GPU may not hold it
     if config.fused_norms:
         surgery.fuse_norms(unet)
     speed.attention(unet, config.attention)
@@ -107,7 +109,8 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
     sizes = None if sizes is None else sizes.to(device)
     scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
     sched = schedule.from_config(scheduler, config.num_steps, config.eta).to(device)
-    return Policy(unet, text, sizes, full=config.full, precision=precision, compile=config.compile), sched
+    return Policy(unet, text, sizes, full=config.full, precision=precision, compile=config.compiled,
+                  sharded=config.shard), sched
 
 
 def latent_shape(config: LPO, unet: UNet2DConditionModel) -> tuple[int, int, int]:

@@ -18,7 +18,7 @@ TRACKERS = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
 # Settings that a resumed run may change.
 MAY_CHANGE = {"out", "resume", "epochs", "max_batches", "save_epochs", "save_steps", "keep_checkpoints", "preempt_exit_code",
               "pictures", "log_with", "tracker_project", "tracker_entity", "run_name", "num_workers", "cache_dir",
-              "max_corrupt", "dry_run"}
+              "max_corrupt", "shard", "dry_run"}
 
 
 def lpo(config: LPO) -> list[str]:
@@ -26,6 +26,9 @@ def lpo(config: LPO) -> list[str]:
     config.check()
     speed.check_optimizer(config.optimizer)
     speed.check_attention(config.attention)
+    if config.shard and speed.precision(config.mixed_precision, "fp16") == "fp16":
+        raise InputError(config.mixed_precision, "means fp16 here, whose scaled loss does not go with --shard",
+                         "use bf16, or drop --shard", "--mixed-precision")
     unet = pipeline(config.model, "--model", config.revision)
     picture(config, unet)
     lrm = reward_model(config)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lpo_fast.errors import InputError, PeerError
 
@@ -55,7 +56,8 @@ def index() -> int:
 
 def wait() -> None:
     """Until all are here."""
-    state().wait_for_everyone()
+    with _together():
+        state().wait_for_everyone()
 
 
 def total(x: Tensor) -> Tensor:
@@ -74,11 +76,14 @@ def anywhere(flag: object) -> bool:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Σ over the processes, in place, in messages of about BUCKET elements; parameters without a gradient count as 0."""
+    """Σ over the processes, in place, in messages of about BUCKET elements; parameters without a gradient count as 0.
+
+    Those of a sharded network are left out: FSDP sums them in the backward pass.
+    """
     if count() == 1:
         return
     bucket: list[Tensor] = []
-    for parameter in parameters:
+    for parameter in (p for p in parameters if not isinstance(p, DTensor)):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if bucket and (bucket[0].dtype != parameter.dtype or sum(grad.numel() for grad in bucket) >= BUCKET):

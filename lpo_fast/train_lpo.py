@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from lpo_fast import checkpoint, noise, official, outputs, preflight, ranks, runs, sample, select, speed
+from lpo_fast import checkpoint, noise, official, outputs, preflight, ranks, runs, sample, select, shard, speed
 from lpo_fast import policy as policies
 from lpo_fast.config import LPO
 from lpo_fast.kernels.pair_loss import pair_loss
@@ -61,7 +61,7 @@ def train_step(policy: Policy, sched: Schedule, pairs: Pairs, optimizer: torch.o
         metrics = metrics + out.totals
     ranks.sum_gradients(parameters)
     scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    grad_norm = shard.clip(parameters, config.max_grad_norm)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -149,7 +149,7 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
         at = at | outputs.resume_from(Path(config.resume_from), policy.unet, optimizer)
     else:
         draw.compared("before")
-    step = speed.compiled(sample.choose, config.compile, graphs=True)
+    step = speed.compiled(sample.choose, config.compiled, graphs=True)
     slots = min(config.batch_size, -(-len(prompts) // ranks.count()))
     batches = len(order(config, 0, len(prompts)))
     total = min(config.epochs * batches, config.max_batches or config.epochs * batches)
@@ -171,8 +171,7 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
     def save() -> None:
         """The state that --resume goes on from; pairs that are still to be trained on are part of it."""
         left = None if pairs is None else [x.cpu() for x in pairs]
-        if ranks.main():
-            checkpoint.save_state(out / checkpoint.STATE, at | {"metrics": run.size, "pairs": left}, parts)
+        checkpoint.save_state(out / checkpoint.STATE, at | {"metrics": run.size, "pairs": left}, parts)
 
     with runs.stoppable() as stopped:
         while done < total and not ranks.anywhere(stopped):
@@ -204,7 +203,7 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
             bar.update()
             if at["batch"] == batches:
                 at = at | {"epoch": at["epoch"] + 1, "batch": 0}
-                if at["epoch"] % config.save_epochs == 0 and ranks.main():
+                if at["epoch"] % config.save_epochs == 0:
                     outputs.save_checkpoint(out, at["epoch"] - 1, policy.unet, optimizer, config, at["step"])
                 if config.validation_prompts and at["epoch"] % config.validate_epochs == 0:
                     run.show("validation", at["step"], draw.validation(at["epoch"] - 1))
@@ -212,6 +211,7 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
     bar.close()
     if done < total:
         run.close()
+        ranks.wait()  # a launcher ends all processes soon after the first
         runs.say(f"stopped after step {at['step']}; go on with --resume")
         raise SystemExit(config.preempt_exit_code or 128 + (stopped or [signal.SIGTERM])[0])
     if at["step"] == 0:
@@ -219,8 +219,7 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
                  "the reward model's accuracy")
     if ema:
         ema.copy_to(trainable(policy.unet))
-    if ranks.main():
-        outputs.export(out, policy.unet, config)
+    outputs.export(out, policy.unet, config)
     draw.compared("after")
     run.close()
     ranks.wait()

@@ -363,6 +363,20 @@ def test_bad_pairs_are_refused(lrm: LRM, tmp_path: Path, capsys) -> None:
     assert train.main(argv) == 2 and "text" in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
+def test_sharded_weights(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list = []
+    monkeypatch.setattr(dry_run, "memory_table", lambda always, *rest: found.append((always, rest)) or [])
+    whole = replace(lpo, full=True, mixed_precision="bf16", compile="none", ema_decay=0.9)
+    for settings, world in ((whole, 4), (replace(whole, shard=True), 4)):
+        monkeypatch.setattr(dry_run, "processes", lambda world=world: world)
+        dry_run.report(settings)
+    (before, (_, gradients, *_)), (after, (_, quarter, *_)) = found
+    assert quarter == gradients // 4
+    for name in ("denoiser, fp32", "reference, fp32", "optimizer state (adamw)", "average of the weights"):
+        assert after[name] == before[name] // 4
+    assert after["reward model, bf16"] == before["reward model, bf16"]
+
+
 def test_memory_falls_with_more_passes_and_processes(lrm: LRM, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list = []
     monkeypatch.setattr(dry_run, "memory_table", lambda always, kept, *rest: found.append(kept) or [])

@@ -4,7 +4,7 @@ PYTHON ?= python3
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 .PHONY: demo test lint aot mutations
@@ -12,7 +12,7 @@ demo: $(VENV)/.done
 	$(VENV)/bin/python -m lpo_fast.train demo
 
 test: $(VENV)/.done
-	$(VENV)/bin/python -m pytest --cov=lpo_fast --cov-report=term --cov-fail-under=90
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal --cov=lpo_fast --cov-report=term --cov-fail-under=90
 
 lint: $(VENV)/.done
 	$(VENV)/bin/ruff check .

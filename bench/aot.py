@@ -119,16 +119,15 @@ def resident(arch: int, warps: int, registers: int, shared: int) -> int:
     return warps * min(most // warps, blocks, by_registers, by_memory)
 
 
-def examine(op: str, size: str, launch: Launch, arch: int, narrow: str) -> tuple[str, Row]:
-    """Compile one launch; what identifies it, and its row."""
-    target = GPUTarget("cuda", arch, 32)
-    what, options = source(launch, target)
+def examine(op: str, size: str, launch: Launch, what: ASTSource, options: dict, target: GPUTarget, narrow: str) -> Row:
+    """Compile one launch; its row."""
+    arch = target.arch
     row = Row(op, size, launch.kernel.__name__, arch, "×".join(map(str, launch.grid)), launch.warps)
     try:
         compiled = triton.compile(what, target=target, options=options)
     except Exception as error:  # whatever the compiler and its assembler raise
         print(f"{op} {size} {row.kernel} sm_{arch}: {error}", file=sys.stderr)
-        return what.hash(), row._replace(verdict="does not compile")
+        return row._replace(verdict="does not compile")
     cubin, shared = compiled.asm["cubin"], compiled.metadata.shared
     usage = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", cubin, "-res-usage"))}
     sass = tool("nvdisasm", cubin, "-c")
@@ -138,8 +137,8 @@ def examine(op: str, size: str, launch: Launch, arch: int, narrow: str) -> tuple
     verdict = ("spills" if spills or local else f"only {fits} warps fit" if fits < MIN_WARPS else
                (f"narrow: {narrow}" if narrow else "NARROW") if max([*load, *store], default=0) < 16 else "ok")
     load, store = (" ".join(f"{n}×{width}" for width, n in found.items()) or "-" for found in (load, store))
-    return what.hash(), row._replace(registers=usage["REG"], shared=shared, spills=spills, local=local, load=load, store=store,
-                                     resident=fits, verdict=verdict)
+    return row._replace(registers=usage["REG"], shared=shared, spills=spills, local=local, load=load, store=store,
+                        resident=fits, verdict=verdict)
 
 
 def examine_all(operator: Operator, size: str, archs: Iterable[int]) -> dict[tuple[str, int], Row]:
@@ -147,9 +146,11 @@ def examine_all(operator: Operator, size: str, archs: Iterable[int]) -> dict[tup
     found = {}
     for launch in recorded(operator, (operator.sizes | operator.variants)[size]):
         for arch in archs:
-            name = launch.kernel.__name__
-            identity, row = examine(operator.name, size, launch, arch, operator.narrow.get(name, ""))
-            found[identity, arch] = row
+            target = GPUTarget("cuda", arch, 32)
+            what, options = source(launch, target)
+            if (identity := (what.hash(), arch)) not in found:  # a forward pass launches the same with a graph and without
+                narrow = operator.narrow.get(launch.kernel.__name__, "")
+                found[identity] = examine(operator.name, size, launch, what, options, target, narrow)
     if not found:
         raise RuntimeError(f"{operator.name} launches nothing at size {size}")
     return found
@@ -184,9 +185,10 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := ", ".join(op for op in options.ops if op not in OPERATORS):  # choices would refuse an empty list
         parser.error(f"no such operator: {unknown}; there are {', '.join(OPERATORS)}")
-    tasks = [(op, size) for op in options.ops or OPERATORS for size in OPERATORS[op].sizes | OPERATORS[op].variants]
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        text, status = report(pool.map(examine_by_name, *zip(*tasks, strict=True), [options.arch] * len(tasks)))
+    tasks = [(op, size, [arch]) for op in options.ops or OPERATORS
+             for size in OPERATORS[op].sizes | OPERATORS[op].variants for arch in options.arch]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        text, status = report(pool.map(examine_by_name, *zip(*tasks, strict=True)))
     print(text, end="")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -70,6 +70,10 @@ class Text:
         null = self.null and self.null.to(*args, **kwargs)
         return Text(self.context.to(*args, **kwargs), self.pooled.to(*args, **kwargs), null)
 
+    def prepared(self, dtype: torch.dtype) -> Text:
+        """The context in the precision of a network that would round it at every use; the pooled features as they are."""
+        return replace(self, context=self.context.to(dtype), null=self.null and self.null.prepared(dtype))
+
     def guided(self) -> Text:
         """[null] * P + prompts: both branches of classifier-free guidance as one batch of 2P."""
         null = Text(self.null.context.expand_as(self.context), self.null.pooled.expand_as(self.pooled))
@@ -179,9 +183,9 @@ def variant(folder: Path) -> str | None:
     return "fp16" if any(".fp16" in file.stem for file in weight_files(folder)) else None
 
 
-def load_unet(path: Path) -> UNet2DConditionModel:
-    """The denoiser below ``path``, fp32."""
-    return UNet2DConditionModel.from_pretrained(path / "unet", variant=variant(path / "unet"), torch_dtype=torch.float32)
+def load_unet(path: Path, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    """The denoiser below ``path``."""
+    return UNet2DConditionModel.from_pretrained(path / "unet", variant=variant(path / "unet"), torch_dtype=dtype)
 
 
 def load_text(path: Path, family: Family, folder: Path | None = None,

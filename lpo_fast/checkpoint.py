@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
@@ -158,7 +157,8 @@ def read_text_projection(path: str) -> Tensor:
     return tensors["text_projection.weight"].float()
 
 
-# LoRA
+# LoRA. Files hold no alpha: alpha / rank is multiplied into B. The official form has no place for it, and diffusers
+# before 0.35 ignores a recorded one; so every reader computes the same.
 
 
 def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float, targets: tuple[str, ...], seed: int) -> None:
@@ -171,20 +171,39 @@ def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float, targets: tuple
 
 
 def lora_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """Adapter tensors in the official form, on the CPU."""
-    return {name: tensor.detach().cpu() for name, tensor in get_peft_model_state_dict(unet).items()}
+    """Adapter tensors in the official form, on the CPU, alpha / rank multiplied into B."""
+    return scaled(get_peft_model_state_dict(unet), scaling(unet))
+
+
+def scaling(unet: UNet2DConditionModel) -> float:
+    """alpha / rank of the attached adapter."""
+    attached = unet.peft_config["default"]
+    return attached.lora_alpha / attached.r
+
+
+def scaled(state: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """Adapter tensors on the CPU, every B times a factor."""
+    tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
+    return {name: tensor * factor if name.endswith(".lora_B.weight") else tensor for name, tensor in tensors.items()}
 
 
 def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
-    """Write pytorch_lora_weights.safetensors, which ``pipeline.load_lora_weights`` reads, alpha and rank included."""
+    """Write pytorch_lora_weights.safetensors, of which every diffusers' ``load_lora_weights`` makes the same pictures."""
+    write_lora(lora_state(unet), folder)
+
+
+def write_lora(state: dict[str, Tensor], folder: Path) -> None:
+    """Adapter tensors as pytorch_lora_weights.safetensors."""
     with replacing(folder / LORA_DIFFUSERS) as aside:
         StableDiffusionPipeline.save_lora_weights(
-            folder, unet_lora_layers=convert_state_dict_to_diffusers(lora_state(unet)), weight_name=aside.name,
-            **_collate_lora_metadata({"unet": unet}))
+            folder, unet_lora_layers=convert_state_dict_to_diffusers(state), weight_name=aside.name)
 
 
-def read_lora(path: Path, key: str = "--lora") -> tuple[dict[str, Tensor], float | None]:
-    """Adapter tensors (official names) and, where recorded, alpha of an official or diffusers LoRA file or its folder."""
+def read_lora(path: Path, key: str = "--lora") -> dict[str, Tensor]:
+    """Adapter tensors (official names) of an official or diffusers LoRA file or its folder.
+
+    Where the file records an alpha, alpha / rank is multiplied into B.
+    """
     file = Path(path)
     if file.is_dir():
         file = next((file / n for n in (LORA_DIFFUSERS, LORA_OFFICIAL) if (file / n).is_file()), file)
@@ -195,20 +214,21 @@ def read_lora(path: Path, key: str = "--lora") -> tuple[dict[str, Tensor], float
         state = read_pickle(file, key)
         if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
             raise InputError(str(file), "holds something else than named tensors", f"use a {LORA_OFFICIAL}", key)
-        return state, None
+        return state
     tensors, metadata = read_safetensors(file, key)
     alpha = json.loads(metadata.get("lora_adapter_metadata", "{}")).get("unet.lora_alpha")
     state = convert_unet_state_dict_to_peft(tensors)
-    return {name.removeprefix("unet."): t for name, t in state.items() if not name.endswith(".alpha")}, alpha
+    state = {name.removeprefix("unet."): t for name, t in state.items() if not name.endswith(".alpha")}
+    return state if alpha is None else {
+        name: t * (alpha / t.shape[1]) if name.endswith(".lora_B.weight") else t for name, t in state.items()}
 
 
 def load_lora(unet: UNet2DConditionModel, path: Path, key: str = "--lora") -> None:
-    """Put a LoRA's values into the attached adapter. Raises InputError unless names, shapes and alpha are the same."""
-    (state, alpha), own = read_lora(path, key), lora_state(unet)
-    attached = unet.peft_config["default"].lora_alpha
-    if alpha is not None and alpha != attached:
-        raise InputError(str(path), f"was trained with alpha {alpha:g}, this run uses {attached:g}",
-                         f"use --alpha {alpha:g}", key)
+    """Put a LoRA into the attached adapter, whose alpha may be another: B is scaled so that it computes the same.
+
+    Raises InputError unless names and shapes are the same.
+    """
+    state, own = read_lora(path, key), lora_state(unet)
     wrong = sorted(n for n in state.keys() | own.keys()
                    if n not in own or n not in state or state[n].shape != own[n].shape)
     if wrong:
@@ -216,7 +236,7 @@ def load_lora(unet: UNet2DConditionModel, path: Path, key: str = "--lora") -> No
         shapes = [str(tuple(s[name].shape)) if name in s else "absent" for s in (state, own)]
         raise InputError(str(path), f"{len(wrong)} tensors differ from the adapter of this run, the first {name!r}: "
                          f"{shapes[0]} in the file, {shapes[1]} wanted", "match --rank and --targets to the file", key)
-    set_peft_model_state_dict(unet, state)
+    set_peft_model_state_dict(unet, scaled(state, 1 / scaling(unet)))
 
 
 # Run states

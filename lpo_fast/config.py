@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from lpo_fast.errors import InputError
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
+Compile = Literal["auto", "none", "default", "max"]
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit", "adafactor"]
 
 
@@ -122,6 +123,8 @@ class LPO:
     """GroupNorm fused with what stands around it, in channels-last networks; no gain is measured yet."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """PyTorch's attention or xformers'."""
+    compile: Compile = "auto"
+    """Compile the sampling step and the training step: "default", "max" (searches longer), or "none"; auto: on a GPU."""
     checkpointing: bool = False
     """Activation checkpointing: less memory in training, about a third more time."""
     tf32: bool = True
@@ -151,6 +154,11 @@ class LPO:
     """The tracker's team (wandb)."""
     run_name: str = ""
     """The run's name in the tracker; default: the tracker's choice."""
+
+    @property
+    def compiled(self) -> str:
+        """--compile, but for sharded weights, which are gathered between the operations of a graph."""
+        return "none" if self.shard else self.compile
 
     def check(self) -> None:
         """Raise InputError for a setting that cannot work."""
@@ -186,6 +194,8 @@ class LPO:
             _refuse(self, "lora", "full fine-tuning has no LoRA to start from", "drop --lora or --full")
         if self.shard and not self.full:
             _refuse(self, "shard", "a LoRA is small, and is not sharded", "drop --shard, or use --full")
+        if self.shard and self.compile in ("default", "max"):
+            _refuse(self, "compile", "does not go with --shard", "use auto or none, or drop --shard")
         if self.shard and self.optimizer != "adamw":
             _refuse(self, "optimizer", "keeps no state that can be sharded", "use adamw, or drop --shard")
         if not self.full:
@@ -323,6 +333,8 @@ class LRM:
     """Weight of the batch loss in `both`."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """Precision of the networks; auto: bf16 on CUDA, fp32 on a CPU."""
+    compile: Compile = "auto"
+    """Compile the step: "default", "max" (searches longer), or "none"; auto: on a GPU."""
     fused_norms: bool = False
     """GroupNorm fused with what stands around it, in channels-last networks; no gain is measured yet."""
 

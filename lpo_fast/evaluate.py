@@ -190,7 +190,7 @@ def draw_with(settings: Evaluate, model: str, prompts: list[str], items: list[in
     config = LPO(model=model, num_steps=settings.steps, eta=settings.eta, mixed_precision=settings.mixed_precision)
     if settings.lora:
         lora = export.read(settings.lora)
-        config = replace(config, lora=settings.lora, rank=lora.rank, alpha=lora.alpha or 0.0, targets=tuple(lora.pairs))
+        config = replace(config, lora=settings.lora, rank=lora.rank, targets=tuple(lora.pairs))
     device = PartialState().device
     loaded, sched = policy.load(config, [prompts[n] for n in numbers], device)
     shape = (loaded.unet.config.in_channels, *[loaded.unet.config.sample_size] * 2)

@@ -1,6 +1,6 @@
 """python -m lpo_fast.export: a LoRA merged into its model (a whole diffusers directory), or in the form that diffusers reads.
 
-    W' = W + alpha / r · B·A          for every layer that the LoRA adapts, in fp32
+    W' = W + B·A          for every layer that the LoRA adapts, in fp32; alpha / r is part of B
 """
 
 import shutil
@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from lpo_fast import backbone, checkpoint, cli, models, preflight
@@ -40,10 +38,9 @@ class Export:
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA: (A [r, in, …], B [out, r, …]) of each adapted module, and alpha (None: it is each module's rank)."""
+    """A LoRA whose alpha is its rank: (A [r, in, …], B [out, r, …]) of each adapted module."""
 
     pairs: dict[str, tuple[Tensor, Tensor]]
-    alpha: float | None
 
     @property
     def rank(self) -> int:
@@ -57,14 +54,14 @@ class Lora:
 
 def read(path: str) -> Lora:
     """A LoRA file or its folder. Raises InputError for tensors that are no adapter of a denoiser."""
-    state, alpha = checkpoint.read_lora(Path(path))
+    state = checkpoint.read_lora(Path(path))
     names = dict.fromkeys(name.removesuffix(A).removesuffix(B) for name in state)
     for name in names or ("",):
         a, b = state.get(name + A), state.get(name + B)
         if a is None or b is None or a.dim() < 2 or b.dim() < 2 or len(a) != b.shape[1]:
             raise InputError(path, f"{name!r} is no adapter of two matrices of one rank",
                              "use a LoRA of the denoiser alone", "--lora")
-    return Lora({name: (state[name + A].float(), state[name + B].float()) for name in names}, alpha)
+    return Lora({name: (state[name + A].float(), state[name + B].float()) for name in names})
 
 
 def check_fit(lora: Lora, unet: nn.Module, path: str) -> None:
@@ -82,9 +79,8 @@ def check_fit(lora: Lora, unet: nn.Module, path: str) -> None:
 def merge(unet: nn.Module, lora: Lora) -> None:
     """Add the LoRA to the weights in place; ``unet`` is in fp32. Linear layers and convolutions alike."""
     for name, (a, b) in lora.pairs.items():
-        weight, scale = unet.get_submodule(name).weight, 1 if lora.alpha is None else lora.alpha / len(a)
-        a, b = a.to(weight.device), b.to(weight.device)
-        weight += scale * (b.flatten(1) @ a.flatten(1)).view_as(weight)
+        weight = unet.get_submodule(name).weight
+        weight += (b.to(weight.device).flatten(1) @ a.to(weight.device).flatten(1)).view_as(weight)
 
 
 def save_merged(model: Path, lora: Lora, out: Path, dtype: str) -> None:
@@ -102,16 +98,9 @@ def save_merged(model: Path, lora: Lora, out: Path, dtype: str) -> None:
 
 
 def save_lora(lora: Lora, out: Path) -> None:
-    """pytorch_lora_weights.safetensors in ``out``; alpha is written down where it is not the rank."""
-    state = {name + suffix: tensor.contiguous() for name, pair in lora.pairs.items()
-             for suffix, tensor in zip((A, B), pair, strict=True)}
-    metadata = None
-    if lora.alpha is not None and lora.alpha != lora.rank:
-        metadata = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.pairs)).to_dict()
-    with checkpoint.replacing(out / checkpoint.LORA_DIFFUSERS) as aside:
-        StableDiffusionPipeline.save_lora_weights(
-            out, unet_lora_layers=convert_state_dict_to_diffusers(state), weight_name=aside.name,
-            unet_lora_adapter_metadata=metadata)
+    """pytorch_lora_weights.safetensors in ``out``, of which every version of diffusers makes the same pictures."""
+    checkpoint.write_lora({name + suffix: tensor.contiguous() for name, pair in lora.pairs.items()
+                           for suffix, tensor in zip((A, B), pair, strict=True)}, out)
 
 
 def check(settings: Export) -> Lora:

@@ -339,7 +339,7 @@ def training_step(golden: Golden, family: str, setting: str, text: backbone.Text
 def lora_files(golden: Golden) -> Iterator[Check]:
     """Both forms of the LoRA hold the same adapter, and each is read and written again unchanged."""
     forms = [golden.root / "lpo_sd15_checkpoint" / checkpoint.LORA_OFFICIAL, golden.root / checkpoint.LORA_DIFFUSERS]
-    states = [checkpoint.read_lora(form)[0] for form in forms]
+    states = [checkpoint.read_lora(form) for form in forms]
     same = states[0].keys() == states[1].keys()
     apart = worst([(states[0][n], states[1][n]) for n in states[0]]) if same else math.inf
     yield "LoRA files, official = diffusers", apart, 0.0

@@ -25,33 +25,46 @@ class Policy:
     """The denoiser that trains and its reference: the same weights with the adapters off, or a frozen copy of them."""
 
     def __init__(self, unet: UNet2DConditionModel, text: Text, sizes: Tensor | None, *, full: bool, precision: str = "no",
-                 sharded: bool = False):
+                 compile: str = "none", sharded: bool = False):
         self.unet, self.text, self.sizes, self.precision = unet, text, sizes, precision
         self.frozen = copy.deepcopy(unet).requires_grad_(False) if full else None
         for network in (unet, self.frozen) if sharded else ():
             shard.cut(network, precision)
+        self.adapters = adapters(unet)
+        self._compiled = speed.compiled(self._evaluate, compile)
 
     def predict(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
-        """Outputs [2B, C, H, W], null pass first, in the network's precision; x_t [B, C, H, W], t, prompt numbers [B]."""
+        """Outputs [2B, C, H, W], null pass first, in the network's precision; x_t [B, C, H, W], t, prompt numbers [B].
+
+        For batches of any size, and inside what is compiled; ``train`` and ``reference`` are compiled for one size.
+        """
         return self._evaluate(self.unet, x_t, t, prompts)
+
+    def train(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
+        """The same for a training step."""
+        return self._compiled(self.unet, x_t, t, prompts)
 
     @torch.no_grad()
     def reference(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         """The same of the model that training started from."""
         if self.frozen is not None:
-            return self._evaluate(self.frozen, x_t, t, prompts)
-        with adapters_off(self.unet):
-            return self._evaluate(self.unet, x_t, t, prompts)
+            return self._compiled(self.frozen, x_t, t, prompts)
+        with adapters_off(self.adapters):
+            return self._compiled(self.unet, x_t, t, prompts)
 
     def _evaluate(self, unet: nn.Module, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         with speed.autocast(self.precision):
             return backbone.predict(unet, x_t, t, self.text[prompts], self.sizes)
 
 
+def adapters(unet: nn.Module) -> list[BaseTunerLayer]:
+    """The layers that have a LoRA."""
+    return [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+
+
 @contextmanager
-def adapters_off(unet: nn.Module) -> Iterator[None]:
-    """Without the LoRA. Unlike peft's ``disable_adapters`` this leaves requires_grad alone."""
-    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+def adapters_off(layers: list[BaseTunerLayer]) -> Iterator[None]:
+    """Without the LoRA in these layers. Unlike peft's ``disable_adapters`` this leaves requires_grad alone."""
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -70,7 +83,9 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
     """The policy with a LoRA attached (or all weights trainable), its text features and its sampler's schedule."""
     model = models.model(config)
     precision = speed.precision(config.mixed_precision, "fp16")
-    unet = backbone.load_unet(model).to("cpu" if config.shard else device).eval()  # sharded: a GPU may not hold it
+    # Frozen weights are never in memory in more than the precision of the network.
+    unet = backbone.load_unet(model, torch.float32 if config.full else speed.DTYPES[precision])
+    unet = speed.layout(unet.to("cpu" if config.shard else device)).eval()  # sharded: a GPU may not hold it
     if config.fused_norms:
         surgery.fuse_norms(unet)
     speed.attention(unet, config.attention)
@@ -80,12 +95,11 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
     encoders = [e.to(device).eval() for e in backbone.load_text(model, family)]
     tokenizers = backbone.load_tokenizers(model, family)
     text = backbone.encode_prompts(family, tokenizers, encoders, prompts, zero_null=family.zero_null)
+    text = text.prepared(speed.DTYPES[precision])
     too_long = sum(len(ids) > tokenizers[0].model_max_length for ids in tokenizers[0](prompts).input_ids)
     if too_long:
         runs.say(f"{too_long} of {len(prompts)} prompts exceed {tokenizers[0].model_max_length} tokens and are cut")
     if not config.full:
-        if precision != "no":
-            unet.to(speed.DTYPES[precision])
         checkpoint.add_lora(unet, config.rank, config.alpha or config.rank, config.targets, config.seed)
         for parameter in trainable(unet):
             parameter.data = parameter.data.float()
@@ -95,7 +109,8 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
     sizes = None if sizes is None else sizes.to(device)
     scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
     sched = schedule.from_config(scheduler, config.num_steps, config.eta).to(device)
-    return Policy(unet, text, sizes, full=config.full, precision=precision, sharded=config.shard), sched
+    return Policy(unet, text, sizes, full=config.full, precision=precision, compile=config.compiled,
+                  sharded=config.shard), sched
 
 
 def latent_shape(config: LPO, unet: UNet2DConditionModel) -> tuple[int, int, int]:
@@ -110,6 +125,7 @@ def load_score(config: LPO, prompts: list[str], device: torch.device) -> Score:
     settings = {"guidance_scale": config.lrm_guidance or None, "multi_scale_cfg": config.lrm_multi_scale_cfg}
     lrm = checkpoint.load_lrm(path, base, resolution=config.resolution,
                               **{k: v for k, v in settings.items() if v is not None}).to(device)
+    speed.layout(lrm.unet)
     if config.fused_norms:
         surgery.fuse_norms(lrm.unet)
     speed.attention(lrm.unet, config.attention)
@@ -119,6 +135,9 @@ def load_score(config: LPO, prompts: list[str], device: torch.device) -> Score:
     text = backbone.encode_prompts(lrm.family, tokenizers, list(lrm.text_encoders), prompts, zero_null=False)
     lrm.text_encoders = nn.ModuleList()  # never needed again
     precision = speed.precision(config.mixed_precision, "fp16")
+    if precision != "no":
+        lrm.unet.to(speed.DTYPES[precision])
+    text = text.prepared(speed.DTYPES[precision])
 
     def score(x: Tensor, t: Tensor, index: Tensor) -> Tensor:
         with speed.autocast(precision):

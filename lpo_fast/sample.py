@@ -57,28 +57,39 @@ class CounterNoise:
             yield (Counter(run, step, self.prompts),) * 2
 
 
+def choose(predict: Predict, score: Score, sched: Schedule, gap: Tensor, x: Tensor, t: Tensor, prompts: Tensor,
+           z: Tensor | Counter, choice: Tensor | Counter, guidance: float, k: int) -> tuple[Tensor, ...]:
+    """One denoising step from x [B, C, H, W]: winner, loser, valid [B], the scores [K, B] of its candidates, and the next x.
+
+    A pure function of its arguments without a host read: what ``speed.compiled`` compiles.
+    """
+    x_p = ddim_candidates(sched, x, predict(x, t, prompts), t, guidance=guidance, noise=z, candidates=k)
+    scores = score(x_p.flatten(0, 1), t.repeat(k), prompts.repeat(k)).view(k, -1)
+    pair = pair_select(scores, x_p, gap, t, choice)
+    return pair.winner, pair.loser, pair.valid, scores, pair.next
+
+
 @torch.no_grad()
 def trajectory(predict: Predict, score: Score, sched: Schedule, gap: Tensor, draw: CounterNoise, prompts: Tensor, *,
-               guidance: float, num_candidates: int, start: int = 0, stop: int = 0) -> tuple[Pairs, Tensor]:
+               guidance: float, num_candidates: int, start: int = 0, stop: int = 0,
+               step: Callable[..., tuple[Tensor, ...]] = choose) -> tuple[Pairs, Tensor]:
     """Denoise B prompts; a pair a step. Returns the (steps · B) pairs, step-major, and the scores [steps, K, B].
 
     gap: [N] smallest score gap of a valid pair by timestep (``select.gaps``). Before step ``start`` one unscored
     candidate is drawn and no pair made; the trajectory ends before step ``stop`` if that is positive. All candidates
-    are scored at the current step's t.
+    are scored at the current step's t. step: ``choose``, or what was compiled of it.
     """
     x, steps, all_scores = draw.initial(), [], []
-    for step, (z, choice) in enumerate(draw.steps(stop if stop > 0 else len(sched.timesteps))):
-        t = sched.timesteps[step].expand(len(prompts))
-        k = num_candidates if step >= start else 1
-        x_p = ddim_candidates(sched, x, predict(x, t, prompts), t, guidance=guidance, noise=z, candidates=k)
-        if step < start:
-            x = x_p[0]
+    for number, (z, choice) in enumerate(draw.steps(stop if stop > 0 else len(sched.timesteps))):
+        t = sched.timesteps[number].repeat(len(prompts))
+        if number < start:
+            x = ddim_candidates(sched, x, predict(x, t, prompts), t, guidance=guidance, noise=z, candidates=1)[0]
             continue
-        scores = score(x_p.flatten(0, 1), t.repeat(k), prompts.repeat(k)).view(k, -1)
-        pair = pair_select(scores, x_p, gap, t, choice)
-        steps.append(Pairs(x, pair.winner, pair.loser, t, prompts, pair.valid))
+        winner, loser, valid, scores, following = step(predict, score, sched, gap, x, t, prompts, z, choice, guidance,
+                                                       num_candidates)
+        steps.append(Pairs(x, winner, loser, t, prompts, valid))
         all_scores.append(scores)
-        x = pair.next
+        x = following
     return Pairs(*(torch.cat(field) for field in zip(*steps, strict=True))), torch.stack(all_scores)
 
 

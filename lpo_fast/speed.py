@@ -4,11 +4,17 @@ from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 
 import torch
+import torch._functorch.config
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
+from lpo_fast import runs
 from lpo_fast.errors import InputError
 
+# The modes of torch.compile by --compile and whether launches become a CUDA graph.
+MODES = {("default", False): "default", ("default", True): "reduce-overhead",
+         ("max", False): "max-autotune-no-cudagraphs", ("max", True): "max-autotune"}
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -83,9 +89,44 @@ def attention(unet: nn.Module, choice: str) -> None:
         unet.set_attn_processor(AttnProcessor2_0())
 
 
+def layout(unet: nn.Module) -> nn.Module:
+    """Channels-last on a GPU, whose convolutions want it."""
+    return unet.to(memory_format=torch.channels_last) if torch.cuda.is_available() else unet
+
+
 def checkpointing(unet: nn.Module) -> None:
     """Keep a denoiser's activations at the borders of its blocks alone and compute the others again in the backward pass."""
     unet.enable_gradient_checkpointing()
+
+
+def compiled(function: Callable, setting: str, *, graphs: bool = False) -> Callable:
+    """``function`` compiled as --compile says: as one graph and for the shapes it is called with ("auto": on a GPU).
+
+    graphs: for a function without gradient that returns tensors; on CUDA its launches are replayed as a CUDA graph, and what
+    it returns is copied out of the graph's memory. Where it cannot be compiled it runs as it is, and a warning says why.
+    """
+    setting = ("default" if torch.cuda.is_available() else "none") if setting == "auto" else setting
+    if setting == "none":
+        return function
+    torch._functorch.config.force_non_lazy_backward_lowering = True  # one that cannot be compiled shows in the forward
+    graphs = graphs and torch.cuda.is_available()
+    fast = torch.compile(function, fullgraph=True, dynamic=False, mode=MODES[setting, graphs])
+
+    def call(*arguments):
+        nonlocal fast
+        if fast is function:
+            return function(*arguments)
+        try:
+            if graphs:
+                torch.compiler.cudagraph_mark_step_begin()
+            returned = fast(*arguments)
+        except TorchDynamoException as error:  # also what its backend raises
+            runs.say(f"warning: {function.__qualname__} cannot be compiled and runs as it is, slower: "
+                     f"{str(error).strip().splitlines()[0][:200]}")
+            fast = function
+            return function(*arguments)
+        return tuple(x.clone() for x in returned) if graphs else returned
+    return call
 
 
 def learning_rate(warmup: str, warmup_steps: int, max_steps: int) -> Callable[[int], float]:

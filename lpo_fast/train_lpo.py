@@ -4,7 +4,6 @@ With many processes a prompt batch is batch_size prompts of each. Valid pairs of
 depend on who sampled them, shuffled, and dealt out; gradients are summed.
 """
 
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -24,12 +23,14 @@ from lpo_fast.policy import Policy, trainable
 from lpo_fast.sample import CounterNoise, Pairs, Score
 from lpo_fast.schedule import Schedule
 
+STEP = (*METRICS, "grad_norm")
+
 
 def evaluate(policy: Policy, sched: Schedule, pairs: Pairs, weight: Tensor, *, guidance: float, beta: float,
              eps: float) -> StepDPO:
     """One policy and one reference evaluation serve both members of each pair. weight: [N], see ``loss.step_dpo``."""
     at = pairs.x_t, pairs.t, pairs.prompt
-    return pair_loss(sched, pairs.x_t, pairs.winner, pairs.loser, pairs.t, policy.predict(*at), policy.reference(*at),
+    return pair_loss(sched, pairs.x_t, pairs.winner, pairs.loser, pairs.t, policy.train(*at), policy.reference(*at),
                      weight, guidance=guidance, beta=beta, eps=eps)
 
 
@@ -50,8 +51,8 @@ def micro_batches(pairs: Pairs, size: int) -> Iterator[Pairs]:
 
 
 def train_step(policy: Policy, sched: Schedule, pairs: Pairs, optimizer: torch.optim.Optimizer,
-               scaler: torch.amp.GradScaler, config: LPO) -> dict[str, float]:
-    """One optimizer step on up to train_batch_size · accumulate pairs a process; its metrics, official names first."""
+               scaler: torch.amp.GradScaler, config: LPO) -> Tensor:
+    """One optimizer step on up to train_batch_size · accumulate pairs a process; its metrics, STEP, on the device."""
     metrics, parameters = 0, trainable(policy.unet)
     for micro in micro_batches(pairs, config.train_batch_size):
         out = evaluate(policy, sched, micro, micro.valid / len(pairs.t), beta=config.beta, eps=config.clip_eps,
@@ -64,28 +65,30 @@ def train_step(policy: Policy, sched: Schedule, pairs: Pairs, optimizer: torch.o
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    values = torch.cat([ranks.total(metrics), grad_norm[None]]).tolist()
-    return dict(zip((*METRICS, "grad_norm"), values, strict=True)) | {"lr": optimizer.param_groups[0]["lr"]}
+    return torch.cat([ranks.total(metrics), grad_norm[None]])
 
 
 def sample_pairs(policy: Policy, score: Score, sched: Schedule, gap: Tensor, shape: tuple[int, int, int], index: Tensor,
-                 config: LPO, epoch: int) -> tuple[Pairs, dict[str, object]]:
-    """The valid pairs of all processes for prompt numbers ``index``, step-major, and what they say of the batch."""
-    rank, world = ranks.index(), ranks.count()
-    own = index[rank::world]
-    some = own if len(own) else index[:1]  # a process without a prompt keeps the others company
+                 config: LPO, epoch: int, *, slots: int = 0, step: Callable = sample.choose) -> tuple[Pairs, dict[str, object]]:
+    """The valid pairs of all processes for prompt numbers ``index``, step-major, and what they say of the batch.
+
+    slots: prompts that each process samples; where it has fewer, the first one again, whose pairs are dropped: shapes never
+    change, and a process without a prompt keeps the others company. step: see ``sample.trajectory``.
+    """
+    own = index[ranks.index()::ranks.count()]
+    some = torch.cat([own, index[:1].expand(max(slots - len(own), len(own) == 0))])
     pairs, scores = sample.trajectory(
-        policy.predict, score, sched, gap, CounterNoise(config.seed, epoch, some, shape), some,
+        policy.predict, score, sched, gap, CounterNoise(config.seed, epoch, some, shape), some, step=step,
         guidance=config.guidance_scale, num_candidates=config.num_candidates, start=config.start_step, stop=config.stop_step)
-    steps = len(scores)
+    steps, real = len(scores), torch.arange(len(some), device=some.device) < len(own)
     times, valid, scores = ranks.gather(*(x.movedim(-1, 0)[:len(own)].contiguous() for x in (
         pairs.t.view(steps, -1), pairs.valid.view(steps, -1).int(), scores)))  # [prompts, steps] or [prompts, steps, K]
     everything = pairs._replace(t=times.T.flatten(), valid=valid.T.flatten().bool())
     metrics = batch_metrics(everything, scores.movedim(0, -1))
-    kept = pairs.take(pairs.valid if len(own) else pairs.valid & False)
+    kept = pairs.take(pairs.valid & real.repeat(steps))
     kept = Pairs(*ranks.gather(*kept[:-1], kept.valid.int()))
-    step, place = ((a[:, None] == b).int().argmax(1) for a, b in ((kept.t, sched.timesteps), (kept.prompt, index)))
-    return kept.take((step * len(index) + place).argsort())._replace(valid=kept.valid.bool()), metrics
+    number, place = ((a[:, None] == b).int().argmax(1) for a, b in ((kept.t, sched.timesteps), (kept.prompt, index)))
+    return kept.take((number * len(index) + place).argsort())._replace(valid=kept.valid.bool()), metrics
 
 
 def batch_metrics(pairs: Pairs, scores: Tensor) -> dict[str, object]:
@@ -146,6 +149,8 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
         at = at | outputs.resume_from(Path(config.resume_from), policy.unet, optimizer)
     else:
         draw.compared("before")
+    step = speed.compiled(sample.choose, config.compiled, graphs=True)
+    slots = min(config.batch_size, -(-len(prompts) // ranks.count()))
     batches = len(order(config, 0, len(prompts)))
     total = min(config.epochs * batches, config.max_batches or config.epochs * batches)
     done = at["epoch"] * batches + at["batch"]
@@ -154,6 +159,15 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
     size = config.train_batch_size * config.accumulate * ranks.count()
     bar = tqdm(total=total, initial=done, desc="LPO", unit="batch", leave=False, disable=None if ranks.main() else True)
 
+    def log(steps: list[Tensor]) -> list[dict[str, float]]:
+        """Rows of the latest optimizer steps, read from the device at once."""
+        read = torch.stack(steps).tolist() if steps else []
+        made = [dict(zip(STEP, values, strict=True)) | {"lr": optimizer.param_groups[0]["lr"]} for values in read]
+        for number, row in enumerate(made, at["step"] - len(made)):
+            run.log("train", number, epoch=at["epoch"], **row)
+        steps.clear()
+        return made
+
     def save() -> None:
         """The state that --resume goes on from; pairs that are still to be trained on are part of it."""
         left = None if pairs is None else [x.cpu() for x in pairs]
@@ -161,23 +175,24 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
 
     with runs.stoppable() as stopped:
         while done < total and not ranks.anywhere(stopped):
-            start, trained = time.perf_counter(), []
+            start, trained, unread = time.perf_counter(), [], []
             index = order(config, at["epoch"], len(prompts))[at["batch"]].to(device)
             if pairs is None:  # else the run went on inside a prompt batch
-                pairs, metrics = sample_pairs(policy, score, sched, gap, shape, index, config, at["epoch"])
+                pairs, metrics = sample_pairs(policy, score, sched, gap, shape, index, config, at["epoch"],
+                                              slots=slots, step=step)
                 pairs = shuffled(pairs, config, at["epoch"], at["batch"])
                 run.log("batch", at["step"], epoch=at["epoch"], **metrics)
             sampled, count = time.perf_counter(), len(pairs.t)
             while len(pairs.t) and not ranks.anywhere(stopped):
-                row = train_step(policy, sched, pairs.take(slice(size)), optimizer, scaler, config)
+                unread.append(train_step(policy, sched, pairs.take(slice(size)), optimizer, scaler, config))
                 pairs = pairs.take(slice(size, None))
-                trained.append(row)
-                if ema and math.isfinite(row["grad_norm"]):  # else the scaler skipped the step
+                if ema and unread[-1][-1].isfinite():  # else the scaler skipped the step
                     ema.step(trainable(policy.unet))
-                run.log("train", at["step"], epoch=at["epoch"], **row)
                 at["step"] += 1
                 if at["step"] % config.save_steps == 0:
+                    trained += log(unread)
                     save()
+            trained += log(unread)
             if len(pairs.t):
                 break
             pairs, seconds = None, time.perf_counter() - start

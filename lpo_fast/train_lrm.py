@@ -29,7 +29,7 @@ class Encoder:
     """Pictures to noisy latents and captions to token ids: all that stands before the LRM and does not train."""
 
     def __init__(self, model: Path, lrm: LatentRewardModel, seed: int, precision: str, vae: Path | None = None,
-                 noise_offset: float = 0.0):
+                 noise_offset: float = 0.0, compile: str = "none"):
         device = next(lrm.parameters()).device
         scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
         self.vae = backbone.load_vae(vae or model).to(device)
@@ -37,6 +37,8 @@ class Encoder:
         self.sched: Schedule = schedule.from_config(scheduler, 20).to(device)
         self.noise_offset = noise_offset
         self.seed, self.precision, self.null_ids = seed, precision, backbone.tokenize(self.tokenizers, [""])
+        self.train_posterior = speed.compiled(self.posterior, compile)
+        self.train_features = speed.compiled(encode_features, compile)
         self.resolution = lrm.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @torch.no_grad()
@@ -58,11 +60,16 @@ class Encoder:
         x_t = schedule.add_noise(self.sched, x0.flatten(0, 1), eps.flatten(0, 1), t.expand(2, -1).flatten())
         return x_t.view_as(mean)
 
-    def text(self, lrm: LatentRewardModel, captions: list[str]) -> Text:
-        """Text features of captions, with gradient where the text encoders train."""
+    def ids(self, captions: list[str]) -> tuple[list[Tensor], list[Tensor]]:
+        """Token ids of captions and of the null prompt, a tensor an encoder."""
         device = self.sched.table.device
-        ids = [i.to(device) for i in backbone.tokenize(self.tokenizers, captions)]
-        return lrm.encode(ids, [i.to(device) for i in self.null_ids])
+        return tuple([i.to(device) for i in ids] for ids in (backbone.tokenize(self.tokenizers, captions), self.null_ids))
+
+
+def encode_features(lrm: LatentRewardModel, ids: list[Tensor], null_ids: list[Tensor], x: Tensor,
+                    t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``features`` of token ids: all of a training step's forward pass that has gradient, one null prompt a batch."""
+    return features(lrm, lrm.encode(ids, null_ids), x, t)
 
 
 def features(lrm: LatentRewardModel, text: Text, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,9 +141,9 @@ def pair_loss(lrm: LatentRewardModel, encoder: Encoder, batch: dict, step: int, 
     t, labels = timesteps(config, step, rows, batch["compare"], batch["labels"])
     if config.hflip:
         pixels = mirrored(config, step, rows, pixels)
-    x = encoder.latents(*encoder.posterior(pixels), rows, step, t)
+    x = encoder.latents(*encoder.train_posterior(pixels), rows, step, t)
     with speed.autocast(encoder.precision):
-        unit = features(lrm, encoder.text(lrm, batch["captions"]), x, t)
+        unit = encoder.train_features(lrm, *encoder.ids(batch["captions"]), x, t)
     good = (~batch["corrupt"]).nonzero()[:, 0]
     text, image_0, image_1, label_0, label_1, counts, t = ranks.gather(
         *(feature[good] for feature in unit), *labels[:, good], batch["counts"][good], t[:, good].T)
@@ -168,7 +175,7 @@ def validate(lrm: LatentRewardModel, encoder: Encoder, loader: DataLoader, times
         good = (~batch["corrupt"]).nonzero()[:, 0].to(device)
         rows, posterior = batch["rows"].to(device), encoder.posterior(batch["pixels"].to(device))
         with speed.autocast(encoder.precision):
-            words = encoder.text(lrm, batch["captions"])
+            words = lrm.encode(*encoder.ids(batch["captions"]))
         right[-1] += len(good)
         for k, timestep in enumerate(timesteps):
             t = torch.full_like(rows, timestep)
@@ -216,10 +223,11 @@ def train(config: LRM) -> Path:
     lrm.logit_scale.data.fill_(config.logit_scale)
     lrm.to(device).train()
     lrm.text_encoders.requires_grad_(not config.freeze_text_encoder)
+    speed.layout(lrm.unet)
     if config.fused_norms:
         surgery.fuse_norms(lrm.unet)
     encoder = Encoder(model, lrm, config.seed, speed.precision(config.mixed_precision, "bf16"), models.vae(config),
-                      config.noise_offset)
+                      config.noise_offset, config.compile)
     sets = {use: PairDataset(pairs, config.resolution or encoder.resolution) for use, pairs in used.items()}
     held_out = {use: DataLoader(pairs, config.batch_size // config.accumulate // ranks.count(), collate_fn=collate,
                                 sampler=range(ranks.index(), len(pairs), ranks.count()), num_workers=config.num_workers)

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; tensors are small, and tests run side by side
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers and transformers are imported
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lpo_fast_datasets_")
 
@@ -84,6 +85,19 @@ def make_sd21(folder: Path, prediction: str = "v_prediction") -> Path:
     return make_sd(folder, "text_encoder_2", "!", prediction, use_linear_projection=True, attention_head_dim=(1, 2, 2, 3))
 
 
+def make_sdxl(folder: Path, sd: Path) -> Path:
+    """SDXL in miniature, without model_index.json; the VAE and the scheduler are those of ``sd``."""
+    torch.manual_seed(1)
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+    UNet2DConditionModel(**CONFIGS["unet_sdxl"] | {"sample_size": 8}).save_pretrained(folder / "unet")
+    for suffix, encoder in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
+        encoder(text_config(f"text_encoder{suffix}", tokenizer)).save_pretrained(folder / f"text_encoder{suffix}")
+        tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
+    for part in ("vae", "scheduler"):
+        shutil.copytree(sd / part, folder / part)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers directory in the layout of SD1.5; not to be changed."""
@@ -98,17 +112,8 @@ def tiny_sd21(tiny_sd: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sdxl(tiny_sd: Path) -> Path:
-    """A diffusers directory in the layout of SDXL (the VAE and the scheduler are those of ``tiny_sd``)."""
-    torch.manual_seed(1)
-    folder = tiny_sd.parent / "sdxl"
-    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
-    UNet2DConditionModel(**CONFIGS["unet_sdxl"] | {"sample_size": 8}).save_pretrained(folder / "unet")
-    for suffix, encoder in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
-        encoder(text_config(f"text_encoder{suffix}", tokenizer)).save_pretrained(folder / f"text_encoder{suffix}")
-        tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
-    for part in ("vae", "scheduler"):
-        shutil.copytree(tiny_sd / part, folder / part)
-    return folder
+    """A diffusers directory in the layout of SDXL; not to be changed."""
+    return make_sdxl(tiny_sd.parent / "sdxl", tiny_sd)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from measure import markdown, table  # noqa: E402
 
 
 def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER")}
     return subprocess.run([sys.executable, *arguments], cwd=cwd, env=clean, capture_output=True, text=True)
 
 

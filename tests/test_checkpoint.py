@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import GOLDEN
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_unet_state_dict_to_peft
+from peft import set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -290,10 +292,10 @@ def test_adapters_are_off_within_the_block_alone(tiny_sd: Path) -> None:
     plain, unet = output(UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet").eval()), with_lora(tiny_sd)
     adapted, training = output(unet), [p.requires_grad for p in unet.parameters()]
     assert (adapted - plain).abs().max() > 1e-2
-    with policy.adapters_off(unet):
+    with policy.adapters_off(policy.adapters(unet)):
         assert torch.allclose(output(unet), plain, atol=1e-6)
     assert torch.allclose(output(unet), adapted, atol=1e-6)
-    with pytest.raises(KeyboardInterrupt), policy.adapters_off(unet):
+    with pytest.raises(KeyboardInterrupt), policy.adapters_off(policy.adapters(unet)):
         raise KeyboardInterrupt
     assert torch.allclose(output(unet), adapted, atol=1e-6)
     assert [p.requires_grad for p in unet.parameters()] == training
@@ -357,11 +359,37 @@ def test_lora_of_another_shape(tiny_sd: Path, tmp_path: Path) -> None:
         checkpoint.load_lora(with_lora(tiny_sd, 4), tmp_path)
 
 
-def test_lora_of_another_alpha(tiny_sd: Path, tmp_path: Path) -> None:
-    checkpoint.save_lora(with_lora(tiny_sd, 4, 8), tmp_path)
-    with pytest.raises(InputError, match="was trained with alpha 8, this run uses 4") as caught:
-        checkpoint.load_lora(with_lora(tiny_sd, 4, 4), tmp_path)
-    assert caught.value.key == "--lora" and "--alpha 8" in caught.value.remedy
+@pytest.mark.parametrize("form", ["ours", "recorded alpha", "official"])
+def test_a_lora_computes_the_same_with_another_alpha(tiny_sd: Path, tmp_path: Path, form: str) -> None:
+    unet = with_lora(tiny_sd, 4, 6)
+    if form == "ours":
+        checkpoint.save_lora(unet, tmp_path)
+    elif form == "official":
+        torch.save(checkpoint.lora_state(unet), tmp_path / checkpoint.LORA_OFFICIAL)
+    else:
+        unet.save_lora_adapter(tmp_path)  # diffusers' own, with its metadata
+        (file,) = tmp_path.iterdir()
+        tensors = {f"unet.{name}": tensor for name, tensor in load_file(file).items()}
+        file.unlink()
+        save_file(tensors, tmp_path / checkpoint.LORA_DIFFUSERS, {"lora_adapter_metadata": '{"unet.lora_alpha": 6}'})
+    for alpha in (6, 4, 1.5):
+        other = with_lora(tiny_sd, 4, alpha, seed=1)
+        checkpoint.load_lora(other, tmp_path)
+        assert torch.allclose(output(other), output(unet), atol=1e-5)
+
+
+def test_files_hold_no_alpha(tiny_sd: Path, tmp_path: Path) -> None:
+    """diffusers before 0.35 and the official form know no alpha but the rank: the files compute B·A without it."""
+    unet = with_lora(tiny_sd, 4, 6)
+    checkpoint.save_lora(unet, tmp_path)
+    with safe_open(tmp_path / checkpoint.LORA_DIFFUSERS, "pt") as file:
+        assert "lora_adapter_metadata" not in (file.metadata() or {})
+    bare = with_lora(tiny_sd, 4, 4)
+    tensors = convert_unet_state_dict_to_peft(load_file(tmp_path / checkpoint.LORA_DIFFUSERS))
+    set_peft_model_state_dict(bare, {name.removeprefix("unet."): tensor for name, tensor in tensors.items()})
+    assert torch.allclose(output(bare), output(unet), atol=1e-5)
+    set_peft_model_state_dict(bare, checkpoint.lora_state(unet))
+    assert torch.allclose(output(bare), output(unet), atol=1e-5)
 
 
 def test_damaged_safetensors(tmp_path: Path) -> None:
@@ -379,8 +407,8 @@ def test_no_lora(tmp_path: Path) -> None:
 
 
 def test_official_and_diffusers_file_hold_the_same() -> None:
-    official, _ = checkpoint.read_lora(GOLDEN / "lpo_sd15_checkpoint")
-    diffusers, _ = checkpoint.read_lora(GOLDEN / checkpoint.LORA_DIFFUSERS)
+    official = checkpoint.read_lora(GOLDEN / "lpo_sd15_checkpoint")
+    diffusers = checkpoint.read_lora(GOLDEN / checkpoint.LORA_DIFFUSERS)
     assert official.keys() == diffusers.keys() and all(torch.equal(official[n], diffusers[n]) for n in official)
 
 

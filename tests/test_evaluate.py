@@ -5,14 +5,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from forked import processes
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -196,10 +195,7 @@ def test_two_ranks_give_what_one_gives(argv, tmp_path):
     argv = [*argv, "--scorer", "test_evaluate:brightness"]
     assert evaluate.main(argv) == 0
     two = [*with_(argv[:-2], out=tmp_path / "two"), *argv[-2:]]
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", "-m",
-                           "lpo_fast.evaluate", *two], capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"})
+    done = processes(2, "-m", "lpo_fast.evaluate", *two, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     for side in compare.SIDES:
         one, other = pixels(tmp_path / "out", side), pixels(tmp_path / "two", side)

@@ -224,6 +224,8 @@ class Line:
         self.calls += 1
         return torch.cat([0.5 * x_t, self.unet["scale"] * x_t + self.unet["shift"] * prompts[:, None, None, None]])
 
+    train = predict
+
     @torch.no_grad()
     def reference(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         self.calls += 1
@@ -255,6 +257,7 @@ def test_train_step_is_one_step_of_the_mean_loss(size: int, accumulate: int, max
                  max_grad_norm=max_norm)
     optimizer = torch.optim.SGD(policy.unet.parameters(), lr=0.1)
     row = train_lpo.train_step(policy, sched, pairs, optimizer, torch.amp.GradScaler("cpu", enabled=False), config)
+    row = dict(zip(train_lpo.STEP, row.tolist(), strict=True))
     assert policy.calls == 2 * -(-5 // size)
     for before, parameter, g in zip(start, policy.unet.parameters(), expected, strict=True):
         change = 0.1 * g * min(1, max_norm / norm)
@@ -267,7 +270,7 @@ def test_train_step_is_one_step_of_the_mean_loss(size: int, accumulate: int, max
               "train_win_prob_policy": win_policy, "train_win_prob_ref": win_ref,
               "train_lose_prob_policy": lose_policy, "train_lose_prob_ref": lose_ref,
               "implicit_acc": (win > lose).double().mean(), "train_margin": (win - lose).mean(),
-              "grad_norm": norm, "lr": 0.1}
+              "grad_norm": norm}
     assert row == pytest.approx({name: float(value) for name, value in wanted.items()}, rel=1e-5)
 
 

@@ -143,7 +143,7 @@ def test_a_run_from_an_official_launch_line(tiny_sd: Path, tiny_lrm: Path, tmp_p
 
     assert train.main([*argv, "--config.num_epochs=2", "--config.run_name=on",
                        f"--config.resume_from={out / 'checkpoint_0'}"]) == 0
-    first, second = (checkpoint.read_lora(tmp_path / name)[0] for name in ("two", "on"))
+    first, second = (checkpoint.read_lora(tmp_path / name) for name in ("two", "on"))
     assert all(torch.equal(first[name], second[name]) for name in first)  # the optimizer's state came along
     steps = [[json.loads(line)["global_step"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
              for name in ("two", "on")]

@@ -33,7 +33,8 @@ SHIPPED = {
     "run_name": ("step_sd15_variable-t_lr1e-5_step-4000_multiscale_cfg7.5_filter2_time951",
                  "step_sdxl_variable-t_lr1e-5_step-8000_multiscale_cfg7.5_filter2_time951"),
 }
-NOT_OFFICIAL = {"revision", "resolution", "optimizer", "fused_norms", "max_corrupt", "handed_on", "tracker_entity", "out"}
+NOT_OFFICIAL = {"revision", "compile", "resolution", "optimizer", "fused_norms", "max_corrupt", "handed_on", "tracker_entity",
+                "out"}
 
 
 def parse(*overrides: str, name: str = "step_sd15", folder: str = HERE) -> LRM:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import ROOT, environment, free_port, processes
 from safetensors.torch import load_file
 from test_data import plain, table
 
@@ -18,7 +19,6 @@ from lpo_fast.config import LRM
 from lpo_fast.errors import InputError
 from lpo_fast.shapes import world
 
-ROOT = Path(__file__).parent.parent
 STEPS = """
 import sys, torch
 from pathlib import Path
@@ -45,7 +45,7 @@ for step in range(5):
     pairs = Pairs(*x, torch.arange(1, 1 + 50 * n, 50), torch.arange(n) % 5, torch.ones(n, dtype=torch.bool))
     row = train_lpo.train_step(Policy(unet, text, None, full=False), sched, pairs, optimizer,
                                torch.amp.GradScaler("cpu", enabled=False), config)
-print(f"rank {ranks.state().process_index}", row, flush=True)
+row = dict(zip(train_lpo.STEP, row.tolist(), strict=True))
 ranks.wait()
 if ranks.main():
     torch.save((checkpoint.Trained(unet).state_dict(), row), out)
@@ -63,7 +63,7 @@ lrm = checkpoint.new_lrm(Path(model), generator=torch.Generator().manual_seed(0)
 lrm.requires_grad_(True)
 encoder = train_lrm.Encoder(Path(model), lrm, 0, "no")
 encoder.vae.double()
-encoder.posterior = lambda pixels: (pixels.unflatten(2, (3, 1))[:, :, [0, 1, 2, 0], 0], torch.tensor(0.1).double())
+encoder.train_posterior = lambda pixels: (pixels.unflatten(2, (3, 1))[:, :, [0, 1, 2, 0], 0], torch.tensor(0.1).double())
 optimizer = torch.optim.SGD(lrm.parameters(), lr=0.1)
 config = LRM(loss_type="both", batch_coeff=0.5, accumulate=1, compare_between_timestep=True, aux_loss_coeff=0.5)
 own, first = 6 // ranks.count(), 6 // ranks.count() * ranks.index()
@@ -84,15 +84,10 @@ if ranks.main():
 """
 
 
-def processes(count: int, *arguments: str, cwd: Path = ROOT, timeout: int = 240) -> subprocess.CompletedProcess:
-    """Run a module or a script in ``count`` processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [] if count == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={count}", f"--master_port={port}"]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run([sys.executable, *launcher, *arguments], cwd=cwd, env=environment, capture_output=True, text=True,
+def launched(count: int, *arguments: str, timeout: int = 240) -> subprocess.CompletedProcess:
+    """Run a module or a script in ``count`` processes of torch.distributed.run."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={count}", f"--master_port={free_port()}"]
+    return subprocess.run([sys.executable, *launcher, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True,
                           timeout=timeout)
 
 
@@ -101,7 +96,7 @@ def alone(request: pytest.FixtureRequest, tiny_sd: Path, tmp_path_factory: pytes
     """The script, and what one process makes of it."""
     folder = tmp_path_factory.mktemp("steps")
     (folder / "steps.py").write_text({"lpo": STEPS, "lrm": LRM_STEPS}[request.param])
-    done = processes(1, str(folder / "steps.py"), str(tiny_sd), str(folder / "1.pt"))
+    done = processes(1, str(folder / "steps.py"), str(tiny_sd), str(folder / "1.pt"), folder=folder)
     assert done.returncode == 0, done.stderr
     return folder, *torch.load(folder / "1.pt")
 
@@ -110,7 +105,7 @@ def alone(request: pytest.FixtureRequest, tiny_sd: Path, tmp_path_factory: pytes
 def test_equal_global_batches_give_equal_weights(count: int, alone: tuple, tiny_sd: Path) -> None:
     """Five SGD steps in float64; the LRM's last two leave a process without a pair that counts."""
     folder, weights, row = alone
-    done = processes(count, str(folder / "steps.py"), str(tiny_sd), str(folder / f"{count}.pt"))
+    done = processes(count, str(folder / "steps.py"), str(tiny_sd), str(folder / f"{count}.pt"), folder=folder)
     assert done.returncode == 0, done.stderr
     other, other_row = torch.load(folder / f"{count}.pt")
     assert row["grad_norm"] > 1e-4
@@ -129,7 +124,8 @@ def test_the_same_pairs_at_rate_0(count: int, tiny_sd: Path, tiny_lrm: Path, tmp
         done = processes(n, "-m", "lpo_fast.train", "lpo", "--model", str(tiny_sd), "--lrm", str(tiny_lrm), "--prompts",
                          str(tmp_path / "prompts.json"), "--out", str(out), "--batch-size", str(batch), "--num-steps", "3",
                          "--pictures", "0", "--threshold-min", "0", "--threshold-max", "0.001", "--epochs", "1",
-                         "--learning-rate", "0", "--train-batch-size", str(batch), "--validation-prompts", "a red circle")
+                         "--learning-rate", "0", "--train-batch-size", str(batch), "--validation-prompts", "a red circle",
+                         folder=tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("parameters train") == 1 and done.stdout.count("weights: ") == 1
         assert (out / "pictures" / "validation_0.png").is_file() and load_file(out / "pytorch_lora_weights.safetensors")
@@ -148,7 +144,7 @@ def test_the_same_pairs_at_rate_0(count: int, tiny_sd: Path, tiny_lrm: Path, tmp
 
 
 def test_bad_input_ends_all(tiny_sd: Path, tmp_path: Path) -> None:
-    done = processes(2, "-m", "lpo_fast.train", "lpo", "--model", str(tiny_sd), "--lrm", "nowhere", "--out", str(tmp_path))
+    done = launched(2, "-m", "lpo_fast.train", "lpo", "--model", str(tiny_sd), "--lrm", "nowhere", "--out", str(tmp_path))
     assert done.returncode != 0 and "--lrm nowhere: no such directory" in done.stderr
 
 
@@ -170,10 +166,10 @@ def test_a_broken_process_ends_the_run(tiny_sd: Path, tiny_lrm: Path, tmp_path: 
     """Within 60 s, and the error is told."""
     (tmp_path / "fails.py").write_text(FAILS)
     (tmp_path / "prompts.json").write_text(json.dumps(world.captions(held_out=False)[:4]))
-    done = processes(2, str(tmp_path / "fails.py"), "lpo", "--model", str(tiny_sd), "--lrm", str(tiny_lrm), "--prompts",
-                     str(tmp_path / "prompts.json"), "--out", str(tmp_path / "run"), "--batch-size", "2", "--num-steps", "3",
-                     "--pictures", "0", "--threshold-min", "0", "--threshold-max", "0.001", "--train-batch-size", "2",
-                     "--epochs", "2", timeout=60)
+    done = launched(2, str(tmp_path / "fails.py"), "lpo", "--model", str(tiny_sd), "--lrm", str(tiny_lrm), "--prompts",
+                    str(tmp_path / "prompts.json"), "--out", str(tmp_path / "run"), "--batch-size", "2", "--num-steps", "3",
+                    "--pictures", "0", "--threshold-min", "0", "--threshold-max", "0.001", "--train-batch-size", "2",
+                    "--epochs", "2", timeout=60)
     assert done.returncode != 0 and done.stderr.count("RuntimeError: this rank is broken") == 1
     assert done.stderr.count("error: rank 0: another process has failed") == 1
     assert done.stderr.count("Traceback") == 2  # its own, and the launcher's
@@ -189,7 +185,7 @@ def test_the_reward_model_in_several_processes(count: int, tiny_sd: Path, tmp_pa
         out = tmp_path / f"run{n}"
         done = processes(n, "-m", "lpo_fast.train", "lrm", "--model", str(tiny_sd), "--pairs", str(pairs), "--validation-pairs",
                          str(pairs), "--out", str(out), "--batch-size", "6", "--max-steps", "2", "--validate-steps", "1",
-                         "--num-workers", "0", "--learning-rate", "1e-4", "--warmup-steps", "0")
+                         "--num-workers", "0", "--learning-rate", "1e-4", "--warmup-steps", "0", folder=tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("parameters train") == 1 and done.stdout.count("latent reward model: ") == 1
         assert (out / "checkpoint-final" / "state_dict.pt").is_file() and (out / "report.html").is_file()

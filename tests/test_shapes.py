@@ -1,6 +1,7 @@
 """The embedded world: its renderer, its measure, its pipeline, and the evaluation's arithmetic."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -67,8 +68,9 @@ def test_the_pipeline_is_a_pipeline_of_at_most_4_mb():
     assert picture.shape == (1, 32, 32, 3)
 
 
-def test_pretraining_makes_the_same_layout(tmp_path):
-    """A few steps of every stage: what it writes has the committed pipeline's files and shapes."""
+def test_pretraining_makes_the_same_layout(tmp_path, monkeypatch):
+    """A step of every stage, on 500 pictures: what it writes has the committed pipeline's files and shapes."""
+    monkeypatch.setattr(pretrain, "train_denoiser", partial(pretrain.train_denoiser, pictures=500))
     pretrain.main(["--out", str(tmp_path / "pipeline"), "--steps", "1", "1", "1", "--pictures", "4"])
     made, committed = ({str(f.relative_to(root)) for f in root.rglob("*") if f.is_file()}
                        for root in (tmp_path / "pipeline", PIPELINE))

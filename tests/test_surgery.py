@@ -92,7 +92,7 @@ def test_weights_copies_files_and_adapters(tmp_path, kernels) -> None:
     for parameter in policy.trainable(fused):
         nn.init.ones_(parameter)
     assert not torch.allclose(output(fused, *arguments), expected, rtol=1e-2)
-    with policy.adapters_off(fused):
+    with policy.adapters_off(policy.adapters(fused)):
         assert torch.equal(output(fused, *arguments), expected)
 
 

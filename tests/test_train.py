@@ -120,7 +120,7 @@ def test_lpo_run_directory_and_official_names(settings):
 def test_same_seed_same_bytes(settings, tmp_path):
     runs = [train_lpo.train(replace(settings, out=str(tmp_path / name))) for name in "ab"]
     assert (runs[0] / "metrics.jsonl").read_bytes() == (runs[1] / "metrics.jsonl").read_bytes()
-    weights = [checkpoint.read_lora(run)[0] for run in runs]
+    weights = [checkpoint.read_lora(run) for run in runs]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -134,7 +134,7 @@ def test_resume_is_exact(settings, tmp_path):
     train_lpo.train(replace(part, max_batches=5, resume=True))
     assert len(rows(tmp_path / "part", "batch")) == 5
     assert (whole / "metrics.jsonl").read_bytes() == (tmp_path / "part" / "metrics.jsonl").read_bytes()
-    first, second = checkpoint.read_lora(whole)[0], checkpoint.read_lora(tmp_path / "part")[0]
+    first, second = checkpoint.read_lora(whole), checkpoint.read_lora(tmp_path / "part")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -373,7 +373,7 @@ def test_mixed_precision_trains_float32_parameters(settings, precision, full):
     first = rows(out, "train")[0]  # policy and reference take the same path, so the ratio is 1 in any precision
     assert first["train_ratio_win"] == first["train_ratio_lose"] == 1.0
     if not full:
-        assert {t.dtype for t in checkpoint.read_lora(out)[0].values()} == {torch.float32}
+        assert {t.dtype for t in checkpoint.read_lora(out).values()} == {torch.float32}
 
 
 def test_preflight_is_quick(settings):

@@ -1,0 +1,105 @@
+"""The compiled loops: one graph a function, no recompilation after the first batch, and what the plain loops compute."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from test_data import plain, table
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from lpo_fast import config, sample, schedule, speed, train_lpo, train_lrm
+from lpo_fast.config import LPO, LRM
+from lpo_fast.shapes import world
+
+
+def rows(run: Path, kind: str) -> list[dict]:
+    return [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["kind"] == kind]
+
+
+@pytest.fixture
+def lpo(tiny_sd: Path, tiny_lrm: Path, tmp_path: Path) -> LPO:
+    """Prompt batches of 3, 3 and 1; 3 pairs a pass, the last one partial."""
+    (tmp_path / "prompts.json").write_text(json.dumps(world.captions(held_out=False)[:7]))
+    return replace(config.sd15().lpo, model=str(tiny_sd), lrm=str(tiny_lrm), prompts=str(tmp_path / "prompts.json"),
+                   out=str(tmp_path / "plain"), pictures=0, batch_size=3, num_steps=3, num_candidates=2, train_batch_size=4,
+                   epochs=1, threshold_min=0.0, threshold_max=0.001, beta=5.0, learning_rate=1e-4)
+
+
+@pytest.fixture
+def lrm(tiny_sd: Path, tmp_path: Path) -> LRM:
+    colours = [plain((40 * i, 255 - 40 * i, 90)) for i in range(6)]
+    pairs = table(tmp_path / "p.parquet", list("abcabc"), jpg_0=colours, jpg_1=colours[::-1])
+    return replace(config.sd15().lrm, model=str(tiny_sd), pairs=str(pairs), validation_pairs=str(pairs), num_workers=0,
+                   out=str(tmp_path / "plain"), batch_size=4, accumulate=2, max_steps=3, validate_steps=2, warmup_steps=0)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile with everything but its code generator, which takes minutes."""
+    torch.compiler.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+
+def compiled_twice(train: Callable, settings: LPO | LRM, capsys: pytest.CaptureFixture) -> tuple[Path, Path, int]:
+    """Run directories without and with compilation, and how many graphs there were."""
+    plain_run = train(settings)
+    made = train(replace(settings, compile="default", out=settings.out + "_compiled"))
+    assert "cannot be compiled" not in capsys.readouterr().out and not counters["graph_break"]
+    return plain_run, made, counters["stats"]["unique_graphs"]
+
+
+def test_lpo(traced: None, lpo: LPO, capsys: pytest.CaptureFixture) -> None:
+    """Three graphs: the sampling step, the policy with gradient, the reference. Each prompt batch has the same shapes."""
+    plain_run, made, graphs = compiled_twice(train_lpo.train, lpo, capsys)
+    assert graphs == 3
+    assert len(rows(made, "batch")) == 3
+    for kind in ("batch", "train"):
+        for a, b in zip(rows(plain_run, kind), rows(made, kind), strict=True):
+            assert {k: v for k, v in a.items() if not isinstance(v, float)} == {k: v for k, v in b.items()
+                                                                              if not isinstance(v, float)}
+            assert {k: v for k, v in a.items() if isinstance(v, float)} == pytest.approx(
+                {k: v for k, v in b.items() if isinstance(v, float)}, rel=1e-3, abs=1e-6)
+
+
+def test_lrm(traced: None, lrm: LRM, capsys: pytest.CaptureFixture) -> None:
+    """Two graphs: the VAE, and the network with gradient."""
+    plain_run, made, graphs = compiled_twice(train_lrm.train, lrm, capsys)
+    assert graphs == 2
+    for a, b in zip(rows(plain_run, "train"), rows(made, "train"), strict=True):
+        assert a.pop("kind") == b.pop("kind") and a == pytest.approx(b, rel=1e-3, abs=1e-6)
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(capsys: pytest.CaptureFixture) -> None:
+    def reads(x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.sum().item() > 0 else x
+    function = speed.compiled(reads, "default")
+    assert function(torch.ones(2)).tolist() == function(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert capsys.readouterr().out.count("warning: ") == 1
+    assert speed.compiled(reads, "none") is reads
+
+
+def test_errors_of_the_function_itself_pass(traced: None) -> None:
+    function = speed.compiled(lambda x: torch.cat([x, x[:, :1]]), "default")
+    with pytest.raises(RuntimeError):
+        function(torch.ones(2, 2))
+
+
+def test_a_prompt_batch_reads_nothing_back() -> None:
+    """On fake tensors, where any host read raises."""
+    with FakeTensorMode():
+        sched = schedule.ddim(torch.linspace(0.999, 0.01, 1000), torch.arange(951, 0, -50), 20)
+        gap = torch.zeros(1000)
+        index = torch.arange(3)
+        draw = sample.CounterNoise(0, 1, index, (4, 8, 8))
+        pairs, scores = sample.trajectory(
+            lambda x, t, prompts: torch.cat([x, x]), lambda x, t, prompts: x.mean((1, 2, 3)), sched, gap, draw, index,
+            guidance=7.5, num_candidates=4)
+        assert pairs.x_t.shape == (60, 4, 8, 8) and scores.shape == (20, 4, 3)
+        with pytest.raises(DataDependentOutputException):
+            pairs.valid.any().item()

@@ -145,11 +145,17 @@ def down_mid(unet: nn.Module, x: Tensor, t: Tensor, text: Text, sizes: Tensor | 
     return stages, unet.mid_block(h, emb, encoder_hidden_states=text.context)
 
 
-def load_down_mid(folder: Path, state: dict[str, Tensor] | None = None) -> UNet2DConditionModel:
-    """A denoiser without its up blocks, whose weights are never read from disk. state: weights that go before its own."""
+def empty_down_mid(folder: Path) -> UNet2DConditionModel:
+    """A denoiser without its up blocks, on the meta device."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
     unet.up_blocks, unet.conv_norm_out, unet.conv_out = nn.ModuleList(), None, None
+    return unet
+
+
+def load_down_mid(folder: Path, state: dict[str, Tensor] | None = None) -> UNet2DConditionModel:
+    """A denoiser without its up blocks, whose weights are never read from disk. state: weights that go before its own."""
+    unet = empty_down_mid(folder)
     unet.register_to_config(_name_or_path=str(folder.absolute()))  # where ``up_blocks`` finds the rest
     wanted = set(unet.state_dict())
     found = {name: tensor for name, tensor in (state or {}).items() if name in wanted}

@@ -44,6 +44,8 @@ class LPO:
     """Run directory."""
     resume: bool = False
     """Go on from the state in the run directory."""
+    dry_run: bool = False
+    """The command checks everything as for a run, prints what the run would train, hold and compute, and ends."""
     resume_from: str = ""
     """Start from a checkpoint_{epoch} directory (or the newest of a directory of them), official or ours, in a new run."""
     seed: int = 42
@@ -287,6 +289,8 @@ class LRM:
     """Run directory."""
     resume: bool = False
     """Go on from the state in the run directory."""
+    dry_run: bool = False
+    """The command checks everything as for a run, prints what the run would train, hold and compute, and ends."""
     seed: int = 42
     """All randomness is a function of the seed, the step and the pair."""
 

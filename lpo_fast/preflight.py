@@ -18,7 +18,7 @@ TRACKERS = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
 # Settings that a resumed run may change.
 MAY_CHANGE = {"out", "resume", "epochs", "max_batches", "save_epochs", "save_steps", "keep_checkpoints", "preempt_exit_code",
               "pictures", "log_with", "tracker_project", "tracker_entity", "run_name", "num_workers", "cache_dir",
-              "max_corrupt", "shard"}
+              "max_corrupt", "shard", "dry_run"}
 
 
 def lpo(config: LPO) -> list[str]:

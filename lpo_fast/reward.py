@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpo_fast import backbone
+from lpo_fast import backbone, speed
 from lpo_fast.backbone import Family, Text
 from lpo_fast.kernels.reward_pool import reward_pool
 
@@ -80,7 +80,7 @@ class LatentRewardModel(nn.Module):
 
 def normalized(projection: nn.Linear | None, features: Tensor) -> Tensor:
     """Project (if there is a projection) and scale to unit length, in fp32: scores differ by little."""
-    with torch.autocast(features.device.type, enabled=False):
+    with speed.autocast("no"):
         features = features.float()
         return F.normalize(features if projection is None else projection(features), dim=-1, eps=0)
 

@@ -5,10 +5,12 @@ lrm                 train a latent reward model from preference pairs
 lpo                 align a Stable Diffusion model with a latent reward model
 --config FILE.py …  the official LPO script's launch line (official.py)
 --config-path DIR --config-name NAME key=value …  the official LRM script's (official_lrm.py)
+--dry-run behind any of them but the demo: check, print what the run would take, end (dry_run.py)
 """
 
 import os
 import sys
+from dataclasses import replace
 from typing import Annotated
 
 import tyro
@@ -20,8 +22,13 @@ from lpo_fast.errors import InputError, PeerError
 
 def run(settings: Demo | LRM | LPO) -> None:
     """One command; prints where its results lie. The heavy imports wait until the command line is read."""
-    from lpo_fast import checkpoint, ranks, report, runs, train_lpo, train_lrm
+    from lpo_fast import checkpoint, dry_run, ranks, report, runs, train_lpo, train_lrm
     from lpo_fast.shapes import evaluate
+    if not isinstance(settings, Demo) and settings.dry_run:
+        lines = dry_run.report(settings)
+        if os.environ.get("RANK", "0") == "0":
+            print(*lines, sep="\n", flush=True)
+        return
     match settings:
         case Demo():
             settings.check()
@@ -59,7 +66,7 @@ def parse(argv: list[str]) -> Demo | LRM | LPO:
             print(*(f"note: {note}" for note in notes), sep="\n", flush=True)
         return settings
     if any(a.partition("=")[0] in ("--config-path", "--config-name", "-cp", "-cn") for a in argv):
-        return official_lrm.parse(argv)
+        return replace(official_lrm.parse([a for a in argv if a != "--dry-run"]), dry_run="--dry-run" in argv)
     defaults = recipe(argv)
     stages = (Annotated[Demo, tyro.conf.subcommand("demo")]
               | Annotated[LRM, tyro.conf.subcommand("lrm", default=defaults.lrm)]

@@ -43,7 +43,7 @@ def test_equal_global_batches_give_equal_weights(tiny_sd: Path, tmp_path: Path) 
     (tmp_path / "steps.py").write_text(WHOLE_STEPS)
     made = {}
     for count in (1, 3):
-        done = processes(count, str(tmp_path / "steps.py"), str(tiny_sd), str(tmp_path / f"{count}.pt"))
+        done = processes(count, str(tmp_path / "steps.py"), str(tiny_sd), str(tmp_path / f"{count}.pt"), folder=tmp_path)
         assert done.returncode == 0, done.stderr
         made[count] = torch.load(tmp_path / f"{count}.pt")
     weights, row = made[1]
@@ -101,7 +101,7 @@ def cut(tiny_lrm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     (folder / "prompts.json").write_text(json.dumps(world.captions(held_out=False)[:5]))
     (folder / "runs.py").write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n" + RUNS)
     models = str(small), str(tiny_lrm), str(folder / "prompts.json")
-    done = processes(2, str(folder / "runs.py"), str(folder), *models)
+    done = processes(2, str(folder / "runs.py"), str(folder), *models, folder=folder)
     assert done.returncode == 0, done.stderr
     return folder, replace(settings(*models), batch_size=4, train_batch_size=4)
 

@@ -19,7 +19,6 @@ from lpo_fast.launch import (
     DTYPES,
     channels_last,
     dense,
-    expect,
     expect_number,
     expect_table,
     expect_tensor,
@@ -104,7 +103,8 @@ def ddim_candidates(sched: Schedule, x_t: Tensor, outputs: Tensor, t: Tensor, *,
     expect_tensor("t", t, (len(x_t),), x_t, (torch.int64,))
     expect_table("sched.table", sched.table, (7,), x_t, (torch.float32, dtype))
     expect_type("candidates", candidates, int)
-    expect(1 <= candidates <= CHOICE, f"candidates is {candidates}, expected 1 to {CHOICE}")
+    if not 1 <= candidates <= CHOICE:  # no expect: torch.compile, where candidates is a symbol, cannot format the message
+        raise ValueError(f"candidates is {int(candidates)}, expected 1 to {CHOICE}")
     expect_number("guidance", guidance)
     given = not isinstance(noise, Counter)
     if given:

@@ -313,7 +313,8 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: f
     expect(0 < math.prod(x.shape[1:]) < 2**31, f"x has shape {tuple(x.shape)}: no elements, or 2³¹ and more a sample")
     c = x.shape[1]
     expect_type("groups", groups, int)
-    expect(groups > 0 and c % groups == 0, f"groups is {groups}, expected a divisor of {c} channels")
+    if groups <= 0 or c % groups:  # no expect: torch.compile, where groups is a symbol, cannot format the message
+        raise ValueError(f"groups is {int(groups)}, expected a divisor of {c} channels")
     expect_tensor("weight", weight, (c,), x)
     expect_tensor("bias", bias, (c,), x)
     if shift is not None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from test_noise import ONES, apart, philox_python
 from tolerance import assert_close
 from torch import Tensor
+from torch._dynamo.exc import Unsupported
 
 from lpo_fast import launch, noise, schedule
 from lpo_fast.golden import Golden
@@ -230,6 +231,20 @@ def test_compiled_and_replayed_with_another_counter(backend: str) -> None:
             for other in others:
                 got = compiled(x_t - 1, outputs, t.flip(0), other)
                 assert torch.equal(got, step(x_t - 1, outputs, t.flip(0), other))
+
+
+def test_compiled_code_takes_other_numbers_of_candidates() -> None:
+    """As one graph, also where torch.compile makes the number a symbol after its second value."""
+    torch._dynamo.reset()
+    sched, (x_t, outputs, t, _) = schedules(), inputs((2, 3, 5, 5))
+
+    def call(k: int) -> Tensor:
+        return ddim_candidates(sched, x_t, outputs, t, guidance=7.5, noise=counter([3, 4]), candidates=k)
+    compiled, most = torch.compile(call, fullgraph=True, backend="aot_eager"), call(5)
+    for k in (2, 3, 5, 4, 1):
+        assert torch.equal(compiled(k), most[:k])
+    with pytest.raises(Unsupported, match="candidates is 65536, expected 1 to 65535"):
+        compiled(65536)
 
 
 def test_one_launch() -> None:

@@ -194,7 +194,8 @@ def page(rows: list[dict], argv: list[str], precision: str) -> str:
     head = ["# Real sizes on a CPU, random weights", "", f"`python bench/real_size.py {' '.join(argv)}`, commit {commit}.",
             f"{cpu}, {os.cpu_count()} cores; {versions}; networks in {precision}.", "",
             "Peak: the stage's process, resident. Load: the machine's load average when the stage ended; what is above the "
-            "threads is other work, so these times are upper bounds.", ""]
+            "threads is other work, so these times are upper bounds. The gradient norm says nothing but that it is finite: "
+            "random weights make gradients grow from block to block.", ""]
     table = ["| stage | peak GiB | threads | load | seconds and results |", "|---|---|---|---|---|"]
     table += [f"| {row['stage']} | {row['peak']:.1f} | {row['threads']} | {row['load']:.1f} | "
               + ", ".join(f"{key} {value:.4g}" for key, value in row["values"].items()) + " |" for row in rows]

@@ -15,7 +15,19 @@ from torch import Tensor
 
 from lpo_fast import noise as streams
 from lpo_fast import schedule
-from lpo_fast.launch import DTYPES, channels_last, dense, expect, expect_finite, expect_tensor, fused, jit, launch, tl
+from lpo_fast.launch import (
+    DTYPES,
+    channels_last,
+    dense,
+    expect_number,
+    expect_table,
+    expect_tensor,
+    expect_type,
+    fused,
+    jit,
+    launch,
+    tl,
+)
 from lpo_fast.loss import guide
 from lpo_fast.noise import CHOICE, Counter, normals_at
 from lpo_fast.schedule import SIGMA, Schedule
@@ -79,25 +91,26 @@ def ddim_candidates(sched: Schedule, x_t: Tensor, outputs: Tensor, t: Tensor, *,
                     candidates: int) -> Tensor:
     """x_p [K, B, C, H, W] of x_t [B, C, H, W] and the network's outputs [2B, C, H, W], null pass first.
 
-    x_t: fp32 (float64 takes the reference). outputs: fp32, fp16 or bf16, NCHW or channels-last. t: int64 [B] in [0, N),
-    rows of the schedule's table. noise: z [K, B, C, H, W] in the dtype of x_t, or a Counter. There is no gradient: call it
-    under no_grad if x_t or outputs require one. Raises ValueError for anything else, and for guidance that is not finite.
+    x_t: fp32 (float64 takes the reference). outputs: fp32, fp16 or bf16, NCHW or channels-last. t: int64 [B], rows of the
+    schedule's table. noise: z [K, B, C, H, W] in the dtype of x_t, or a Counter. B may be 0. guidance: a Python number; under
+    torch.compile the kernel costs one compilation a value. There is no gradient: call it under no_grad if x_t, outputs or
+    noise require one. t is not looked at (that would read it back): outside [0, N) the result is undefined. Raises
+    ValueError for anything else, and for guidance that is not finite.
     """
+    expect_tensor("x_t", x_t, ("B", "C", "H", "W"), x_t, (torch.float32, torch.float64), gradient=False)
     dtype = x_t.dtype
-    expect(x_t.ndim == 4, f"x_t has shape {tuple(x_t.shape)}, expected [B, C, H, W]")
-    expect_tensor("x_t", x_t, x_t.shape, x_t, (torch.float32, torch.float64))
-    expect_tensor("outputs", outputs, (2 * len(x_t), *x_t.shape[1:]), x_t, (*DTYPES, dtype))
+    expect_tensor("outputs", outputs, (2 * len(x_t), *x_t.shape[1:]), x_t, (*DTYPES, dtype), gradient=False)
     expect_tensor("t", t, (len(x_t),), x_t, (torch.int64,))
-    expect_tensor("sched.table", sched.table, (len(sched.table), 7), x_t, (torch.float32, dtype))
-    expect(1 <= candidates <= CHOICE, f"candidates is {candidates}, expected 1 to {CHOICE}")
-    expect_finite("guidance", guidance)
+    expect_table("sched.table", sched.table, (7,), x_t, (torch.float32, dtype))
+    expect_type("candidates", candidates, int)
+    if not 1 <= candidates <= CHOICE:  # no expect: torch.compile, where candidates is a symbol, cannot format the message
+        raise ValueError(f"candidates is {int(candidates)}, expected 1 to {CHOICE}")
+    expect_number("guidance", guidance)
     given = not isinstance(noise, Counter)
     if given:
-        expect_tensor("noise", noise, (candidates, *x_t.shape), x_t, (dtype,))
+        expect_tensor("noise", noise, (candidates, *x_t.shape), x_t, (dtype,), gradient=False)
     else:
         streams.expect_counter("noise", noise, x_t)
-    no_grad = not (torch.is_grad_enabled() and (x_t.requires_grad or outputs.requires_grad or given and noise.requires_grad))
-    expect(no_grad, "x_t, outputs or noise requires a gradient, but there is none; expected torch.no_grad()")
     if not fused(x_t):
         return ddim_candidates_reference(sched, x_t, outputs, t, guidance=guidance, noise=noise, candidates=candidates)
     return _op(sched.table, x_t, outputs, t, [noise] if given else list(noise), candidates, float(guidance), sched.clip)

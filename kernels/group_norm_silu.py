@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpo_fast.launch import expect, expect_tensor, fused, jit, launch, power_of_2, tl
+from lpo_fast.launch import expect, expect_number, expect_tensor, expect_type, fused, jit, launch, power_of_2, tl
 
 WARPS, TILE = 8, 4096  # of a program; elements at once, 2 loads of 16 bytes a thread in fp16; not yet measured on a GPU
 CHUNK = 32768  # elements that one program reduces, if there are so many; not yet measured on a GPU
@@ -304,20 +304,23 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: f
                     silu: bool = True) -> Tensor:
     """GroupNorm of x + shift, and SiLU of that unless ``silu`` is False; [B, C, H, W] in the dtype of x.
 
-    x: [B, C, H, W], fp32, fp16 or bf16; channels-last (NCHW and float64 take the reference). groups divides C. weight,
-    bias: [C]; shift: [B, C] or None, the projected time embedding. eps: added to the variance. All have gradients.
+    x: [B, C, H, W], fp32, fp16 or bf16; channels-last (NCHW and float64 take the reference). B may be 0. groups divides C.
+    weight, bias: [C]; shift: [B, C] or None, the projected time embedding; each of any of these dtypes, whatever x is. eps:
+    added to the variance; under torch.compile the kernel costs one compilation a value. All tensors have gradients.
     Statistics are in fp32 (Welford). Raises ValueError for anything else, and for an eps that is negative or not finite.
     """
-    expect(x.ndim == 4, f"x has shape {tuple(x.shape)}, expected [B, C, H, W]")
+    expect_tensor("x", x, ("B", "C", "H", "W"), x)
     expect(0 < math.prod(x.shape[1:]) < 2**31, f"x has shape {tuple(x.shape)}: no elements, or 2³¹ and more a sample")
-    expect_tensor("x", x, x.shape, x)
     c = x.shape[1]
-    expect(groups > 0 and c % groups == 0, f"groups is {groups}, expected a divisor of {c} channels")
+    expect_type("groups", groups, int)
+    if groups <= 0 or c % groups:  # no expect: torch.compile, where groups is a symbol, cannot format the message
+        raise ValueError(f"groups is {int(groups)}, expected a divisor of {c} channels")
     expect_tensor("weight", weight, (c,), x)
     expect_tensor("bias", bias, (c,), x)
     if shift is not None:
         expect_tensor("shift", shift, (len(x), c), x)
-    expect(math.isfinite(eps) and eps >= 0, f"eps is {eps}, expected a finite number of at least 0")
+    expect_number("eps", eps, least=0)
+    expect_type("silu", silu, bool)
     if fused(x) and x.is_contiguous(memory_format=torch.channels_last):
         return _op(x, groups, weight, bias, eps, shift, silu)[0]
     return group_norm_silu_reference(x, groups, weight, bias, eps, shift, silu)

@@ -20,7 +20,8 @@ from lpo_fast.launch import (
     channels_last,
     dense,
     expect,
-    expect_finite,
+    expect_number,
+    expect_table,
     expect_tensor,
     fused,
     jit,
@@ -256,32 +257,35 @@ def pair_loss(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Te
               weight: Tensor, *, guidance: float, beta: float, eps: float) -> StepDPO:
     """Loss and metrics of N pairs, with gradient to the policy's outputs.
 
-    x_t, winner, loser: fp32 [N, C, H, W]; t: int64 [N] in [0, 1000); policy, reference: network outputs [2N, C, H, W], null
-    pass first, fp32, fp16 or bf16, NCHW or channels-last; weight: fp32 [N], 0 for padding. float64 latents take the
-    reference. eps: bound of the ratios; from 1 on they have no lower bound. Sums are in fp32 and the same in every run.
-    Raises ValueError for anything else, and for a guidance, beta or eps that is not finite.
+    x_t, winner, loser: fp32 [N, C, H, W]; t: int64 [N], rows of the schedule's table, timesteps whose sigma is positive;
+    policy, reference: network outputs [2N, C, H, W], null pass first, fp32, fp16 or bf16, NCHW or channels-last; weight: fp32
+    [N], 0 for padding. Latents in float64 take the reference; outputs and weight may be float64 too then. guidance, beta,
+    eps: Python numbers; under torch.compile the kernel costs one compilation a value. eps: bound of the ratios, at least 0;
+    from 1 on they have no lower bound. Sums are in fp32 and the same in every run.
+    A ``loss.StepDPO`` in fp32 (float64 if x_t is): the loss [], totals [9], the other seven [N]; all 0 or empty if N is 0.
+    t is not looked at (that would read it back): outside of the table, or where sigma is 0, the result is undefined. Raises
+    ValueError for anything else, and for a guidance, beta or eps that is not finite.
     """
-    expect(x_t.ndim == 4, f"x_t has shape {tuple(x_t.shape)}, expected [N, C, H, W]")
+    expect_tensor("x_t", x_t, ("N", "C", "H", "W"), x_t, (torch.float32, torch.float64), gradient=False)
     expect(x_t[:1].numel() > 0 or len(x_t) == 0, f"x_t has shape {tuple(x_t.shape)}: no elements")
-    exact = (torch.float32, torch.float64)
-    for name, x in (("x_t", x_t), ("winner", winner), ("loser", loser)):
-        expect_tensor(name, x, x_t.shape, x_t, exact)
-        expect(x.dtype == x_t.dtype and not x.requires_grad, f"{name} must be {x_t.dtype} as x_t is, and without gradient")
+    dtype, shape = x_t.dtype, (2 * len(x_t), *x_t.shape[1:])
+    expect_tensor("winner", winner, x_t.shape, x_t, (dtype,), gradient=False)
+    expect_tensor("loser", loser, x_t.shape, x_t, (dtype,), gradient=False)
     expect_tensor("t", t, x_t.shape[:1], x_t, (torch.int64,))
-    expect_tensor("weight", weight, x_t.shape[:1], x_t, exact)
-    expect_tensor("sched.table", sched.table, (len(sched.table), 7), x_t, (x_t.dtype,))
-    for name, outputs in (("policy", policy), ("reference", reference)):
-        expect_tensor(name, outputs, (2 * len(x_t), *x_t.shape[1:]), x_t)
-    expect(not (reference.requires_grad or weight.requires_grad), "reference and weight must be without gradient")
-    for name, number in (("guidance", guidance), ("beta", beta), ("eps", eps)):
-        expect_finite(name, number)
-    if not (fused(x_t) and policy.dtype in DTYPES and reference.dtype in DTYPES):
+    expect_tensor("policy", policy, shape, x_t, (*DTYPES, dtype))
+    expect_tensor("reference", reference, shape, x_t, (*DTYPES, dtype), gradient=False)
+    expect_tensor("weight", weight, x_t.shape[:1], x_t, (torch.float32, dtype), gradient=False)
+    expect_table("sched.table", sched.table, (7,), x_t, (dtype,))
+    expect_number("guidance", guidance)
+    expect_number("beta", beta)
+    expect_number("eps", eps, least=0)
+    if not fused(x_t):
         return pair_loss_reference(sched, x_t, winner, loser, t, policy, reference, weight, guidance=guidance, beta=beta,
                                    eps=eps)
     policy = dense(policy)
     layout = torch.channels_last if channels_last(policy) else torch.contiguous_format
     value, totals, values = _op(
         sched.table.contiguous(), x_t.contiguous(), winner.contiguous(), loser.contiguous(), t.contiguous(), policy,
-        reference.contiguous(memory_format=layout), weight.float().contiguous(), guidance, beta, eps,
+        reference.contiguous(memory_format=layout), weight.contiguous(), guidance, beta, eps,
         math.inf if sched.clip is None else sched.clip)
     return StepDPO(value, *values[:7].detach(), totals.detach())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lpo_fast import noise, select
-from lpo_fast.launch import expect, expect_tensor, fused, jit, launch, tl
+from lpo_fast.launch import expect, expect_table, expect_tensor, fused, jit, launch, tl
 from lpo_fast.noise import CHOICE, Counter, words_at
 
 BLOCK = 512  # elements of a program, 16 bytes a thread; not yet measured on a GPU
@@ -38,7 +38,9 @@ def pair_select_reference(scores: Tensor, x_p: Tensor, gap: Tensor, t: Tensor, c
         seed, epoch = choice.run
         choice = noise.integers(seed, epoch, choice.items, choice.step, len(scores))
     pair, rows = select.pairs(scores, gap[t]), torch.arange(scores.shape[1], device=scores.device)
-    return Selection(*pair, x_p[pair.best, rows], x_p[pair.worst, rows], x_p[choice, rows])
+    inside = choice.clamp(0, len(scores) - 1)
+    going_on = torch.where((choice == inside)[:, None, None, None], x_p[inside, rows], torch.nan)
+    return Selection(*pair, x_p[pair.best, rows], x_p[pair.worst, rows], going_on)
 
 
 @jit
@@ -98,26 +100,22 @@ def _(scores, x_p, gap, t, choice):
 def pair_select(scores: Tensor, x_p: Tensor, gap: Tensor, t: Tensor, choice: Tensor | Counter) -> Selection:
     """Best and worst of K candidates x_p [K, B, C, H, W] by scores [K, B], and the one to go on from.
 
-    scores, x_p, gap: fp32, or float64, which takes the reference. gap [N]: the smallest margin of a valid pair, exclusive,
-    of every training timestep; t: int64 [B] in [0, N). choice: int64 [B] in [0, K), or a Counter. Ties go to the first
-    candidate; the first NaN score is best and worst, and its pair is not valid. A choice outside [0, K) is not looked for
-    (that would read it back): its ``next`` is NaN, or the reference raises IndexError. There is no gradient: call it under
-    no_grad if scores or x_p require one. Raises ValueError for anything else.
+    scores, x_p, gap: fp32; or x_p in float64, which takes the reference, and the others in either. gap [N]: the smallest
+    margin of a valid pair, exclusive, of every training timestep; t: int64 [B]. choice: int64 [B], or a Counter. B may be 0.
+    Ties go to the first candidate; the first NaN score is best and worst, and its pair is not valid. There is no gradient:
+    call it under no_grad if scores or x_p require one. t and choice are not looked at (that would read them back): with t
+    outside [0, N) the result is undefined, with a choice outside [0, K) ``next`` is NaN. Raises ValueError for anything else.
     """
-    dtypes = torch.float32, torch.float64
-    expect(x_p.ndim == 5, f"x_p has shape {tuple(x_p.shape)}, expected [K, B, C, H, W]")
+    expect_tensor("x_p", x_p, ("K", "B", "C", "H", "W"), x_p, (torch.float32, torch.float64), gradient=False)
     expect(len(x_p) > 0, "x_p holds no candidates")
-    expect_tensor("x_p", x_p, x_p.shape, x_p, dtypes)
-    expect_tensor("scores", scores, x_p.shape[:2], x_p, dtypes[:1] if x_p.dtype == torch.float32 else dtypes)
-    expect_tensor("gap", gap, (gap.numel(),), x_p, dtypes[:1] if x_p.dtype == torch.float32 else dtypes)
+    expect_tensor("scores", scores, x_p.shape[:2], x_p, (torch.float32, x_p.dtype), gradient=False)
+    expect_table("gap", gap, (), x_p, (torch.float32, x_p.dtype))
     expect_tensor("t", t, x_p.shape[1:2], x_p, (torch.int64,))
     given = not isinstance(choice, Counter)
     if given:
         expect_tensor("choice", choice, t.shape, x_p, (torch.int64,))
     else:
         noise.expect_counter("choice", choice, t)
-    no_grad = not (torch.is_grad_enabled() and (scores.requires_grad or x_p.requires_grad))
-    expect(no_grad, "scores or x_p requires a gradient, but there is none; expected torch.no_grad()")
     if not fused(x_p):
         return pair_select_reference(scores, x_p, gap, t, choice)
     return Selection(*_op(scores, x_p, gap, t, [choice] if given else list(choice)))

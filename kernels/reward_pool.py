@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lpo_fast.launch import DTYPES, channels_last, dense, expect, expect_tensor, fused, jit, launch, power_of_2, tl
+from lpo_fast.launch import channels_last, dense, expect, expect_table, expect_tensor, fused, jit, launch, power_of_2, tl
 
 WARPS, TILE = 4, 4096  # of a program; elements at once, 4 loads of 16 bytes a thread in fp16; not yet measured on a GPU
 CHUNK = 65536  # elements that one forward program reduces, at most if there are rows enough; not yet measured on a GPU
@@ -171,23 +171,23 @@ _op.register_autograd(_backward, setup_context=_setup)
 def reward_pool(maps: Sequence[Tensor], guided: Sequence[bool], t: Tensor, guidance: Tensor) -> Tensor:
     """Pool and guide the maps of one evaluation of the denoiser's down and mid blocks; features [B, ΣC] in fp32.
 
-    maps: [B, C_i, H_i, W_i], or [2B, C_i, H_i, W_i] with the null pass first; fp32, fp16 or bf16 (float64 takes the
-    reference), NCHW or channels-last, all alike in rows, dtype and device. guided: which maps are guided. t: int64 [B]
-    in [0, N). guidance: fp32 [N], g of every training timestep; without gradient. Raises ValueError for anything else.
+    maps: [B, C_i, H_i, W_i], or [2B, C_i, H_i, W_i] with the null pass first; fp32, fp16 or bf16 (float64 takes the reference
+    and gives float64), NCHW or channels-last, all alike in rows, dtype and device. guided: which maps are guided. t: int64
+    [B]; B may be 0. guidance: fp32 [N] (or float64 as the maps), g of every training timestep; without gradient. t is not
+    looked at (that would read it back): outside [0, N) the result is undefined. Raises ValueError for anything else.
     """
-    expect(len(maps) > 0 and len(maps) == len(guided), f"{len(maps)} maps, but {len(guided)} entries of guided")
+    expect(len(maps) > 0, "no maps")
+    expect(len(maps) == len(guided), f"{len(maps)} maps, but {len(guided)} entries of guided")
     first = maps[0]
-    expect(t.ndim == 1, f"t has shape {tuple(t.shape)}, expected [B]")
-    expect_tensor("t", t, t.shape, first, (torch.int64,))
-    expect(guidance.ndim == 1 and not guidance.requires_grad, "guidance must be a table [N] without gradient")
-    exact = (torch.float64,) if first.dtype == torch.float64 else ()
-    expect_tensor("guidance", guidance, guidance.shape, first, (torch.float32, *exact))
+    expect_tensor("maps[0]", first, ("B", "C", "H", "W"), first)
     for i, stage in enumerate(maps):
-        expect(stage.ndim == 4, f"maps[{i}] has shape {tuple(stage.shape)}, expected [B, C, H, W]")
-        expect_tensor(f"maps[{i}]", stage, (len(first), *stage.shape[1:]), first, (first.dtype,))
+        expect_tensor(f"maps[{i}]", stage, (len(first), "C", "H", "W"), first, (first.dtype,))
         size = math.prod(stage.shape[1:])
         expect(0 < size < 2**31, f"maps[{i}] has shape {tuple(stage.shape)}: nothing to pool, or too much")
-    expect(first.dtype in (*DTYPES, torch.float64), f"maps are {first.dtype}, expected a floating dtype")
-    expect(len(first) in (len(t), 2 * len(t)), f"maps have {len(first)} rows for {len(t)} timesteps")
+    expect_tensor("t", t, ("B",), first, (torch.int64,))
+    exact = (torch.float64,) if first.dtype == torch.float64 else ()
+    expect_table("guidance", guidance, (), first, (torch.float32, *exact))
+    expect(len(first) in (len(t), 2 * len(t)),
+           f"maps have {len(first)} rows for {len(t)} timesteps, expected {len(t)} or {2 * len(t)}")
     expect(len(first) == 2 * len(t) or not any(guided), "a guided map needs the null pass too: 2B rows")
     return (_op if fused(first) else reward_pool_reference)(list(maps), list(guided), t, guidance)

@@ -6,6 +6,7 @@ in float64 and where Triton is not installed, the public functions of kernels/ t
 
 import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -27,6 +28,8 @@ except ImportError:  # the references run; kernel bodies are never reached
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (*DTYPES, torch.float64)
+LARGEST = sys.float_info.max
 
 
 class Launch(NamedTuple):
@@ -83,21 +86,49 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def expect_finite(name: str, number: float) -> None:
-    """Raise ValueError for NaN and infinities; not within torch.compile, where a number may be a symbol."""
-    if not torch.compiler.is_compiling():
-        expect(math.isfinite(number), f"{name} is {number}, expected a finite number")
-
-
 def expect(condition: bool, message: str) -> None:
     """Raise ValueError: what is wrong with an operator's input, with the value found and what was expected."""
     if not condition:
         raise ValueError(message)
 
 
-def expect_tensor(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor,
-                  dtypes: tuple[torch.dtype, ...] = (*DTYPES, torch.float64)) -> None:
-    """Shape, dtype and device (that of ``like``) of an operator's input; raises ValueError naming it."""
-    expect(tuple(x.shape) == tuple(shape), f"{name} has shape {tuple(x.shape)}, expected {tuple(shape)}")
-    expect(x.dtype in dtypes, f"{name} is {x.dtype}, expected {' or '.join(map(str, dtypes))}")
+def expect_type(name: str, value: object, kind: type | tuple[type, ...]) -> None:
+    """An operator's input is of a type, or of one of several; a bool is no number. Raises ValueError naming it."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
+        raise ValueError(f"{name} is of type {type(value).__name__}, expected {' or '.join(k.__name__ for k in kinds)}")
+
+
+def expect_number(name: str, number: float, least: float = -LARGEST) -> None:
+    """A finite Python number of at least ``least``; raises ValueError naming it.
+
+    Also where torch.compile makes the number a symbol, which comparisons can be asked about and math.isfinite cannot. What
+    torch.compile raises is an error of its own that quotes the ValueError.
+    """
+    expect_type(name, number, (int, float))
+    if not least <= number <= LARGEST:
+        bound = "" if least == -LARGEST else f" of at least {least}"
+        raise ValueError(f"{name} is {float(number)}, expected a finite number{bound}")
+
+
+def expect_tensor(name: str, x: Tensor, shape: tuple[int | str, ...], like: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS,
+                  gradient: bool = True) -> None:
+    """Type, shape, dtype and device (that of ``like``) of an operator's input; raises ValueError naming it.
+
+    shape: a letter stands for any size. gradient: whether the operator has one for it; if not, x may require none unless
+    the caller is under torch.no_grad().
+    """
+    expect_type(name, x, Tensor)
+    if x.ndim != len(shape) or not all(isinstance(n, str) or size == n for size, n in zip(x.shape, shape, strict=True)):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(shape)}".replace("'", ""))
+    if x.dtype not in dtypes:
+        raise ValueError(f"{name} is {x.dtype}, expected {' or '.join(map(str, dict.fromkeys(dtypes)))}")
     expect(x.device == like.device, f"{name} is on {x.device}, expected {like.device}")
+    if not gradient and x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, but has none here: detach it, or call under torch.no_grad()")
+
+
+def expect_table(name: str, x: Tensor, columns: tuple[int, ...], like: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """A row of ``columns`` for every training timestep, at least one, without gradient; raises ValueError naming it."""
+    expect_tensor(name, x, ("N", *columns), like, dtypes, gradient=False)
+    expect(len(x) > 0, f"{name} has shape {tuple(x.shape)}: no timesteps")

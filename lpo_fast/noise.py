@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lpo_fast.launch import expect, expect_tensor, jit, tl
+from lpo_fast.launch import expect, expect_tensor, expect_type, jit, tl
 
 INITIAL = 0xFFFF  # "step" of the latents that a trajectory starts from
 ORDER = 0xFFFE  # "step" of permutations
@@ -39,7 +39,8 @@ def expect_counter(name: str, counter: Counter, rows: Tensor) -> None:
     """Shapes, dtypes and devices of an operator's Counter for the rows [B, …]; raises ValueError naming what is wrong."""
     expect_tensor(f"{name}.run", counter.run, (2,), rows, (torch.int64,))
     expect_tensor(f"{name}.items", counter.items, rows.shape[:1], rows, (torch.int64,))
-    expect(counter.step.numel() == 1, f"{name}.step has shape {tuple(counter.step.shape)}, expected [] or [1]")
+    expect_type(f"{name}.step", counter.step, Tensor)
+    expect(tuple(counter.step.shape) in ((), (1,)), f"{name}.step has shape {tuple(counter.step.shape)}, expected [] or [1]")
     expect_tensor(f"{name}.step", counter.step, counter.step.shape, rows, (torch.int64,))
 
 

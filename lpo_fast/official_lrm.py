@@ -299,6 +299,38 @@ def _settings(values: dict[str, Any], keys: dict[str, Key]) -> LRM:
         "keep_checkpoints": max(typed("accelerator.limit_num_checkpoints", int), 0)})
 
 
+def render(config: LRM, family: str, processes: int) -> str:
+    """config.yaml of the official code: its launch line with this file would be this run. family: "sd" or "sdxl"."""
+    keys = {name: key for name, key in KEYS.items() if key.family in ("", family)}
+    values = {name: key.default for name, key in keys.items()} | (SDXL if family == "sdxl" else {})
+    for name, key in keys.items():
+        if key.field:
+            first, _, column = key.field.partition(".")
+            values[name] = getattr(config.columns, column) if column else getattr(config, first)
+    guidance = config.guidance_scale
+    values |= {
+        "dataset.batch_size": config.batch_size // (processes * config.accumulate),
+        "dataset.keep_only_with_pesudo_preference": config.filter_strategy > 0,
+        "dataset.filter_strategy": max(config.filter_strategy, 1),
+        "dataset.limit_examples_per_prompt": config.limit_examples_per_prompt or -1,
+        "dataset.processor.no_hflip": not config.hflip,
+        "model.guidance_scale": guidance[0] if len(guidance) == 1 else list(guidance),
+        "accelerator.mixed_precision": {"no": "NO"}.get(config.mixed_precision, "BF16"),
+        "accelerator.limit_num_checkpoints": config.keep_checkpoints or -1,
+        "accelerator.log_with": config.log_with or None}
+    if family == "sdxl":
+        values |= {"model.noise_offset": config.noise_offset > 0,
+                   "model.noise_offset_coeff": config.noise_offset or KEYS["model.noise_offset_coeff"].default}
+    tree: dict[str, Any] = {"defaults": [next(name for name, of in CONFIGS.items() if of == family), "_self_"]}
+    for name, value in values.items():
+        *groups, last = name.split(".")
+        at = tree
+        for group in groups:
+            at = at.setdefault(group, {})
+        at[last] = value
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
 def _word(value: Any) -> Any:
     """YAML reads a bare NO as false."""
     return "NO" if value is False else value

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from lpo_fast import backbone, checkpoint, loss, models, noise, preflight, ranks, runs, schedule, speed, surgery
+from lpo_fast import backbone, checkpoint, loss, models, noise, official_lrm, preflight, ranks, runs, schedule, speed, surgery
 from lpo_fast.backbone import Text
 from lpo_fast.config import LRM
 from lpo_fast.pairs import Corrupt, PairDataset, collate
@@ -239,6 +239,8 @@ def train(config: LRM) -> Path:
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
     out, run = Path(config.out), runs.Run(config)
+    if ranks.main():
+        (out / "config.yaml").write_text(official_lrm.render(config, lrm.family.name, ranks.count()), encoding="utf-8")
     state = {"weights": checkpoint.Trained(lrm), "optimizer": optimizer, "decay": decay}
     at = {"step": 0, "checkpoints": [], "corrupt": {use: [] for use in used}, "stage": {"metrics": {}}}
     if config.resume:

@@ -1,6 +1,7 @@
 """DDIM candidates by the kernel against the definition in float64, and its noise against Philox in Python's integers."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from test_noise import ONES, apart, philox_python
 from tolerance import assert_close
 from torch import Tensor
+from torch._dynamo.exc import Unsupported
 
 from lpo_fast import launch, noise, schedule
 from lpo_fast.golden import Golden
@@ -231,6 +233,20 @@ def test_compiled_and_replayed_with_another_counter(backend: str) -> None:
                 assert torch.equal(got, step(x_t - 1, outputs, t.flip(0), other))
 
 
+def test_compiled_code_takes_other_numbers_of_candidates() -> None:
+    """As one graph, also where torch.compile makes the number a symbol after its second value."""
+    torch._dynamo.reset()
+    sched, (x_t, outputs, t, _) = schedules(), inputs((2, 3, 5, 5))
+
+    def call(k: int) -> Tensor:
+        return ddim_candidates(sched, x_t, outputs, t, guidance=7.5, noise=counter([3, 4]), candidates=k)
+    compiled, most = torch.compile(call, fullgraph=True, backend="aot_eager"), call(5)
+    for k in (2, 3, 5, 4, 1):
+        assert torch.equal(compiled(k), most[:k])
+    with pytest.raises(Unsupported, match="candidates is 65536, expected 1 to 65535"):
+        compiled(65536)
+
+
 def test_one_launch() -> None:
     sched, (x_t, outputs, t, z) = schedules(), inputs((2, 3, 33, 7))
     for n in (z, counter([1, 2])):
@@ -256,10 +272,12 @@ def refused(message: str, sched: Schedule | None = None, **changes) -> None:
 def test_rejected_inputs() -> None:
     x_t, outputs, t, z = inputs((2, 3, 4, 4))
     at = counter([1, 2])
-    refused(r"x_t has shape \(3, 4, 4\), expected \[B, C, H, W\]", x_t=x_t[0])
+    refused(r"x_t has shape \(3, 4, 4\), expected \(B, C, H, W\)", x_t=x_t[0])
     refused("x_t is torch.float16, expected torch.float32 or torch.float64", x_t=x_t.half())
     refused(r"outputs has shape \(2, 3, 4, 4\), expected \(4, 3, 4, 4\)", outputs=outputs[:2])
-    refused("outputs is torch.float64", outputs=outputs.double())
+    refused("outputs is torch.float64, expected torch.float32 or torch.float16 or torch.bfloat16$", outputs=outputs.double())
+    refused("outputs is of type tuple, expected Tensor", outputs=outputs.chunk(2))
+    refused("x_t is of type NoneType, expected Tensor", x_t=None)
     refused("outputs is on meta, expected", outputs=outputs.to("meta"))
     refused(r"t has shape \(1,\), expected \(2,\)", t=t[:1])
     refused("t is torch.int32, expected torch.int64", t=t.int())
@@ -267,6 +285,12 @@ def test_rejected_inputs() -> None:
     refused("sched.table is on meta", sched=schedules().to("meta"))
     refused("candidates is 0, expected 1 to 65535", candidates=0)
     refused("candidates is 65536", candidates=65536)
+    refused("candidates is of type float, expected int", candidates=2.0)
+    refused("candidates is of type bool, expected int", candidates=True)
+    refused("guidance is of type Tensor, expected int or float", guidance=torch.tensor(7.5))
+    refused(r"sched.table has shape \(0, 7\): no timesteps", replace(schedules(), table=schedules().table[:0]))
+    refused("noise is of type tuple, expected Tensor", noise=tuple(at))
+    refused("noise.step is of type int, expected Tensor", noise=at._replace(step=3))
     for guidance in (math.nan, math.inf, -math.inf):
         refused(f"guidance is {guidance}, expected a finite number", guidance=guidance)
     refused(r"noise has shape \(2, 2, 3, 4, 4\), expected \(3, 2, 3, 4, 4\)", candidates=3)
@@ -279,4 +303,4 @@ def test_rejected_inputs() -> None:
     refused("noise.step is torch.int32", noise=at._replace(step=at.step.int()))
     refused("noise.step is on meta", noise=at._replace(step=at.step.to("meta")))
     for name, value in (("x_t", x_t), ("outputs", outputs), ("noise", z)):
-        refused(r"requires a gradient, but there is none; expected torch.no_grad\(\)", **{name: value.requires_grad_()})
+        refused(rf"{name} requires a gradient, but has none here: .* torch.no_grad\(\)", **{name: value.requires_grad_()})

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close
 from torch import Tensor
+from torch._dynamo.exc import Unsupported
 
 from lpo_fast import launch
 from lpo_fast.kernels import group_norm_silu as module
@@ -217,6 +218,21 @@ def test_compiled_as_one_graph(backend: str) -> None:
         checked(inputs((12, 7, 5, 4), dtype=torch.float16, seed=3), True, compiled)
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_compiled_code_takes_other_epsilons_and_groups(last: bool) -> None:
+    """As one graph, also where torch.compile makes the numbers symbols after their second values; NCHW is the reference."""
+    torch._dynamo.reset()
+    x, _, *rest, _, shift = inputs((12, 3, 5, 4))
+    x = x if last else x.detach().contiguous()
+    compiled = torch.compile(group_norm_silu, fullgraph=True, backend="aot_eager")
+    for groups, eps in ((4, 1e-5), (4, 0.5), (4, 0), (3, 2.0), (6, 0.1)):
+        exact = group_norm_silu_reference(x.double(), groups, *(w.double() for w in rest), eps, shift.double())
+        assert_close("y", compiled(x, groups, *rest, eps, shift), exact, 20.0, 105)
+    for bad in (-1e-5, math.inf):
+        with pytest.raises(Unsupported, match=f"eps is {bad}, expected a finite number of at least 0"):
+            compiled(x, 4, *rest, bad, shift)
+
+
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("batch", [0, 2])
 def test_is_a_torch_op(batch: int, shifted: bool) -> None:
@@ -245,12 +261,17 @@ def on(device: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"x": on(HERE, 2, 6, 5)}, "x has shape (2, 6, 5), expected [B, C, H, W]"),
+    ({"x": on(HERE, 2, 6, 5)}, "x has shape (2, 6, 5), expected (B, C, H, W)"),
     ({"x": on(HERE, 2, 6, 0, 5)}, "x has shape (2, 6, 0, 5): no elements"),
     ({"x": on(HERE, 2, 6, 5, 5, dtype=torch.int64)}, "x is torch.int64, expected torch.float32"),
     ({"groups": 4}, "groups is 4, expected a divisor of 6 channels"),
     ({"groups": 0}, "groups is 0, expected a divisor of 6 channels"),
     ({"groups": -3}, "groups is -3, expected a divisor of 6 channels"),
+    ({"groups": 3.0}, "groups is of type float, expected int"), ({"groups": True}, "groups is of type bool, expected int"),
+    ({"silu": 1}, "silu is of type int, expected bool"), ({"silu": None}, "silu is of type NoneType, expected bool"),
+    ({"eps": torch.tensor(1e-5)}, "eps is of type Tensor, expected int or float"),
+    ({"x": None}, "x is of type NoneType, expected Tensor"),
+    ({"weight": 1.0}, "weight is of type float, expected Tensor"),
     ({"weight": on(HERE, 5)}, "weight has shape (5,), expected (6,)"),
     ({"weight": on("meta", 6)}, "weight is on meta, expected"),
     ({"bias": on(HERE, 6, dtype=torch.int64)}, "bias is torch.int64, expected torch.float32"),

@@ -1,5 +1,6 @@
 """How kernels are launched: when they run, what is recorded, what is refused, and that nothing needs Triton."""
 
+import math
 import os
 import re
 import subprocess
@@ -9,10 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEVICE
+from torch import Tensor
+from torch._dynamo.exc import Unsupported
 
 import lpo_fast
 from lpo_fast import launch
-from lpo_fast.launch import channels_last, dense, expect, expect_tensor, fused, jit, power_of_2, tl
+from lpo_fast.launch import (
+    channels_last,
+    dense,
+    expect,
+    expect_number,
+    expect_table,
+    expect_tensor,
+    expect_type,
+    fused,
+    jit,
+    power_of_2,
+    tl,
+)
 
 KERNELS = sorted(path.stem for path in (Path(lpo_fast.__file__).parent / "kernels").glob("*.py") if path.stem != "__init__")
 
@@ -95,16 +110,62 @@ def test_refusals_name_what_is_wrong() -> None:
     expect_tensor("x", x, (2, 3), x)
     expect_tensor("x", x, x.shape, x, (torch.int64, torch.float32))
     expect_tensor("x", x.double(), [2, 3], x)
+    expect_tensor("x", x, ("B", 3), x)
+    wanting = x.clone().requires_grad_()
+    expect_tensor("x", wanting, (2, "C"), x)
+    with torch.no_grad():
+        expect_tensor("x", wanting, (2, "C"), x, gradient=False)
     for arguments, message in (
         ((x, (3, 2), x), "x has shape (2, 3), expected (3, 2)"), ((x, (2, 3, 1), x), "x has shape (2, 3), expected (2, 3, 1)"),
         ((x, (2, 3), x, (torch.int64,)), "x is torch.float32, expected torch.int64"),
         ((x.long(), (2, 3), x), "x is torch.int64, expected torch.float32 or torch.float16 or torch.bfloat16 or torch.float64"),
+        ((x, ("B", 4), x), "x has shape (2, 3), expected (B, 4)"), ((x, ("N",), x), "x has shape (2, 3), expected (N,)"),
+        ((x, (2, 3), x, (torch.int64, torch.bool, torch.int64)), "x is torch.float32, expected torch.int64 or torch.bool"),
+        ((7.5, (2, 3), x), "x is of type float, expected Tensor"), (((x, x), (2, 3), x), "x is of type tuple, expected Tensor"),
+        ((wanting, (2, 3), x, (torch.float32,), False),
+         "x requires a gradient, but has none here: detach it, or call under torch.no_grad()"),
         ((x.to("meta"), (2, 3), x), "x is on meta, expected cpu"), ((x, (2, 3), x.to("meta")), "x is on cpu, expected meta"),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             expect_tensor("x", *arguments)
     with pytest.raises(ValueError, match="^why$"):
         expect(False, "why")
+    expect_table("g", x, (3,), x, (torch.float32,))
+    for table, message in ((x[0], "g has shape (3,), expected (N, 3)"), (x[:0], "g has shape (0, 3): no timesteps"),
+                           (wanting, "g requires a gradient, but has none here"), (3, "g is of type int, expected Tensor")):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            expect_table("g", table, (3,), x, (torch.float32,))
+    for value, kind in ((3, int), (True, bool), (2, (int, float)), (2.5, (int, float)), (x, Tensor)):
+        expect_type("n", value, kind)
+    for value, kind, message in ((True, int, "bool, expected int"), (False, (int, float), "bool, expected int or float"),
+                                 (2.0, int, "float, expected int"), (1, bool, "int, expected bool"),
+                                 (None, float, "NoneType, expected float")):
+        with pytest.raises(ValueError, match=f"^n is of type {message}$"):
+            expect_type("n", value, kind)
+
+
+NUMBERS = [(5.0, ""), (7.5, ""), (3, ""), (0, ""), (sys.float_info.max, ""), (-1.5, "is -1.5, expected a finite number of at"),
+           (math.nan, "is nan, expected a finite number"), (math.inf, "is inf, expected"), (-math.inf, "is -inf, expected"),
+           (True, "is of type bool, expected int or float"), ("5", "is of type str, expected int or float")]
+
+
+@pytest.mark.parametrize("dynamic", [None, False, True, "eager"])
+def test_numbers(dynamic: bool | str | None) -> None:
+    """Compiled as one graph the same values pass and are refused, constants or (from the second on) symbols."""
+    def scaled(x: Tensor, number: float) -> Tensor:
+        expect_number("g", number, least=0)
+        return x * number
+    call, errors, one = scaled, ValueError, torch.ones(2, dtype=torch.float64)
+    if dynamic != "eager":
+        torch.compiler.reset()
+        call, errors = torch.compile(scaled, fullgraph=True, backend="aot_eager", dynamic=dynamic), Unsupported
+    for value, message in NUMBERS:
+        if message:
+            with pytest.raises(errors, match=f"g {message}"):
+                call(one, value)
+        else:
+            assert torch.equal(call(one, value), one * value)
+    expect_number("g", -1.5)
 
 
 def python(code: str, **environment: str) -> str:

@@ -168,7 +168,11 @@ def test_tensors_give_the_same_numbers() -> None:
     ("items", torch.zeros(5, dtype=torch.int32), "noise.items is torch.int32"),
     ("items", torch.zeros(5, dtype=torch.int64, device="meta"), "noise.items is on meta, expected cpu"),
     ("step", torch.zeros(2, dtype=torch.int64), r"noise.step has shape \(2,\), expected \[\] or \[1\]"),
+    ("step", torch.zeros(1, 1, dtype=torch.int64), r"noise.step has shape \(1, 1\), expected \[\] or \[1\]"),
     ("step", torch.zeros(1), "noise.step is torch.float32"),
+    ("step", 3, "noise.step is of type int, expected Tensor"),
+    ("run", (42, 0), "noise.run is of type tuple, expected Tensor"),
+    ("items", [0, 1, 2, 3, 4], "noise.items is of type list, expected Tensor"),
 ])
 def test_rejected_counters(field: str, value: Tensor, message: str) -> None:
     good = noise.Counter(*(torch.zeros(size, dtype=torch.int64) for size in ((2,), (), (5,))))

@@ -54,6 +54,20 @@ def test_the_shipped_files(monkeypatch: pytest.MonkeyPatch, capsys, family: int)
     parsed.check()
 
 
+@pytest.mark.parametrize("overrides", [(), (
+    "dataset.batch_size=2", "accelerator.gradient_accumulation_steps=3", "dataset.processor.no_hflip=False",
+    "dataset.keep_only_with_pesudo_preference=False", "dataset.limit_examples_per_prompt=7", "model.guidance_scale=1",
+    "accelerator.mixed_precision=NO", "accelerator.limit_num_checkpoints=-1", "accelerator.log_with=null",
+    "dataset.image_1_column_name=rejected", "accelerator.seed=3")])
+@pytest.mark.parametrize("family", [0, 1])
+def test_the_configuration_that_a_run_writes_is_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: int,
+                                                        overrides: tuple[str, ...]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parsed = parse(*overrides, *["model.noise_offset=True"] * family, name=("step_sd15", "step_sdxl_base")[family])
+    (tmp_path / "config.yaml").write_text(official_lrm.render(parsed, ("sd", "sdxl")[family], 2))
+    assert official_lrm.parse(["--config-path", str(tmp_path), "--config-name", "config"]) == parsed
+
+
 def test_our_recipe_is_the_shipped_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The defaults of LRM are what the shipped file says, but for where things lie and how they are logged."""
     monkeypatch.setenv("WORLD_SIZE", "8")

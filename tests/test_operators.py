@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import DEVICE
+from torch._dynamo.exc import Unsupported
 from triton.runtime.errors import OutOfResources
 
 from lpo_fast import doctor
@@ -101,5 +102,7 @@ def test_compiled_code_takes_other_guidance(kernels, name: str) -> None:
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for guidance in (5.0, 7.5, 2.0):
         assert torch.equal(compiled(guidance), call(guidance))
-    with pytest.raises(ValueError, match="guidance is nan, expected a finite number"):
-        call(float("nan"))
+    for function, errors in ((call, ValueError), (compiled, Unsupported)):
+        for bad in (float("nan"), float("inf")):
+            with pytest.raises(errors, match=f"guidance is {bad}, expected a finite number"):
+                function(bad)

@@ -144,14 +144,14 @@ def test_strides_and_forms() -> None:
 
 
 def test_choice_out_of_range() -> None:
-    """The kernel reads nothing outside of x_p: NaN. The reference raises (on a GPU that would end the process)."""
+    """Nothing is read outside of x_p (on a GPU that would end the process): NaN, of the kernel and of the reference."""
     scores, x_p, gap, t, _ = inputs(4, 4)
-    good = pair_select(scores, x_p, gap, t, tensor([0, 1, 2, 3]))
-    bad = pair_select(scores, x_p, gap, t, tensor([-1, 1, 4, 2**62]))
-    assert all(torch.equal(a, b) for a, b in zip(good[:6], bad[:6], strict=True))
-    assert torch.equal(bad.next[1], good.next[1]) and bad.next[[0, 2, 3]].isnan().all()
-    with pytest.raises(IndexError):
-        pair_select_reference(*(x.cpu() for x in (scores, x_p, gap, t)), torch.tensor([0, 1, 2, 4]))
+    for function in (pair_select, pair_select_reference):
+        good = function(scores, x_p, gap, t, tensor([0, 1, 2, 3]))
+        bad = function(scores, x_p, gap, t, tensor([-1, 1, 4, 2**62]))
+        assert all(torch.equal(a, b) for a, b in zip(good[:6], bad[:6], strict=True))
+        assert torch.equal(bad.next[1], x_p[1, 1]) and bad.next[[0, 2, 3]].isnan().all()
+        assert torch.equal(good.next, torch.stack([x_p[i, i] for i in range(4)]))
 
 
 def test_float64_takes_the_reference() -> None:
@@ -218,14 +218,14 @@ def test_rejected_inputs() -> None:
     def refused(message: str, **changes) -> None:
         with pytest.raises(ValueError, match=message):
             pair_select(**{"scores": scores, "x_p": x_p, "gap": gap, "t": t, "choice": choice} | changes)
-    refused(r"x_p has shape \(2, 2, 3, 3\), expected \[K, B, C, H, W\]", x_p=x_p[0])
+    refused(r"x_p has shape \(2, 2, 3, 3\), expected \(K, B, C, H, W\)", x_p=x_p[0])
     refused("x_p holds no candidates", x_p=x_p[:0], scores=scores[:0])
     refused("x_p is torch.bfloat16, expected torch.float32 or torch.float64", x_p=x_p.bfloat16())
     refused(r"scores has shape \(3, 2\), expected \(4, 2\)", scores=scores[:3])
     refused("scores is torch.float64, expected torch.float32", scores=scores.double())
     refused("scores is torch.float16, expected torch.float32", scores=scores.half())
     refused("scores is on meta", scores=scores.to("meta"))
-    refused(r"gap has shape \(5, 10\), expected \(50,\)", gap=gap.view(5, 10))
+    refused(r"gap has shape \(5, 10\), expected \(N,\)", gap=gap.view(5, 10))
     refused("gap is torch.float64, expected torch.float32", gap=gap.double())
     refused("gap is on meta", gap=gap.to("meta"))
     refused(r"t has shape \(1,\), expected \(2,\)", t=t[:1])
@@ -236,5 +236,11 @@ def test_rejected_inputs() -> None:
     refused(r"choice.run has shape \(1,\), expected \(2,\)", choice=at._replace(run=at.run[:1]))
     refused(r"choice.items has shape \(1,\), expected \(2,\)", choice=at._replace(items=at.items[:1]))
     refused(r"choice.step has shape \(2,\), expected \[\] or \[1\]", choice=at._replace(step=at.items))
-    for name, value in (("scores", scores), ("x_p", x_p)):
-        refused(r"requires a gradient, but there is none; expected torch.no_grad\(\)", **{name: value.requires_grad_()})
+    refused(r"gap has shape \(0,\): no timesteps", gap=gap[:0])
+    refused("gap is of type float, expected Tensor", gap=0.5)
+    refused("x_p is of type list, expected Tensor", x_p=list(x_p))
+    refused("choice is of type int, expected Tensor", choice=1)
+    refused("choice.step is of type int, expected Tensor", choice=at._replace(step=3))
+    for name, value in (("x_p", x_p), ("scores", scores)):
+        wanting = {name: value.clone().requires_grad_()}
+        refused(rf"{name} requires a gradient, but has none here: .* torch.no_grad\(\)", **wanting)

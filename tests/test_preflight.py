@@ -200,6 +200,11 @@ def test_lpo_numbers(lpo: LPO, key: str, value: float) -> None:
     ({"start_step": 20}, "--start-step", "no step is left before step 20"),
     ({"start_step": 5, "stop_step": 5}, "--start-step", "no step is left before step 5"),
     ({"full": True, "lora": "x"}, "--lora", "full fine-tuning has no LoRA"),
+    ({"shard": True}, "--shard", "a LoRA is small"),
+    ({"full": True, "shard": True, "compile": "max"}, "--compile", "does not go with --shard"),
+    ({"full": True, "shard": True, "optimizer": "adamw8bit"}, "--optimizer", "can be sharded; use adamw"),
+    ({"full": True, "shard": True, "optimizer": "adafactor"}, "--optimizer", "can be sharded; use adamw"),
+    ({"full": True, "shard": True, "mixed_precision": "fp16"}, "--mixed-precision", "means fp16 here"),
 ])
 def test_lpo_settings_that_contradict(lpo: LPO, changes: dict, flag: str, message: str) -> None:
     refused(train_lpo.train, replace(lpo, **changes), flag, message)
@@ -208,7 +213,8 @@ def test_lpo_settings_that_contradict(lpo: LPO, changes: dict, flag: str, messag
 def test_settings_that_only_look_wrong(lpo: LPO) -> None:
     for changes in ({"threshold_shape": "none", "threshold_min": 0.5, "threshold_max": 0.3}, {"full": True, "rank": 0},
                     {"start_step": 4, "stop_step": 5}, {"threshold_min": 0.4, "threshold_max": 0.4}, {"clip_eps": 5.0},
-                    {"guidance_scale": 0.0}, {"num_steps": 999}):
+                    {"guidance_scale": 0.0}, {"num_steps": 999},
+                    {"full": True, "shard": True, "mixed_precision": "bf16", "ema_decay": 0.9}):
         preflight.lpo(replace(lpo, **changes))
 
 

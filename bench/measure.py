@@ -160,7 +160,10 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable]) -> str:
 
 
 def table(rows: Iterable[dict]) -> str:
-    """Eager, compiled and kernel side by side: µs on the GPU (wall clock); rates are of the last of the three that ran."""
+    """Eager, compiled and kernel side by side: µs on the GPU (wall clock); rates are of the last of the three that ran.
+
+    Columns in which nothing was measured are left out: those of kernels and launches without a GPU.
+    """
     found: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         if "wall_us" in row:
@@ -184,4 +187,6 @@ def table(rows: Iterable[dict]) -> str:
                       f"{last['share']:.0%}", counts])
     header = ("op", "size", "pass", "eager µs", "compiled µs", "kernel µs", "× eager", "× compiled", "GB/s", "of copy",
               "launches")
+    keep = [not lines or any(cell.strip("-/") for cell in column) for column in zip(*lines or [header], strict=True)]
+    header, *lines = ([cell for cell, kept in zip(row, keep, strict=True) if kept] for row in (header, *lines))
     return markdown(header, lines)

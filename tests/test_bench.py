@@ -84,6 +84,11 @@ def test_table() -> None:
         "launches": "7/3/1"}
     assert another == ["another", "big", "forward", "(8.0)", "-", "-", "-", "-", "100.0", "25%", "-/-/-"]
     assert table([]).count("\n") == 2
+    header, _, big = ([cell.strip() for cell in line.strip("|").split("|")] for line in table(
+        [row("eager", 8.0), row("compiled", 4.0)]).splitlines())
+    assert dict(zip(header, big, strict=True)) == {
+        "op": "op", "size": "big", "pass": "forward", "eager µs": "(8.0)", "compiled µs": "(4.0)", "× eager": "2.00",
+        "GB/s": "100.0", "of copy": "25%"}  # without a GPU nothing of kernels
 
 
 def test_markdown_is_aligned() -> None:

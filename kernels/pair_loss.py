@@ -118,14 +118,14 @@ def _forward_kernel(table_ptr, x_ptr, winner_ptr, loser_ptr, t_ptr, policy_ptr, 
             t = tl.load(t_ptr + i, mask=real, other=0)
             sigma = tl.load(table_ptr + t * 7 + 6, mask=real, other=1.0).to(tl.float64)
             weight = tl.load(weight_ptr + i, mask=real, other=0.0).to(tl.float64)
-            scale = 2 * sigma * sigma * (C * HW)
-            log_win = _total(partial_ptr, i, real, 0, SUMS, SPLITS, SPLITS_2) / scale
-            log_lose = _total(partial_ptr, i, real, 1, SUMS, SPLITS, SPLITS_2) / scale
+            per = 1 / (2 * sigma * sigma * (C * HW))  # one division in fp64: each has a slow path that wants a stack
+            log_win = _total(partial_ptr, i, real, 0, SUMS, SPLITS, SPLITS_2) * per
+            log_lose = _total(partial_ptr, i, real, 1, SUMS, SPLITS, SPLITS_2) * per
             offset = -tl.log(sigma) - HALF_LOG_2PI
-            win_policy = offset - _total(partial_ptr, i, real, 2, SUMS, SPLITS, SPLITS_2) / scale
-            win_ref = offset - _total(partial_ptr, i, real, 3, SUMS, SPLITS, SPLITS_2) / scale
-            lose_policy = offset - _total(partial_ptr, i, real, 4, SUMS, SPLITS, SPLITS_2) / scale
-            lose_ref = offset - _total(partial_ptr, i, real, 5, SUMS, SPLITS, SPLITS_2) / scale
+            win_policy = offset - _total(partial_ptr, i, real, 2, SUMS, SPLITS, SPLITS_2) * per
+            win_ref = offset - _total(partial_ptr, i, real, 3, SUMS, SPLITS, SPLITS_2) * per
+            lose_policy = offset - _total(partial_ptr, i, real, 4, SUMS, SPLITS, SPLITS_2) * per
+            lose_ref = offset - _total(partial_ptr, i, real, 5, SUMS, SPLITS, SPLITS_2) * per
             tl.store(values_ptr + 7 * pairs + i, log_win.to(tl.float32), mask=real)
             tl.store(values_ptr + 8 * pairs + i, log_lose.to(tl.float32), mask=real)
             log_win, log_lose = _clipped(log_win, low, high), _clipped(log_lose, low, high)

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,12 +151,13 @@ def test_bad_input_ends_all(tiny_sd: Path, tmp_path: Path) -> None:
 
 
 FAILS = """
-import sys
+import sys, time
 from lpo_fast import ranks, train, train_lpo
 step, count = train_lpo.train_step, []
 def breaks(*arguments):
     count.append(1)
     if len(count) == 2 and ranks.state().process_index == 1:
+        print("failed at", time.time(), file=sys.stderr, flush=True)
         raise RuntimeError("this rank is broken")
     return step(*arguments)
 train_lpo.train_step = breaks
@@ -169,7 +172,8 @@ def test_a_broken_process_ends_the_run(tiny_sd: Path, tiny_lrm: Path, tmp_path: 
     done = launched(2, str(tmp_path / "fails.py"), "lpo", "--model", str(tiny_sd), "--lrm", str(tiny_lrm), "--prompts",
                     str(tmp_path / "prompts.json"), "--out", str(tmp_path / "run"), "--batch-size", "2", "--num-steps", "3",
                     "--pictures", "0", "--threshold-min", "0", "--threshold-max", "0.001", "--train-batch-size", "2",
-                    "--epochs", "2", timeout=60)
+                    "--epochs", "2")
+    assert time.time() - float(re.search(r"failed at (\S+)", done.stderr)[1]) < 60
     assert done.returncode != 0 and done.stderr.count("RuntimeError: this rank is broken") == 1
     assert done.stderr.count("error: rank 0: another process has failed") == 1
     assert done.stderr.count("Traceback") == 2  # its own, and the launcher's

@@ -74,7 +74,7 @@ class Encoder:
             if flips is not None:
                 part = mirrored(part, flips.flatten().split(size)[i])
             made.append((compiled or encode)(self.vae, part, self.precision))
-        return torch.cat(made).unflatten(0, (2, -1))
+        return torch.cat(made).contiguous().unflatten(0, (2, -1))  # as in the cache: another layout, other roundings
 
     def posterior(self, batch: dict, cache: Cache | None = None, flips: Tensor | None = None,
                   compiled: Callable | None = None) -> tuple[Tensor, Tensor]:

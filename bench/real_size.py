@@ -101,7 +101,7 @@ def step(work: Path, family: str, precision: str) -> dict[str, float]:
     start = time.perf_counter()
     code = train.main([
         "lpo", "--model", str(work / family), "--lrm", str(work / f"lrm_{family}"), "--prompts", str(work / "prompts.txt"),
-        "--out", str(out), "--mixed-precision", precision, "--batch-size", "1", "--num-steps", "2", "--stop-step", "1",
+        "--out", str(out), "--mixed-precision", precision, "--batch-size", "1", "--num-steps", "2", "--steps-used", "0:1",
         "--num-candidates", "2", "--threshold-min", "0", "--threshold-max", "0", "--train-batch-size", "1", "--epochs", "1",
         "--pictures", "0", *(["--checkpointing"] if family == "sdxl" else [])])
     seconds = json.loads((out / "timings.jsonl").read_text().splitlines()[0])

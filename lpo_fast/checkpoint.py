@@ -14,11 +14,11 @@ from transformers import CLIPTokenizer
 
 from lpo_fast import backbone, models, ranks, runs, shard
 from lpo_fast.errors import InputError
-from lpo_fast.files import damage, read_pickle, read_safetensors, replacing, save_pickle
+from lpo_fast.files import damage, read_pickle, read_safetensors, replacing, save_pickle, sha256
 from lpo_fast.reward import LatentRewardModel
 
 LORA_OFFICIAL, LORA_DIFFUSERS = "unet_lora.pt", "pytorch_lora_weights.safetensors"
-STATE, STATE_BEFORE = "state.pt", "state.before.pt"
+STATE, STATE_BEFORE, STATE_SUMS = "state.pt", "state.before.pt", "state.sha256"
 
 
 # Latent reward models
@@ -266,6 +266,12 @@ def states(out: Path) -> list[Path]:
     return [out / name for name in (STATE, STATE_BEFORE) if (out / name).is_file()]
 
 
+def state_sums(out: Path) -> list[str]:
+    """SHA-256 of the states that may lie in a run directory, the newest first; none of a run before there were any."""
+    file = out / STATE_SUMS
+    return file.read_text(encoding="utf-8", errors="replace").split() if file.is_file() else []
+
+
 def save_state(file: Path, at: dict, parts: dict[str, object]) -> None:
     """All that a resumed run needs: where it stands, and the state_dict of each part (None: not in use).
 
@@ -275,7 +281,9 @@ def save_state(file: Path, at: dict, parts: dict[str, object]) -> None:
     saved = {name: part and shard.whole(part.state_dict()) for name, part in parts.items()}
     if ranks.main():
         with replacing(file, file.with_name(STATE_BEFORE)) as aside:
-            save_pickle({"at": at} | saved, aside)
+            sums = [save_pickle({"at": at} | saved, aside), *state_sums(file.parent)]
+            with replacing(file.with_name(STATE_SUMS)) as listed:  # first: if killed here, the two states that stay are in it
+                listed.write_text("\n".join(sums[:3]) + "\n", encoding="utf-8")
 
 
 def load_state(file: Path, parts: dict[str, object]) -> dict:
@@ -305,10 +313,12 @@ def load_state(file: Path, parts: dict[str, object]) -> dict:
 
 def whole_state(file: Path) -> Path:
     """The newest state that is as it was written."""
-    found = states(file.parent)
-    wrong = {}
-    for state in found:
-        if not (what := damage(state)):
+    sums, wrong = state_sums(file.parent), {}
+    for state in states(file.parent):
+        what = damage(state)
+        if sums and not what and sha256(state) not in sums:
+            what = f"{state.name} has changed since it was written"
+        if not what:
             if wrong:
                 runs.say(f"warning: {file}: {wrong[file]}; the run goes on from the state before it")
             return state

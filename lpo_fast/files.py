@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,7 @@ from torch import Tensor
 from lpo_fast.errors import InputError
 
 SUMS = "checksums.json"  # of a directory: {file: SHA-256}
+RECORD = 1024  # bytes that names and records take beside a parameter and its optimizer's state
 
 
 @contextmanager
@@ -106,15 +108,30 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def save_pickle(value: object, file: Path) -> None:
-    """torch.save; through a file of Python's, whose errors say why the disk refused."""
+class _Summed:
+    """A file that torch.save writes to from front to back, and the SHA-256 of it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sum = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sum.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def save_pickle(value: object, file: Path) -> str:
+    """torch.save, and the file's SHA-256; through a file of Python's, whose errors say why the disk refused."""
     with open(file, "wb") as f:
-        torch.save(value, f)
+        torch.save(value, summed := _Summed(f))
+    return summed.sum.hexdigest()
 
 
 def seal(folder: Path) -> None:
     """Write the SHA-256 of every file below a directory into SUMS."""
-    sums = {file.relative_to(folder).as_posix(): _sha256(file) for file in contents(folder)}
+    sums = {file.relative_to(folder).as_posix(): sha256(file) for file in contents(folder)}
     (folder / SUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
 
 
@@ -134,7 +151,7 @@ def damage(path: Path) -> str:
     for name, wanted in recorded.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if _sha256(path / name) != wanted:
+        if sha256(path / name) != wanted:
             return f"{name} has changed since it was written"
     return ""
 
@@ -143,22 +160,25 @@ def _damage(file: Path) -> str:
     """``damage`` of a single file."""
     try:
         if file.suffix in (".pt", ".bin"):
+            read_pickle(file, mmap=True)  # names and shapes; what the checksums do not cover
             with open(file, "rb") as f:
-                if f.read(2) == b"\x80\x02":  # before torch 1.6: no checksum
-                    return ""
-            with zipfile.ZipFile(file) as records:
-                return f"{file.name}: {bad} does not match its checksum" if (bad := records.testzip()) else ""
+                if f.read(2) == b"PK":  # else it is of torch before 1.6, without checksums
+                    with zipfile.ZipFile(file) as records:
+                        return f"{file.name}: {bad} does not match its checksum" if (bad := records.testzip()) else ""
         if file.suffix == ".safetensors":
             with safe_open(file, "pt"):
                 return ""
         if file.suffix == ".json":
             json.loads(file.read_text(encoding="utf-8"))
+    except InputError as error:
+        return f"{file.name} {error.problem}"
     except Exception as error:  # zipfile raises many kinds for damaged files
         return f"{file.name} cannot be read ({type(error).__name__})"
     return ""
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """Of the bytes of a file, in hexadecimal."""
     with open(file, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

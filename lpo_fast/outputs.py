@@ -104,7 +104,7 @@ def check_room(out: Path, unet: UNet2DConditionModel, config: LPO, batches: int,
     """
     parameters = policies.trainable(unet)
     trained = sum(p.numel() * p.element_size() for p in parameters)
-    moments = speed.optimizer_state(config.optimizer, parameters)
+    moments = speed.optimizer_state(config.optimizer, parameters) + files.RECORD * len(parameters)
     pairs = config.batch_size * ranks.count() * config.num_steps * 12 * math.prod(shape)  # three fp32 latents
     state = trained * (2 if config.ema_decay else 1) + moments + pairs
     weights = sum(p.numel() * 4 for p in unet.parameters()) if config.full else trained

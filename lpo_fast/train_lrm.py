@@ -377,7 +377,8 @@ def check_room(out: Path, lrm: LatentRewardModel, config: LRM, validated: bool) 
         rest = UNet2DConditionModel.from_config(lrm.unet.config).num_parameters() - lrm.unet.num_parameters()
     whole = 4 * (rest + sum(p.numel() for p in lrm.parameters()))  # with the up blocks, fp32
     trained = [p for p in lrm.parameters() if p.requires_grad]
-    state = sum(p.numel() * p.element_size() for p in trained) + speed.optimizer_state(config.optimizer, trained)
+    state = sum(p.numel() * p.element_size() + files.RECORD for p in trained)
+    state += speed.optimizer_state(config.optimizer, trained)
     times = -(-config.max_steps // config.validate_steps) if validated else 0
     if config.save_only_if_best:
         times = min(times, 1)

@@ -127,6 +127,8 @@ def read_config(file: Path, key: str) -> dict:
         value = {".json": parse_json, ".toml": tomllib.loads}.get(file.suffix, _yaml)(text)
         if not isinstance(value, dict):
             raise ValueError("it is no mapping")
+        if any(isinstance(leaf, int) and abs(leaf) >= 2**63 for leaf in tree_leaves(value)):
+            raise ValueError("a number has more than 64 bits")
         return value
     except (ValueError, OSError, RecursionError, yaml.YAMLError) as error:  # also TOMLDecodeError, UnicodeDecodeError
         kind = file.suffix.removeprefix(".").upper().replace("YML", "YAML") or "YAML"
@@ -139,11 +141,6 @@ def _yaml(text: str) -> object:
     if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
         raise ValueError("it has aliases (*name); write the values")
     return yaml.safe_load(text)
-
-
-def component(name: str) -> bool:
-    """Whether a name stays in its directory: one component of a path."""
-    return name not in ("", ".", "..") and not any(sign in name for sign in "/\\\0")
 
 
 def read_picture(path: Path, most: int = LARGEST_PICTURE) -> bytes:

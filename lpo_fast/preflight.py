@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, ConfigMixin, UNet2DConditionModel
 from torch.utils._pytree import tree_leaves
 
 from lpo_fast import backbone, checkpoint, data, files, models, outputs, pairs, schedule, speed
-from lpo_fast.config import LPO, LRM
+from lpo_fast.config import LPO, LRM, component
 from lpo_fast.errors import InputError
 from lpo_fast.pairs import Pairs
 
@@ -165,7 +165,7 @@ def weights(path: Path, folder: Path, flag: str) -> None:
                          "DiffusionPipeline.from_pretrained(NAME).save_pretrained(DIR)", flag)
     for index in folder.glob("*.safetensors.index.json"):
         for name in {str(name) for name in tree_leaves(files.read_json(index, flag).get("weight_map"))}:
-            if not name.endswith(".safetensors") or not files.component(name) or not (folder / name).is_file():
+            if not name.endswith(".safetensors") or not component(name) or not (folder / name).is_file():
                 raise InputError(str(index), f"names the shard {name[:160]!r}, which is not beside it", "download it again",
                                  flag)
 

@@ -28,7 +28,7 @@ from lpo_fast import models, ranks
 from lpo_fast.config import LPO, LRM
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "xformers")
-SECRET = re.compile(r"token|secret|password|passwd|api_?key|credential", re.I)
+SECRET = re.compile(r"token(?!iz)|secret|password|passwd|api_?key|credential", re.I)
 CREDENTIALS = (re.compile(r"\b()hf_[A-Za-z0-9]{16,}"), re.compile(r"(\w://)[^/@\s]+(?=@)"),  # user:password@host
                re.compile(r"(-[\w.-]*(?:token|secret|password|passwd|api[_-]?key)(?:=|\s+))[^\s-]\S*", re.I))
 

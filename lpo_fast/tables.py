@@ -85,9 +85,12 @@ def _picture(value: object, row: int, table: Path) -> Picture:
         return value
     if not isinstance(value, str) or not value:
         raise InputError(str(table), f"row {row}: the picture is {value!r}", "give a path or encoded bytes", "--table")
-    found = next((path for path in (table.parent / value, Path(value)) if path.is_file()), None)
+    try:
+        found = next((path for path in (table.parent / value, Path(value)) if path.is_file()), None)
+    except OSError:  # a name of 5,000 letters
+        found = None
     if found is None:
-        raise InputError(str(table), f"row {row}: no such picture: {value}", "mend the path", "--table")
+        raise InputError(str(table), f"row {row}: no such picture: {value[:160]!r}", "mend the path", "--table")
     return found
 
 

@@ -145,12 +145,12 @@ def settings(config: dict[str, object]) -> tuple[LPO, list[str]]:
     for key in config:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
-            raise InputError(str(config[key]) or "(empty)", "is a key that the official code does not have", "drop it" +
+            raise InputError(str(config[key]), "is a key that the official code does not have", "drop it" +
                              (f", or did you mean {near[0]}?" if near else ""), f"config.{key}")
     notes = [f"{key} has nothing to do here: {why}" for key, why in IDLE.items() if key in config]
     for key, only in NAMES.items():
         if config.get(key, only) != only:
-            raise InputError(str(config[key]) or "(empty)", "is not known", f"use {only}", f"config.{key}")
+            raise InputError(str(config[key]), "is not known", f"use {only}", f"config.{key}")
     config = {key: value for key, value in config.items() if value is not None}  # what a file of data leaves out
 
     def of(key: str, kind: type, default: object) -> Any:
@@ -162,7 +162,7 @@ def settings(config: dict[str, object]) -> tuple[LPO, list[str]]:
                          "config.sample.num_inner_step")
     kind = config.get("preference_model_func_cfg.type")
     if kind not in MODELS:
-        raise InputError(str(kind) or "(empty)", "is no known reward model", f"use {' or '.join(MODELS)}",
+        raise InputError(str(kind), "is no known reward model", f"use {' or '.join(MODELS)}",
                          "config.preference_model_func_cfg.type")
     guidance = of("preference_model_func_cfg.guidance_scale", float, 7.5)
     multi_scale = of("preference_model_func_cfg.multi_scale", bool, True)
@@ -176,7 +176,7 @@ def settings(config: dict[str, object]) -> tuple[LPO, list[str]]:
                              "set it to that", "config.preference_model_func_cfg.multi_scale")
     shape = of("compare_func_cfg.dynamic_threshold", str, "none")
     if shape not in SHAPES:
-        raise InputError(shape or "(empty)", "no such threshold", f"use {', '.join(SHAPES)}", "config.compare_func_cfg.dynamic_threshold")
+        raise InputError(shape, "no such threshold", f"use {', '.join(SHAPES)}", "config.compare_func_cfg.dynamic_threshold")
     low, high = of("compare_func_cfg.threshold_min", float, 0.2), of("compare_func_cfg.threshold_max", float, 0.5)
     if shape == "none":
         low = high = of("compare_func_cfg.threshold", float, None)
@@ -186,7 +186,7 @@ def settings(config: dict[str, object]) -> tuple[LPO, list[str]]:
         raise InputError(str(prompts), "is no list of text", "use a list of prompts", "config.validation_prompts")
     name = of("run_name", str, "test")
     if not component(name):  # the directory is the user's choice, and what is in it ours
-        raise InputError(name or "(empty)", "is no name of a directory in logdir", "use a name without / and .., and name the directory "
+        raise InputError(name, "is no name of a directory in logdir", "use a name without / and .., and name the directory "
                          "with --config.logdir", "config.run_name")
     kinds = {field.name: type(field.default) for field in fields(LPO)} | {"lrm_multi_scale_cfg": bool}
     values = {field: typed(f"config.{key}", config[key], kinds[field]) for key, field in SAME.items() if key in config} | {

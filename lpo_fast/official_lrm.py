@@ -156,14 +156,14 @@ def parse(argv: list[str]) -> LRM:
     keys = {name: key for name, key in KEYS.items() if key.family in ("", family)}
     if unknown := [name for name in given if name not in keys]:
         near = difflib.get_close_matches(unknown[0], keys, 1, 0)
-        raise InputError(str(given[unknown[0]]) or "(empty)", "no such official key" + (f" for {family}" if unknown[0] in KEYS else ""),
+        raise InputError(str(given[unknown[0]]), "no such official key" + (f" for {family}" if unknown[0] in KEYS else ""),
                          f"the nearest is {near[0]}" if near else "leave it out", unknown[0])
     defaults = {name: key.default for name, key in keys.items()} | (SDXL if family == "sdxl" else {})
     values = {name: _resolve(name, defaults | given) for name in keys}
     for name, key in keys.items():
         expected = _resolve(name, defaults | {n: v for n, v in given.items() if n != name})
         if key.fixed and name in given and not _same(values[name], expected):
-            raise InputError(str(values[name]) or "(empty)", f"has no counterpart: {key.fixed}", f"leave it out (its default: {expected})",
+            raise InputError(str(values[name]), f"has no counterpart: {key.fixed}", f"leave it out (its default: {expected})",
                              name)
     return _settings(values, keys)
 
@@ -277,10 +277,10 @@ def _settings(values: dict[str, Any], keys: dict[str, Key]) -> LRM:
         strategy = 0
     precision = {"NO": "no", "BF16": "bf16"}.get(str(_word(values["accelerator.mixed_precision"])).upper())
     if precision is None:
-        raise InputError(str(values["accelerator.mixed_precision"]) or "(empty)", "LRM training has no such precision", "use BF16 or NO",
+        raise InputError(str(values["accelerator.mixed_precision"]), "LRM training has no such precision", "use BF16 or NO",
                          "accelerator.mixed_precision")
     if settings["loss_type"] not in ("pair", "batch", "both"):
-        raise InputError(settings["loss_type"] or "(empty)", "no such loss", "use pair, batch or both", "criterion.loss_type")
+        raise InputError(settings["loss_type"], "no such loss", "use pair, batch or both", "criterion.loss_type")
     processes, each = int(os.environ.get("WORLD_SIZE", "1")), of("dataset.batch_size", int)
     batch = each * processes * settings["accumulate"]
     if os.environ.get("RANK", "0") == "0":
@@ -349,4 +349,4 @@ def typed(name: str, value: Any, kind: Callable) -> Any:
     except (TypeError, ValueError, OverflowError):
         pass
     kinds = {bool: "True or False", str: "text", int: "a whole number", float: "a number"}
-    raise InputError(str(value) or "(empty)", f"is not {kinds[kind]}", f"use {kinds[kind]}", name)
+    raise InputError(str(value), f"is not {kinds[kind]}", f"use {kinds[kind]}", name)

@@ -205,7 +205,7 @@ def odd_config(draw: st.DrawFn, tree: dict, dump: Callable[[dict], str]) -> byte
             if not isinstance(at[key], dict) or not at[key] or draw(st.integers(0, 5)) == 0:
                 break
             at = at[key]
-        at[key] = draw(ODD)
+        at[key] = copy.deepcopy(draw(ODD))  # the next turn may write into it
     text = draw(st.sampled_from([
         "{}", "{}", "{}", "a: &a [1]\nb: *a\n{}", "{}\n" + "[" * 3000, "{}\nz: !!python/object/apply:os.abort []",
         "{}\n\x00", "{}\nz: 0x" + "f" * 6000, "{}\nz: 2020-99-99", "{}\n? [a]\n: 1", "{}\nz: " + "1:" * 3_000 + "1"]))

@@ -1,6 +1,7 @@
 """Reading and writing: LRM directories, LoRA files in the official and the diffusers form, resumable run states."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from transformers import CLIPTokenizer
 
 from lpo_fast import backbone, models, ranks, runs, shard
 from lpo_fast.errors import InputError
-from lpo_fast.files import damage, read_pickle, read_safetensors, replacing, save_pickle, sha256
+from lpo_fast.files import damage, parse_json, read_json, read_pickle, read_safetensors, replacing, save_pickle, sha256
 from lpo_fast.reward import LatentRewardModel
 
 LORA_OFFICIAL, LORA_DIFFUSERS = "unet_lora.pt", "pytorch_lora_weights.safetensors"
@@ -55,7 +56,8 @@ def read_heads(path: Path, channels: list[int]) -> dict:
     else:
         heads = read_pickle(path / "state_dict.pt", "--lrm")
     try:
-        float(heads["logit_scale"])
+        if not math.isfinite(heads["logit_scale"]):
+            raise ValueError(f"logit_scale {float(heads['logit_scale'])}")
         shapes = {name: tuple(heads[name]["weight"].shape) for name in heads if name.endswith("_projection")}
         outputs = {rows for rows, _ in shapes.values()}
         if "visual_projection" not in shapes or len(outputs) != 1:
@@ -89,7 +91,7 @@ def load_lrm(path: Path, base: Path | None = None, *, resolution: int = 0, **set
     heads = read_heads(path, list(unet.config.block_out_channels))
     visual = heads["visual_projection"]["weight"]
     text = heads["text_projection"]["weight"] if "text_projection" in heads else None
-    recorded = json.loads((path / "lrm.json").read_text()) if (path / "lrm.json").is_file() else {}
+    recorded = {} if single else recorded_settings(path)
     trained_at = recorded.pop("resolution", 0)
     settings = {"guidance_scale": 7.5, "base": models.origin(base) if base else "", **recorded, **settings,
                 "multi_scale": visual.shape[1] == sum(feature_widths(unet, True))}
@@ -97,6 +99,19 @@ def load_lrm(path: Path, base: Path | None = None, *, resolution: int = 0, **set
         family, unet, backbone.load_text(base or path, family, home, state), visual, text, heads["logit_scale"],
         sizes=size_conditions(base or path, family, unet, resolution or trained_at), **settings)
     return lrm.requires_grad_(False).eval()
+
+
+def recorded_settings(path: Path) -> dict:
+    """lrm.json of an LRM directory, {} if there is none: base, guidance_scale, multi_scale_cfg, resolution, checked."""
+    file = path / "lrm.json"
+    found = read_json(file, "--lrm") if file.is_file() else {}
+    wanted = {"base": str, "guidance_scale": float | int | list, "multi_scale_cfg": bool, "resolution": int}
+    for name, value in found.items():
+        scales = value if isinstance(value, list) else [value]
+        if not isinstance(value, wanted.get(name, ())) or name == "guidance_scale" and not (scales and all(
+                type(g) in (int, float) and 0 <= g < 1e6 for g in scales)) or name == "resolution" and not 0 <= value <= 2**16:
+            raise InputError(str(file), f"{name} is {str(value)[:80]!r}", "use an LRM's own file", "--lrm")
+    return found
 
 
 def save_lrm(lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], path: Path) -> None:
@@ -153,9 +168,10 @@ def read_text_projection(path: str) -> Tensor:
     if not file.is_file():
         raise InputError(path, "no CLIP checkpoint there", "give CLIP's model.safetensors or pytorch_model.bin", "--clip")
     tensors = read_safetensors(file, "--clip")[0] if file.suffix == ".safetensors" else read_pickle(file, "--clip")
-    if "text_projection.weight" not in tensors:
+    weight = tensors.get("text_projection.weight")
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise InputError(path, "has no text_projection.weight", "use a CLIP model with projections", "--clip")
-    return tensors["text_projection.weight"].float()
+    return weight.float()
 
 
 # LoRA. Files hold no alpha: alpha / rank is multiplied into B. The official form has no place for it, and diffusers
@@ -213,13 +229,21 @@ def read_lora(path: Path, key: str = "--lora") -> dict[str, Tensor]:
                          key)
     if file.suffix != ".safetensors":
         state = read_pickle(file, key)
-        if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
             raise InputError(str(file), "holds something else than named tensors", f"use a {LORA_OFFICIAL}", key)
         return state
     tensors, metadata = read_safetensors(file, key)
-    alpha = json.loads(metadata.get("lora_adapter_metadata", "{}")).get("unet.lora_alpha")
-    state = convert_unet_state_dict_to_peft(tensors)
-    state = {name.removeprefix("unet."): t for name, t in state.items() if not name.endswith(".alpha")}
+    try:
+        recorded = parse_json(metadata.get("lora_adapter_metadata", "{}"))
+        alpha = recorded.get("unet.lora_alpha")
+        if alpha is not None and not (type(alpha) in (int, float) and math.isfinite(alpha)):
+            raise ValueError(f"its alpha is {alpha!r}")
+        state = convert_unet_state_dict_to_peft(tensors)
+        state = {name.removeprefix("unet."): t for name, t in state.items() if not name.endswith(".alpha")}
+        if scalars := [name for name, t in state.items() if t.dim() < 2]:
+            raise ValueError(f"{scalars[0]!r} is no matrix")
+    except (ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise InputError(str(file), f"is no LoRA ({error})", f"use a {LORA_DIFFUSERS}", key) from error
     return state if alpha is None else {
         name: t * (alpha / t.shape[1]) if name.endswith(".lora_B.weight") else t for name, t in state.items()}
 

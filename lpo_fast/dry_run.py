@@ -6,7 +6,6 @@ they would have on a GPU, ``Meter`` follows the bytes that live at a time and co
 are read, no GPU is needed, and no run directory is written. Sizes are those of one process.
 """
 
-import json
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -159,7 +158,7 @@ def built(kind: type[nn.Module], folder: Path) -> nn.Module:
         if kind in (UNet2DConditionModel, AutoencoderKL):
             network = kind.from_config(kind.load_config(folder))
         else:
-            network = kind(kind.config_class.from_pretrained(folder))
+            network = kind(kind.config_class.from_pretrained(folder, attn_implementation="sdpa"))
     return network.requires_grad_(False).eval()
 
 
@@ -221,7 +220,7 @@ def scorer(config: LPO, pixels: int) -> LatentRewardModel:
     channels = list(unet.config.block_out_channels)
     heads = {name: tuple(head["weight"].shape) for name, head in checkpoint.read_heads(path, channels).items()
              if name.endswith("_projection")}
-    own = json.loads((path / "lrm.json").read_text()) if (path / "lrm.json").is_file() else {}
+    own = checkpoint.recorded_settings(path)
     guidance = config.lrm_guidance or own.get("guidance_scale", 7.5)
     stages = own.get("multi_scale_cfg", False) if config.lrm_multi_scale_cfg is None else config.lrm_multi_scale_cfg
     encoders = [built(kind, (home if (home / name).is_dir() else base) / name)

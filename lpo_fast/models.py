@@ -38,6 +38,7 @@ MODEL = (*(f"{part}/{name}" for part in PARTS for name in PART),
 CLIP = ("config.json", "model.safetensors")
 VARIANTS = ("*.fp16*", "*.non_ema*")
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(/(?P<folder>[\w./-]+))?(@(?P<revision>[\w./-]+))?")
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last: diffusers' own safety checker
 RESOLVED: dict[str, str] = {}  # names that were looked up in this process → ORG/NAME[/FOLDER]@COMMIT
 
 
@@ -101,6 +102,8 @@ def single_file(file: Path, flag: str) -> Path:
         return folder
     if file.suffix == ".ckpt":
         files.read_pickle(file, flag, mmap=True)
+    if configs.is_dir():
+        check_index(configs, flag)
     cls = StableDiffusionXLPipeline if unet_config(str(file)).get("addition_embed_type") else StableDiffusionPipeline
     try:
         pipeline = cls.from_single_file(str(file), config=str(configs) if configs.is_dir() else None,
@@ -112,6 +115,15 @@ def single_file(file: Path, flag: str) -> Path:
     with files.replacing(folder) as aside:
         pipeline.save_pretrained(aside)
     return folder
+
+
+def check_index(folder: Path, flag: str) -> None:
+    """Refuse a model_index.json that names other libraries than a pipeline's own: diffusers would import what it names."""
+    index = files.read_json(folder / "model_index.json", flag) if (folder / "model_index.json").is_file() else {}
+    for name, value in index.items():
+        if isinstance(value, list) and value and value[0] not in (None, *LIBRARIES):
+            raise InputError(str(folder / "model_index.json"), f"takes its {name} from {value[0]!r}, which is imported",
+                             f"use parts of {', '.join(LIBRARIES)}", flag)
 
 
 def unet_config(name: str, revision: str = "") -> dict:

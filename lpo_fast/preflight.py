@@ -1,16 +1,16 @@
 """Whatever can be refused is refused here, before a model is loaded or a file written: paths, parts, widths, records."""
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, ConfigMixin, UNet2DConditionModel
+from torch.utils._pytree import tree_leaves
 
-from lpo_fast import backbone, checkpoint, data, latents, models, outputs, pairs, speed
-from lpo_fast.config import LPO, LRM
+from lpo_fast import backbone, checkpoint, data, files, latents, models, outputs, pairs, schedule, speed
+from lpo_fast.config import LPO, LRM, component
 from lpo_fast.errors import InputError
 from lpo_fast.pairs import Pairs
 
@@ -39,6 +39,7 @@ def lpo(config: LPO) -> list[str]:
     if unet["in_channels"] != lrm["in_channels"]:
         raise InputError(config.lrm, f"scores latents of {lrm['in_channels']} channels, the model makes "
                          f"{unet['in_channels']}", "use an LRM trained for this kind of model", "--lrm")
+    buildable(lrm, config.lrm, "--lrm")
     if config.lrm_tokenizer and not Path(config.lrm_tokenizer).is_dir():
         raise InputError(config.lrm_tokenizer, "no such directory", "name a tokenizer's directory", "--lrm-tokenizer")
     prompts = data.read_prompts(config.prompts, config.caption_key)
@@ -97,14 +98,50 @@ def targets(unet: dict, names: tuple[str, ...]) -> None:
 
 def read_config(folder: Path, flag: str, name: str = "config.json") -> dict:
     """A model's config.json."""
-    file = folder / name
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return files.read_json(folder / name, flag)
     except FileNotFoundError as error:
         raise InputError(str(folder.parent), f"{folder.name}/{name} is missing",
                          "name the top directory of a whole download", flag) from error
-    except (TypeError, ValueError, OSError) as error:
-        raise InputError(str(file), "cannot be read as JSON", "download it again", flag) from error
+
+
+def whole(config: dict, key: str, folder: Path, flag: str, most: int = 2**20) -> int:
+    """A whole number, or a list of at most 16, in a model's config.json; huge ones would be built for hours."""
+    value = config.get(key)
+    numbers = tree_leaves(value)
+    if not 1 <= len(numbers) <= 16 or not all(type(n) is int and 1 <= n <= most for n in numbers):
+        raise InputError(str(folder / "config.json"), f"{key} is {str(value)[:80]!r}", "download it again", flag)
+    return value
+
+
+def denoiser(path: Path, flag: str) -> dict:
+    """The U-Net config below ``path``, its numbers checked."""
+    folder, unet = path / "unet", read_config(path / "unet", flag)
+    if missing := [key for key in ("in_channels", "cross_attention_dim", "block_out_channels") if key not in unet]:
+        raise InputError(str(path), f"unet/config.json has no {missing[0]}", "name a Stable Diffusion directory", flag)
+    for key in ("in_channels", "cross_attention_dim", "block_out_channels"):
+        whole(unet, key, folder, flag)
+    for key in ("layers_per_block", "transformer_layers_per_block"):
+        whole({key: 1} | unet, key, folder, flag, most=100)
+    return unet
+
+
+def buildable(config: dict, name: str, flag: str, part: str = "unet", kind: type = UNet2DConditionModel) -> None:
+    """Refuse the config of a part of a model that cannot be built; ``kind`` is its class, which no file chooses."""
+    folder = Path(name) / part
+    for key, most in (("num_hidden_layers", 100), ("num_train_timesteps", 10_000)):
+        whole({key: 1} | config, key, folder, flag, most)
+    try:
+        with torch.device("cpu" if part == "scheduler" else "meta"):
+            if part == "scheduler":
+                schedule.from_config(config, 1)
+            elif issubclass(kind, ConfigMixin):
+                kind.from_config(config)
+            else:
+                kind(kind.config_class.from_dict(config, attn_implementation="sdpa"))
+    except Exception as error:  # diffusers raises many kinds
+        raise InputError(name, f"its {part}/ cannot be built from its config ({type(error).__name__}: "
+                         f"{(str(error).splitlines() or [''])[0][:160]})", "download it again", flag) from error
 
 
 def picture(config: LPO | LRM, unet: dict) -> None:
@@ -129,6 +166,11 @@ def weights(path: Path, folder: Path, flag: str) -> None:
     if not backbone.weight_files(folder):
         raise InputError(str(path), f"{folder.name}/ holds no .safetensors", "download these weights, or convert them: "
                          "DiffusionPipeline.from_pretrained(NAME).save_pretrained(DIR)", flag)
+    for index in folder.glob("*.safetensors.index.json"):
+        for name in {str(name) for name in tree_leaves(files.read_json(index, flag).get("weight_map"))}:
+            if not name.endswith(".safetensors") or not component(name) or not (folder / name).is_file():
+                raise InputError(str(index), f"names the shard {name[:160]!r}, which is not beside it", "download it again",
+                                 flag)
 
 
 def pipeline(model: str, flag: str, revision: str = "") -> dict:
@@ -139,21 +181,25 @@ def pipeline(model: str, flag: str, revision: str = "") -> dict:
     if not path.is_dir():
         raise InputError(model, "is no model" if path.exists() else "no such directory", "name a Stable Diffusion directory "
                          "in diffusers layout, a hub name, or a .safetensors checkpoint", flag)
-    unet = read_config(path / "unet", flag)
+    unet = denoiser(path, flag)
     family = backbone.family_of(unet)
     for part in ("unet", "vae", *(name for name, _ in family.encoders)):
         read_config(path / part, flag)
         weights(path, path / part, flag)
-    read_config(path / "scheduler", flag, "scheduler_config.json")
+    scheduler = read_config(path / "scheduler", flag, "scheduler_config.json")
     for part in family.tokenizers:
         if not (path / part).is_dir() or not any((path / part).iterdir()):
             raise InputError(model, f"is no whole pipeline: {part}/ is missing", "download all of it", flag)
-    if missing := [key for key in ("in_channels", "cross_attention_dim", "block_out_channels") if key not in unet]:
-        raise InputError(model, f"unet/config.json has no {missing[0]}", "name a Stable Diffusion directory", flag)
-    widths = [read_config(path / name, flag)["hidden_size"] for name, _ in family.encoders]
+    widths = [whole(read_config(path / name, flag), "hidden_size", path / name, flag) for name, _ in family.encoders]
     if sum(widths) != unet["cross_attention_dim"]:
         raise InputError(model, f"its text encoders give {sum(widths)} features, its denoiser takes "
                          f"{unet['cross_attention_dim']}", "use parts that belong together", flag)
+    whole(vae := read_config(path / "vae", flag), "block_out_channels", path / "vae", flag)
+    buildable(unet, model, flag)
+    buildable(vae, model, flag, "vae", AutoencoderKL)
+    buildable(scheduler, model, flag, "scheduler")
+    for name, kind in family.encoders:
+        buildable(read_config(path / name, flag), model, flag, name, kind)
     return unet
 
 
@@ -168,7 +214,7 @@ def reward_model(config: LPO) -> dict:
     if config.lrm_base:
         pipeline(config.lrm_base, "--lrm-base")
     base = models.base(config)
-    unet = read_config(base / "unet", "--lrm-base") if path.is_file() else reward_directory(path)
+    unet = denoiser(base, "--lrm-base") if path.is_file() else reward_directory(path)
     heads = checkpoint.read_heads(path, unet["block_out_channels"])
     own = path.is_file() or config.lrm_base or (path / "tokenizer").is_dir()
     if not own and unet["cross_attention_dim"] != read_config(base / "unet", "--model")["cross_attention_dim"]:
@@ -176,7 +222,7 @@ def reward_model(config: LPO) -> dict:
                          "name the diffusers directory that the LRM was made from with --lrm-base", "--lrm")
     if "text_projection" in heads:
         source = path if (path / "text_encoder").is_dir() else base
-        width = read_config(source / "text_encoder", "--lrm")["hidden_size"]
+        width = whole(read_config(source / "text_encoder", "--lrm"), "hidden_size", source / "text_encoder", "--lrm")
         if heads["text_projection"]["weight"].shape[1] != width:
             raise InputError(config.lrm, f"its text projection takes {heads['text_projection']['weight'].shape[1]} "
                              f"features, its text encoder gives {width}", "name the LRM's own --lrm-base", "--lrm")
@@ -187,7 +233,8 @@ def reward_directory(path: Path) -> dict:
     """The U-Net config of an LRM directory, the parts of which are there."""
     if (path / "checkpoint-final").is_dir():
         raise InputError(str(path), "is the run directory", f"name {path / 'checkpoint-final'}", "--lrm")
-    unet = read_config(path / "unet", "--lrm")
+    unet = denoiser(path, "--lrm")
+    checkpoint.recorded_settings(path)
     for part in (part for part in ("unet", "text_encoder", "text_encoder_2") if (path / part).is_dir()):
         weights(path, path / part, "--lrm")
     if not (path / "state_dict.pt").is_file():

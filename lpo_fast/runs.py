@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,9 @@ from lpo_fast.errors import InputError
 
 LOCK = ".lock"
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "xformers")
+SECRET = re.compile(r"token(?!iz)|secret|password|passwd|api_?key|credential", re.I)
+CREDENTIALS = (re.compile(r"\b()hf_[A-Za-z0-9]{16,}"), re.compile(r"(\w://)[^/@\s]+(?=@)"),  # user:password@host
+               re.compile(r"(-[\w.-]*(?:token|secret|password|passwd|api[_-]?key)(?:=|\s+))[^\s-]\S*", re.I))
 
 
 @contextmanager
@@ -168,10 +172,23 @@ def environment() -> dict[str, object]:
         except PackageNotFoundError:
             versions[package] = None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"command": " ".join(sys.orig_argv),
+    return {"command": redacted(" ".join(sys.orig_argv)),
             "date": time.strftime("%Y-%m-%d %H:%M:%S"), "commit": commit(), "python": platform.python_version(),
             **versions, "models": dict(models.RESOLVED),
             "gpu": gpu, "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+
+
+def redacted(text: str) -> str:
+    """Without credentials: tokens by their form, passwords in URLs, values of secret-looking options and variables.
+
+    What a run records is shown around: report.html, trackers.
+    """
+    for name, value in os.environ.items():
+        if SECRET.search(name) and len(value) >= 8:
+            text = text.replace(value, "***")
+    for form in CREDENTIALS:
+        text = form.sub(r"\1***", text)
+    return text
 
 
 def commit() -> str | None:
@@ -194,7 +211,7 @@ def _tracker(config: LPO | LRM) -> Accelerator | None:
     wandb = {key: value for key, value in (("name", config.run_name), ("entity", config.tracker_entity)) if value}
     try:
         accelerator = Accelerator(log_with=name, project_dir=out)
-        accelerator.init_trackers(config.tracker_project, config={k: str(v) for k, v in asdict(config).items()},
+        accelerator.init_trackers(config.tracker_project, config={k: redacted(str(v)) for k, v in asdict(config).items()},
                                   init_kwargs={"wandb": wandb} if name == "wandb" else {})
         if not accelerator.trackers:
             raise RuntimeError("its package is not installed")

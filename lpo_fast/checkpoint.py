@@ -7,6 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
@@ -202,7 +203,8 @@ def write_lora(state: dict[str, Tensor], folder: Path) -> None:
 def read_lora(path: Path, key: str = "--lora") -> dict[str, Tensor]:
     """Adapter tensors (official names) of an official or diffusers LoRA file or its folder.
 
-    Where the file records an alpha, alpha / rank is multiplied into B.
+    What the file says of alphas, in tensors or as peft's config, is multiplied into B. Raises InputError for what is more than
+    two matrices a module.
     """
     file = Path(path)
     if file.is_dir():
@@ -216,11 +218,40 @@ def read_lora(path: Path, key: str = "--lora") -> dict[str, Tensor]:
             raise InputError(str(file), "holds something else than named tensors", f"use a {LORA_OFFICIAL}", key)
         return state
     tensors, metadata = read_safetensors(file, key)
-    alpha = json.loads(metadata.get("lora_adapter_metadata", "{}")).get("unet.lora_alpha")
-    state = convert_unet_state_dict_to_peft(tensors)
-    state = {name.removeprefix("unet."): t for name, t in state.items() if not name.endswith(".alpha")}
-    return state if alpha is None else {
-        name: t * (alpha / t.shape[1]) if name.endswith(".lora_B.weight") else t for name, t in state.items()}
+    try:
+        if any("dora_scale" in name for name in tensors):
+            raise ValueError("it is a DoRA")
+        config = lora_config(metadata)
+        if alphas := {name: tensors.pop(name) for name in list(tensors) if name.endswith(".alpha")}:
+            config = {}
+        for name, alpha in alphas.items():
+            module = name.removesuffix(".alpha")
+            up = next(up for end in ("lora_up", "lora_B", "lora.up") if (up := f"{module}.{end}.weight") in tensors)
+            tensors[up] = tensors[up] * (float(alpha) / tensors[up].shape[1])
+        tensors, _ = StableDiffusionPipeline.lora_state_dict(tensors)  # takes the names of kohya's programs too
+        state = {name.removeprefix("unet."): tensor for name, tensor in convert_unet_state_dict_to_peft(tensors).items()}
+        return {name: tensor * lora_scale(config, name.removesuffix(".lora_B.weight"), tensor.shape[1])
+                if config and name.endswith(".lora_B.weight") else tensor for name, tensor in state.items()}
+    except (ValueError, KeyError, AttributeError, TypeError, IndexError, RuntimeError, StopIteration) as error:
+        raise InputError(str(file), f"cannot be read as a LoRA ({error})", "merge it with the program that made it, or use a "
+                         f"plain {LORA_DIFFUSERS}", key) from error
+
+
+def lora_config(metadata: dict[str, str]) -> dict:
+    """peft's LoraConfig of the denoiser's adapter as diffusers records it; {} if it does not. Raises ValueError."""
+    recorded = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    found = {name.removeprefix("unet."): value for name, value in recorded.items() if name.startswith("unet.")}
+    if other := next((name for name in ("use_dora", "lora_bias", "use_qalora") if found.get(name)), None):
+        raise ValueError(f"it was trained with {other}")
+    return found
+
+
+def lora_scale(config: dict, module: str, rank: int) -> float:
+    """What a module's B·A is multiplied by: alpha / rank, or alpha / √rank with use_rslora. rank_pattern adds nothing to
+    the tensors' shapes."""
+    pattern = config.get("alpha_pattern") or {}
+    alpha = pattern.get(get_pattern_key(pattern, module), config.get("lora_alpha", LoraConfig().lora_alpha))
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def load_lora(unet: UNet2DConditionModel, path: Path, key: str = "--lora") -> None:

@@ -1,7 +1,12 @@
 """Files: written beside their target and renamed into place, so a killed run leaves no half file; read without running code."""
 
+import errno
+import fcntl
+import glob
 import os
+import platform
 import shutil
+import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +37,39 @@ def replacing(target: Path) -> Iterator[Path]:
     finally:
         _remove(aside)
         _settle(old, target)
+
+
+@contextmanager
+def once(target: Path) -> Iterator[Path | None]:
+    """A fresh path that becomes ``target`` (file or directory), or None if that is there: what is made once for all.
+
+    Of many processes one makes it and the others wait. What a killed one left is removed. Where the file system has no locks
+    each makes its own, and the first remains.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    own = target.with_name(f"{target.name}.{platform.node()}-{os.getpid()}")
+    with open(target.with_name(f".{target.name}.lock"), "a", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            locked = True
+        except OSError as error:
+            print(f"warning: {target.parent} cannot be locked ({error.strerror})", file=sys.stderr)
+            locked = False
+        if target.exists():
+            yield None
+            return
+        name = glob.escape(target.name)
+        for left in (*target.parent.glob(f"{name}.*-*"), *target.parent.glob(f".{name}.*-*.new")) if locked else ():
+            _remove(left)
+        with replacing(own) as aside:
+            yield aside
+        try:
+            os.rename(own, target)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        finally:
+            _remove(own)
 
 
 def _settle(old: Path, target: Path) -> None:

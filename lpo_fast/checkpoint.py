@@ -29,7 +29,7 @@ def new_lrm(base: Path, *, clip: str | None = None, generator: torch.Generator, 
     """An LRM to be trained, from a diffusers model directory: W_v ~ N(0, 0.02²), logit_scale 2.6592.
 
     clip: file or directory with the ``text_projection.weight`` that W_t starts from (SD1.5: CLIP ViT-L/14's); None is
-    the identity. Families whose pooled text is projected already have no W_t. resolution: see ``size_conditions``.
+    the identity. Families whose pooled text is projected already have no W_t. resolution: of pictures, 0: the denoiser's own.
     """
     unet = backbone.load_down_mid(base / "unet")
     family = backbone.family_of(unet.config)
@@ -42,8 +42,10 @@ def new_lrm(base: Path, *, clip: str | None = None, generator: torch.Generator, 
         dim = len(text_projection)
     multi_scale = settings.get("multi_scale", True)
     visual = torch.randn(dim, sum(feature_widths(unet, multi_scale)), generator=generator) * 0.02
-    return LatentRewardModel(family, unet, encoders, visual, text_projection, torch.tensor(2.6592),
-                             sizes=size_conditions(base, family, unet, resolution), base=models.origin(base), **settings)
+    resolution = backbone.pixels(base, unet.config, resolution)
+    return LatentRewardModel(
+        family, unet, encoders, visual, text_projection, torch.tensor(2.6592), resolution=resolution, base=models.origin(base),
+        sizes=size_conditions(base, family, unet, resolution), **settings)
 
 
 def read_heads(path: Path, channels: list[int]) -> dict:
@@ -75,8 +77,8 @@ def load_lrm(path: Path, base: Path | None = None, *, resolution: int = 0, **set
     """An LRM: a directory, official or ours, or a single .pt file of the official module's state.
 
     ``base`` supplies what the LRM lacks: text encoders (official, if frozen), configs (a single file). guidance_scale and
-    multi_scale_cfg are those of ``settings``, or else those that the directory records. resolution: see
-    ``size_conditions``. Raises InputError if weights are missing or widths do not fit.
+    multi_scale_cfg are those of ``settings``, or else those that the directory records. resolution: of the pictures that it
+    will score; 0: that of its training, or the denoiser's own. Raises InputError if weights are missing or widths do not fit.
     """
     if single := path.is_file():
         if base is None:
@@ -90,12 +92,12 @@ def load_lrm(path: Path, base: Path | None = None, *, resolution: int = 0, **set
     visual = heads["visual_projection"]["weight"]
     text = heads["text_projection"]["weight"] if "text_projection" in heads else None
     recorded = json.loads((path / "lrm.json").read_text()) if (path / "lrm.json").is_file() else {}
-    trained_at = recorded.pop("resolution", 0)
+    resolution = backbone.pixels(base or path, unet.config, resolution or recorded.get("resolution", 0))
     settings = {"guidance_scale": 7.5, "base": models.origin(base) if base else "", **recorded, **settings,
-                "multi_scale": visual.shape[1] == sum(feature_widths(unet, True))}
+                "resolution": resolution, "multi_scale": visual.shape[1] == sum(feature_widths(unet, True))}
     lrm = LatentRewardModel(
         family, unet, backbone.load_text(base or path, family, home, state), visual, text, heads["logit_scale"],
-        sizes=size_conditions(base or path, family, unet, resolution or trained_at), **settings)
+        sizes=size_conditions(base or path, family, unet, resolution), **settings)
     return lrm.requires_grad_(False).eval()
 
 
@@ -120,9 +122,8 @@ def save_lrm(lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], path: Path
         if lrm.text_projection is not None:
             heads["text_projection"] = {"weight": lrm.text_projection.weight.detach().cpu()}
         torch.save(heads, aside / "state_dict.pt")
-        settings = {"base": lrm.base, "guidance_scale": lrm.guidance_scale, "multi_scale_cfg": lrm.multi_scale_cfg}
-        if lrm.sizes is not None:
-            settings["resolution"] = int(lrm.sizes[0, 0])
+        settings = {"base": lrm.base, "guidance_scale": lrm.guidance_scale, "multi_scale_cfg": lrm.multi_scale_cfg,
+                    "resolution": lrm.resolution}
         (aside / "lrm.json").write_text(json.dumps(settings, indent=1))
 
 
@@ -141,7 +142,7 @@ def size_conditions(base: Path, family: backbone.Family, unet: nn.Module, resolu
     """Time ids [1, 6] for a resolution in pixels (0: the denoiser's own), or None for families without."""
     if not family.time_ids:
         return None
-    pixels = resolution or unet.config.sample_size * backbone.pixels_per_latent(base)
+    pixels = backbone.pixels(base, unet.config, resolution)
     return backbone.time_ids(pixels, pixels)
 
 

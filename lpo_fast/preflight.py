@@ -12,7 +12,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from diffusers import UNet2DConditionModel
 
-from lpo_fast import backbone, checkpoint, data, models, outputs, pairs, runs, speed
+from lpo_fast import backbone, checkpoint, data, latents, models, outputs, pairs, runs, speed
 from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
 from lpo_fast.pairs import Pairs
@@ -21,7 +21,7 @@ TRACKERS = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
 # Settings that a resumed run may change.
 MAY_CHANGE = {"out", "resume", "epochs", "max_batches", "save_epochs", "save_steps", "keep_checkpoints", "preempt_exit_code",
               "pictures", "log_with", "tracker_project", "tracker_entity", "run_name", "num_workers", "cache_dir",
-              "max_corrupt", "shard", "dry_run"}
+              "cache_latents", "max_corrupt", "shard", "dry_run"}
 
 
 def lpo(config: LPO) -> list[str]:
@@ -62,6 +62,8 @@ def lrm(config: LRM) -> dict[str, Pairs]:
     config.check()
     speed.check_optimizer(config.optimizer)
     directory(config)
+    if config.cache_latents:
+        writable(Path(config.cache_latents), "--cache-latents")
     used = training_pairs(config)
     picture(config, pipeline(config.model, "--model", config.revision))
     if config.clip:
@@ -70,6 +72,8 @@ def lrm(config: LRM) -> dict[str, Pairs]:
         if width != wanted:
             raise InputError(config.clip, f"projects {width} features, the model's text encoder gives {wanted}",
                              "use the CLIP that the model was made with", "--clip")
+    if config.cache_latents:
+        latents.check_space(config, used)
     same_models(config)
     return used
 
@@ -265,10 +269,10 @@ def same_models(config: LPO | LRM) -> None:
                              "name that commit (--revision, or NAME@COMMIT)", "--out")
 
 
-def writable(out: Path) -> None:
+def writable(out: Path, flag: str = "--out") -> None:
     """Refuse a directory that cannot be made or written."""
     existing = out.absolute()
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(str(out), "cannot be written", "choose a directory of your own", "--out")
+        raise InputError(str(out), "cannot be written", "choose a directory of your own", flag)

@@ -8,7 +8,7 @@ datasets (below lpo_fast/).
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,10 @@ class Source:
         """What its rows are read from: two sources with a common element have rows in common."""
         raise NotImplementedError
 
+    def fingerprint(self) -> str:
+        """Another one if the table's files are others or were written again: see ``_version``."""
+        raise NotImplementedError
+
     def read(self, name: str) -> pa.ChunkedArray:
         """A small column."""
         raise NotImplementedError
@@ -126,6 +130,9 @@ class Parquet(Source):
             except (pa.ArrowInvalid, OSError) as error:
                 raise InputError(str(file), "is not parquet", "name a .parquet file", flag) from error
         super().__init__(path, flag, [name for name in names[0] if all(name in other for other in names)])
+
+    def fingerprint(self) -> str:
+        return _fingerprint(self.files)
 
     def read(self, name: str) -> pa.ChunkedArray:
         tables = [pq.read_table(file, columns=[name]) for file in self.files]
@@ -172,7 +179,8 @@ class Parquet(Source):
 
 
 def _version(file: Path) -> tuple[object, ...]:
-    """What changes with a parquet file's content: size, time, and its last bytes, which say where each column lies."""
+    """What changes with a parquet or Arrow file's content: size, time, and its last bytes (parquet's say where each column
+    lies)."""
     about = file.stat()
     with open(file, "rb") as f:
         f.seek(-min(FOOTER, about.st_size), os.SEEK_END)
@@ -188,6 +196,9 @@ class Stored(Source):
 
     def identity(self) -> set[object]:
         return {self.dataset._fingerprint}
+
+    def fingerprint(self) -> str:
+        return _fingerprint((file["filename"] for file in self.dataset.cache_files), self.dataset._fingerprint)
 
     def read(self, name: str) -> pa.ChunkedArray:
         return self.open(name)[:].column(0)
@@ -207,6 +218,10 @@ def _cell(cell: pa.Scalar, index: int | None) -> Any:
         return (cell if index is None else cell[index]).as_py()
     except (IndexError, TypeError):
         return None
+
+
+def _fingerprint(files: Iterable[str | Path], of: str = "") -> str:
+    return hashlib.sha256(repr([of, *((Path(file).name, *_version(Path(file))) for file in files)]).encode()).hexdigest()
 
 
 def _line(error: Exception) -> str:

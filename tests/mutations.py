@@ -285,6 +285,18 @@ MUTATIONS: list[Mutation] = [
         ("training pairs are held out without a word", "if use != \"train\" and used[use]", "if False and used[use]"),
         ("models are converted before pairs are read", "    used = training_pairs(config)\n",
          "    models.model(config)\n    used = training_pairs(config)\n")),
+    *of("latents.py", "test_latents.py::test_damaged_entries_are_made_anew",
+        ("damaged entries are used", " and zlib.crc32(entry) + 1 == mark", ""),
+        ("damaged entries stay", "new = (~(batch[\"cached\"] |", "new = (~(batch[\"cached\"] | True |")),
+    *of("latents.py", "test_latents.py::test_what_a_cache_is_of test_latents.py::test_refused_before_the_run",
+        ("a cache of another VAE", "digest(backbone.vae_folder(path)), ", "\"\", "),
+        ("a cache of another table", "pairs.source.fingerprint()", "\"\""),
+        ("room for the marks is forgotten", "n * (cache.size + MARK)", "n * cache.size")),
+    *of("train_lrm.py", "test_latents.py::test_damaged_entries_are_made_anew",
+        ("what is cached is encoded again, from nothing", "torch.where(cached, moments, made)", "made")),
+    *of("train_lrm.py", "test_latents.py::test_parts_give_what_the_whole_gives test_latents.py::test_part_size",
+        ("variance for deviation", "(0.5 * log_variance", "(1.0 * log_variance"),
+        ("all pictures at once", "-(-count * side**2 // ENCODED)", "1")),
     *of("data.py", "test_pairs.py", ("the filter keeps its bound", "(clip > 0)", "(clip >= 0)")),
 ]
 

@@ -234,7 +234,8 @@ def variant(folder: Path) -> str | None:
 
 def load_unet(path: Path, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
     """The denoiser below ``path``."""
-    return UNet2DConditionModel.from_pretrained(path / "unet", variant=variant(path / "unet"), torch_dtype=dtype)
+    folder = path / "unet"
+    return UNet2DConditionModel.from_pretrained(folder, variant=variant(folder), torch_dtype=dtype, use_safetensors=True)
 
 
 def load_text(path: Path, family: Family, folder: Path | None = None,
@@ -244,7 +245,8 @@ def load_text(path: Path, family: Family, folder: Path | None = None,
     encoders = []
     for name, cls in family.encoders:
         source = (folder if folder is not None and (folder / name).is_dir() else path) / name
-        how = {"variant": variant(source), "dtype": torch.float32, "output_loading_info": True}
+        how = {"variant": variant(source), "dtype": torch.float32, "output_loading_info": True, "use_safetensors": True,
+               "attn_implementation": "sdpa"}  # else a config.json may name code of the hub
         if own := part(state or {}, name):
             encoder, info = cls.from_pretrained(None, config=cls.config_class.from_pretrained(source), state_dict=own, **how)
         else:
@@ -281,7 +283,7 @@ def vae_config(path: Path) -> dict:
 def load_vae(path: Path) -> AutoencoderKL:
     """The VAE of a pipeline, or a directory of its own; frozen, fp32."""
     folder = vae_folder(path)
-    vae = AutoencoderKL.from_pretrained(folder, variant=variant(folder), torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(folder, variant=variant(folder), torch_dtype=torch.float32, use_safetensors=True)
     return vae.requires_grad_(False).eval()
 
 

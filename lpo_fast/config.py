@@ -173,6 +173,7 @@ class LPO:
     def check(self) -> None:
         """Raise InputError for a setting that cannot work."""
         _finite(self)
+        _names(self)
         _at_least(self, 1, "epochs", "batch_size", "num_steps", "train_batch_size", "accumulate", "save_epochs", "save_steps",
                   "validation_pictures", "validate_epochs")
         _at_least(self, 2, "num_candidates")
@@ -383,6 +384,7 @@ class LRM:
     def check(self) -> None:
         """Raise InputError for a setting that cannot work."""
         _finite(self)
+        _names(self)
         _at_least(self, 1, "batch_size", "max_steps", "validate_steps", "save_steps", "accumulate", "timestep_interval")
         _at_least(self, 0, "seed", "resolution", "warmup_steps", "weight_decay", "num_workers", "learning_rate",
                   "limit_examples_per_prompt", "aux_loss_coeff", "noise_offset", "max_corrupt", "keep_checkpoints")
@@ -468,6 +470,18 @@ def _finite(config: LPO | LRM) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
             _refuse(config, key, "not a finite number", "use a finite number")
+
+
+def component(name: str) -> bool:
+    """Whether a name stays in its directory: one component of a path."""
+    return name not in ("", ".", "..") and not any(sign in name for sign in "/\\\0")
+
+
+def _names(config: LPO | LRM) -> None:
+    """A tracker makes directories of these names: they stay where the run is."""
+    for key in ("tracker_project", "run_name"):
+        if (name := getattr(config, key)) and not component(name):
+            _refuse(config, key, "is no name of a directory", "use a name without / and ..")
 
 
 def _flag(key: str) -> str:

@@ -6,7 +6,6 @@ they would have on a GPU, ``Meter`` follows the bytes that live at a time and co
 are read, no GPU is needed, and no run directory is written. Sizes are those of one process.
 """
 
-import json
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -46,6 +45,7 @@ from lpo_fast.config import LPO, LRM
 from lpo_fast.policy import Policy, trainable
 from lpo_fast.reward import LatentRewardModel
 from lpo_fast.sample import CounterNoise, Pairs
+from lpo_fast.speed import optimizer_state
 
 META = torch.device("meta")
 # What autocast does on CUDA to the functions that the networks call; others take what they are given.
@@ -158,7 +158,7 @@ def built(kind: type[nn.Module], folder: Path) -> nn.Module:
         if kind in (UNet2DConditionModel, AutoencoderKL):
             network = kind.from_config(kind.load_config(folder))
         else:
-            network = kind(kind.config_class.from_pretrained(folder))
+            network = kind(kind.config_class.from_pretrained(folder, attn_implementation="sdpa"))
     return network.requires_grad_(False).eval()
 
 
@@ -220,7 +220,7 @@ def scorer(config: LPO, pixels: int) -> LatentRewardModel:
     channels = list(unet.config.block_out_channels)
     heads = {name: tuple(head["weight"].shape) for name, head in checkpoint.read_heads(path, channels).items()
              if name.endswith("_projection")}
-    own = json.loads((path / "lrm.json").read_text()) if (path / "lrm.json").is_file() else {}
+    own = checkpoint.recorded_settings(path)
     guidance = config.lrm_guidance or own.get("guidance_scale", 7.5)
     stages = own.get("multi_scale_cfg", False) if config.lrm_multi_scale_cfg is None else config.lrm_multi_scale_cfg
     encoders = [built(kind, (home if (home / name).is_dir() else base) / name)
@@ -267,18 +267,6 @@ def held(module: nn.Module | None, trained: bool | None = None) -> int:
 def of_text(text: Text) -> int:
     """Bytes of text features."""
     return sum(x.numel() * x.element_size() for x in (text.context, text.pooled))
-
-
-def optimizer_state(name: str, parameters: list[nn.Parameter]) -> int:
-    """Bytes of an optimizer's state. AdamW: two fp32 moments. 8 bits: two bytes and, a block of 256, two fp32 scales; fp32
-    below 4,096 elements. Adafactor: fp32 row and column means of the squares, one by one for vectors."""
-    def each(p: nn.Parameter) -> int:
-        if name == "adafactor":
-            return 4 * (p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.ndim > 1 else p.numel())
-        if name == "adamw" or p.numel() < 4096:
-            return 8 * p.numel()
-        return 2 * p.numel() + 8 * -(-p.numel() // 256)
-    return sum(map(each, parameters))
 
 
 # The report

@@ -247,7 +247,7 @@ def score(settings: Evaluate, prompts: list[str], items: list[int], functions: d
         for name, function in functions.items():
             values[name] = []
             for at in (slice(i, i + size) for i in range(0, len(files), size)):
-                pictures = [Image.open(file).convert("RGB") for file in files[at]]
+                pictures = [Image.open(file, formats=("PNG",)).convert("RGB") for file in files[at]]
                 values[name] += scorers.call(function, name, pictures, texts[at])
         for name, column in values.items():
             for row, value in zip(rows, column, strict=True):

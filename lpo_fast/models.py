@@ -40,6 +40,7 @@ TOKENIZER = ("tokenizer/*", "tokenizer_2/*", "tokenizer.json", "tokenizer_config
              "merges.txt")
 VARIANTS = ("*.fp16*", "*.non_ema*")
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(/(?P<folder>[\w./-]+))?(@(?P<revision>[\w./-]+))?")
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last: diffusers' own safety checker
 CONTEXT = "attn2.to_k.weight"  # a matrix over the text's features, as wide as those: 768, 1024 or 2048
 RESOLVED: dict[str, str] = {}  # names that were looked up in this process → ORG/NAME[/FOLDER]@COMMIT
 
@@ -103,6 +104,8 @@ def single_file(file: Path, flag: str) -> Path:
     if folder.is_dir():
         return folder
     found = single_file_unet(file, flag)
+    if configs.is_dir():
+        check_index(configs, flag)
     cls = StableDiffusionXLPipeline if found.get("addition_embed_type") else StableDiffusionPipeline
     with files.once(folder) as aside:
         if aside:
@@ -136,6 +139,15 @@ def single_file_unet(file: Path, flag: str = "") -> dict:
                          "name a whole Stable Diffusion checkpoint, or download it again", flag) from error
     width = widths.pop()
     return {"cross_attention_dim": width} | ({"addition_embed_type": "text_time"} if width == 2048 else {})
+
+
+def check_index(folder: Path, flag: str) -> None:
+    """Refuse a model_index.json that names other libraries than a pipeline's own: diffusers would import what it names."""
+    index = files.read_json(folder / "model_index.json", flag) if (folder / "model_index.json").is_file() else {}
+    for name, value in index.items():
+        if isinstance(value, list) and value and value[0] not in (None, *LIBRARIES):
+            raise InputError(str(folder / "model_index.json"), f"takes its {name} from {value[0]!r}, which is imported",
+                             f"use parts of {', '.join(LIBRARIES)}", flag)
 
 
 def unet_config(name: str, revision: str = "") -> dict:

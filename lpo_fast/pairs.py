@@ -1,5 +1,6 @@
 """Preference pairs for the LRM: which of them are used, and their pictures, which are read one by one and never held."""
 
+import itertools
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -67,15 +68,26 @@ def read(path: str, flag: str = "--pairs", columns: Columns | None = None, split
     if "are_different" in values:
         different = np.array([bool(value) for value in values["are_different"]], bool)
     uids = (values["image_0_uid"], values["image_1_uid"]) if {"image_0_uid", "image_1_uid"} <= values.keys() else None
+    for key in itertools.chain(*(uids or ())):
+        if isinstance(key, list | dict):
+            raise InputError(path, f"a picture's key is {key!r}", "use text or numbers", flag)
     rows = np.arange(len(captions))
     return Pairs(source, columns, captions, labels, _counts(values, captions, path, flag), different, judged, uids, rows,
                  np.stack([np.stack([rows, np.full_like(rows, side)], 1) for side in (0, 1)], 1), np.zeros(len(rows), bool))
 
 
+def _numbers(values: list) -> np.ndarray:
+    """fp32 [N]. Raises TypeError or ValueError for what are no numbers."""
+    numbers = np.array(values, np.float32)
+    if numbers.ndim != 1:
+        raise ValueError("it is a list")
+    return numbers
+
+
 def _labels(values: dict[str, list], judged: np.ndarray, path: str, flag: str) -> np.ndarray:
     """fp32 [N, 2] of the label columns; one that is not used follows from the other, both: the first picture won."""
     try:
-        given = {side: np.array(values[f"label_{side}"], np.float32) for side in (0, 1) if f"label_{side}" in values}
+        given = {side: _numbers(values[f"label_{side}"]) for side in (0, 1) if f"label_{side}" in values}
     except (TypeError, ValueError) as error:
         raise InputError(path, f"a label is no number ({error})", "use 1/0, 0/1 or 0.5/0.5", flag) from error
     first = given.get(0, 1 - given.get(1, np.zeros(len(judged), np.float32)))
@@ -94,12 +106,12 @@ def _counts(values: dict[str, list], captions: list[str], path: str, flag: str) 
         counted = Counter(captions)
         return np.array([counted[caption] for caption in captions], np.int64)
     try:
-        counts = np.array(values["num_example_per_prompt"], np.float32)
+        counts = _numbers(values["num_example_per_prompt"])
     except (TypeError, ValueError) as error:
         raise InputError(path, f"a number of pairs of a prompt is no number ({error})", "mend it, or drop the column with "
                          "--columns.num-example-per-prompt ''", flag) from error
-    if not (counts >= 1).all():
-        raise InputError(path, f"row {int((~(counts >= 1)).argmax())}: num_example_per_prompt is below 1", "mend it, or drop "
+    if not (good := (counts >= 1) & (counts < 2**31)).all():
+        raise InputError(path, f"row {int((~good).argmax())}: num_example_per_prompt is below 1 or huge", "mend it, or drop "
                          "the column with --columns.num-example-per-prompt ''", flag)
     return counts.astype(np.int64)
 

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from lpo_fast import backbone, checkpoint, cli, data, models, noise, preflight, schedule, speed, tables
+from lpo_fast import backbone, checkpoint, cli, data, files, models, noise, preflight, schedule, speed, tables
 from lpo_fast.config import LPO, Precision
 from lpo_fast.errors import InputError
 from lpo_fast.tables import KINDS, Picture
@@ -138,7 +138,7 @@ def pixels(picture: Picture, row: int, resolution: int) -> Tensor:
     try:
         if isinstance(picture, Image.Image):
             return data.pixels(picture, resolution)
-        return data.decode(picture if isinstance(picture, bytes) else Path(picture).read_bytes(), resolution)
+        return data.decode(picture if isinstance(picture, bytes) else files.read_picture(Path(picture)), resolution)
     except Exception as error:  # Pillow raises many kinds for what is no picture
         name = str(picture) if isinstance(picture, str | os.PathLike) else f"picture {row}"
         raise InputError(name, f"row {row} does not decode as a picture ({type(error).__name__})", "mend or drop it") from error
@@ -159,6 +159,7 @@ def check_lrm(lrm: str, base: str, vae: str = "", resolution: int = 0) -> Path:
         raise InputError(lrm, f"scores {families[0].name} latents, {base} makes {families[1].name} latents",
                          "name the diffusers directory that it was made from", "--lrm-base")
     preflight.picture(LPO(model=base, vae=vae, resolution=resolution), unet)
+    preflight.buildable(own, lrm, "--lrm")
     return models.locate(base, "--lrm-base")
 
 
@@ -187,7 +188,7 @@ def check_pictures(pictures: Sequence[Picture]) -> None:
     for row, picture in enumerate(pictures):
         if not isinstance(picture, bytes):
             try:
-                Image.open(picture).close()
+                data.opened(Path(picture)).close()
             except FileNotFoundError as error:
                 raise InputError(str(picture), "no such picture", "name a picture file") from error
             except Exception as error:  # Pillow raises many kinds

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lpo_fast.data import parquet_files
+from lpo_fast.data import column_names, parquet_files
 from lpo_fast.errors import InputError
-from lpo_fast.files import once
+from lpo_fast.files import once, read_picture
 
 SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}.*\.parquet")  # split-00000-of-00655-….parquet, as on the hub
 NAMED = re.compile(r"((train|validation|valid|val|dev|test)(_\w+)?)(-.*)?\.parquet")
@@ -62,7 +62,7 @@ class Source:
         name, index = self.require(spec, key)
         try:
             return _element(self.read(name), index).to_pylist()
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:  # also bytes that are not UTF-8
             raise InputError(spec, f"cannot be read from {self.path} ({error})", "name a column that has it in every row",
                              flag_of(key)) from error
 
@@ -72,7 +72,7 @@ class Source:
             cell = cell.get("bytes") or cell.get("path")
         if isinstance(cell, str):
             folder = Path(self.path) if Path(self.path).is_dir() else Path(self.path).parent
-            return (folder / cell).read_bytes()
+            return read_picture(folder / cell)
         if not isinstance(cell, bytes):
             raise ValueError(f"a picture is {type(cell).__name__}, not bytes")
         return cell
@@ -123,13 +123,8 @@ class Parquet(Source):
     """One or several .parquet files with the same columns."""
 
     def __init__(self, path: str, flag: str, files: list[Path], cache_dir: str):
-        self.files, self.cache_dir, names = files, cache_dir, []
-        for file in files:
-            try:
-                names.append(pq.read_schema(file).names)
-            except (pa.ArrowInvalid, OSError) as error:
-                raise InputError(str(file), "is not parquet", "name a .parquet file", flag) from error
-        super().__init__(path, flag, [name for name in names[0] if all(name in other for other in names)])
+        self.files, self.cache_dir = files, cache_dir
+        super().__init__(path, flag, column_names(files, flag))
 
     def fingerprint(self) -> str:
         return _fingerprint(self.files)
@@ -170,12 +165,15 @@ class Parquet(Source):
         places = [self.require(spec, "jpg_0") for spec in specs]
         names, left = list(dict.fromkeys(name for name, _ in places)), count
         for file in self.files:
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=1, columns=names):
-                if left and len(batch):
-                    left -= 1
-                    yield [_cell(batch.column(name)[0], index) for name, index in places]
-                if not left:
-                    return
+            try:
+                for batch in pq.ParquetFile(file).iter_batches(batch_size=1, columns=names):
+                    if left and len(batch):
+                        left -= 1
+                        yield [_cell(batch.column(name)[0], index) for name, index in places]
+                    if not left:
+                        return
+            except (pa.ArrowException, OSError, ValueError) as error:
+                raise InputError(str(file), f"cannot be read ({_line(error)})", "write it again", self.flag) from error
 
 
 def _version(file: Path) -> tuple[object, ...]:

@@ -159,7 +159,7 @@ def bad(tiny_sd, tmp_path) -> dict[str, str]:
     (["--lora", "{dir}/good", "--model", "{sd}", "--out", "{dir}/full"], "--out {dir}/full: is not empty"),
     (["--lora", "{dir}/good", "--model", "{sd}", "--out", "{dir}/half.pt/o"], "cannot be written"),
     *[(["--lora", f"{{dir}}/{name}", "--model", "{sd}", "--out", "{dir}/o"], message) for name, message in [
-        ("half.pt", "is no adapter"), ("dora.pt", "is no adapter"), ("none.pt", "is no adapter"), ("list.pt", "something else"),
+        ("half.pt", "is no adapter"), ("dora.pt", "is no adapter"), ("none.pt", "is no adapter"), ("list.pt", "no dictionary"),
         ("wide.pt", "which is ("), ("other.pt", "which is absent"), ("text.safetensors", "is no adapter"),
         ("damaged.safetensors", "cannot be read")]],
 ])

@@ -54,7 +54,7 @@ class LPO:
     epochs: int = 5
     """Passes over the prompts."""
     max_batches: int = 0
-    """Stop after so many prompt batches; 0: no limit."""
+    """Stop after so many prompt batches, with --resume-from counted from there; 0: no limit."""
 
     batch_size: int = 5
     """Prompts a sampling batch."""

@@ -18,7 +18,7 @@ TRACKERS = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
 # Settings that a resumed run may change.
 MAY_CHANGE = {"out", "resume", "epochs", "max_batches", "save_epochs", "save_steps", "keep_checkpoints", "preempt_exit_code",
               "pictures", "log_with", "tracker_project", "tracker_entity", "run_name", "num_workers", "cache_dir",
-              "cache_latents", "max_corrupt", "shard", "dry_run"}
+              "cache_latents", "max_corrupt", "shard", "dry_run", "resume_from"}  # the state holds what came from a checkpoint
 
 
 def lpo(config: LPO) -> list[str]:
@@ -48,7 +48,10 @@ def lpo(config: LPO) -> list[str]:
     if config.lora:
         checkpoint.read_lora(Path(config.lora))
     if config.resume_from:
-        outputs.find_checkpoint(Path(config.resume_from), config.full)
+        start = outputs.find_checkpoint(Path(config.resume_from), config.full)
+        if (done := outputs.epoch_of(start) + 1) >= config.epochs:
+            raise InputError(config.resume_from, f"{start.name} has finished epoch {done - 1}", f"use --epochs above {done}",
+                             "--resume-from")
     directory(config)
     return prompts
 

@@ -180,8 +180,8 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
         draw.compared("before")
     step = speed.compiled(sample.choose, config.compiled, graphs=True)
     slots = min(config.batch_size, -(-len(prompts) // ranks.count()))
-    total = min(config.epochs * batches, config.max_batches or config.epochs * batches)
     done = at["epoch"] * batches + at["batch"]
+    total = min(config.epochs * batches, at.setdefault("start", done) + (config.max_batches or config.epochs * batches))
     if config.resume and not resumed:
         runs.say(f"{out} holds no saved state: the run starts from the beginning")
     runs.say(f"LPO on {device}, precision {policy.precision} | {len(prompts)} prompts | batches {done} to {total} | "

@@ -162,7 +162,7 @@ def gaps(name: str, given: str, scorer: Scorer, pictures: list, table: Pairs, ro
                          f"--{name}")
     if not np.isfinite(scores).all():
         row = rows[int((~np.isfinite(scores)).argmax()) % len(rows)]
-        raise InputError(given, f"a score of row {row} is not finite", "mend the scorer; what is done is kept", f"--{name}")
+        raise InputError(given, f"a score of row {row} (from 0) is not finite", "mend the scorer; what is done is kept", f"--{name}")
     first, second = scores.reshape(2, -1)
     sign = np.sign(table.labels[rows, 0] - table.labels[rows, 1])
     gap = np.where(sign == 0, np.abs(first - second), sign * (first - second))

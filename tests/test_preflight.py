@@ -361,7 +361,7 @@ def test_score_table(bench: Bench, lrm: LRM) -> None:
     keep = (1, 1, 1, 1)
     refused(train_lrm.train, replace(lrm, scores=str(bench.tmp / "nowhere.csv")), "--scores", "cannot be read")
     too_long = scores(bench.tmp / "long.csv", [keep] * 3, HEADER)
-    refused(train_lrm.train, replace(lrm, scores=str(too_long)), "--scores", "the score table has 3 rows")
+    refused(train_lrm.train, replace(lrm, scores=str(too_long)), "--scores", "has 3 rows, ")
     swapped = scores(bench.tmp / "ties.csv", [(0, 0, 0, 0)] * 2, HEADER)
     refused(train_lrm.train, replace(lrm, scores=str(swapped)), "--scores",
             "different_flag is not what the labels say in 2 of 2")

@@ -153,6 +153,9 @@ def picture(config: LPO | LRM, unet: dict) -> None:
         path = models.vae(config)
         if not path.is_dir():
             raise InputError(config.vae, "no such directory", "name a VAE's directory or hub name", "--vae")
+        if not (backbone.vae_folder(path) / "config.json").is_file():
+            raise InputError(config.vae, "holds no VAE: config.json is missing", "name a VAE's directory or a whole pipeline",
+                             "--vae")
         channels = read_config(backbone.vae_folder(path), "--vae").get("latent_channels")
         if channels != unet["in_channels"]:
             raise InputError(config.vae, f"makes latents of {channels} channels, the denoiser takes {unet['in_channels']}",

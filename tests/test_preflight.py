@@ -155,6 +155,12 @@ def test_a_vae_of_another_family(bench: Bench, lpo: LPO) -> None:
         refused(train_lpo.train, replace(lpo, vae=vae), "--vae", message)
 
 
+def test_a_directory_without_a_vae_is_named_as_it_was_typed(bench: Bench, lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bench.sd)
+    problem = refused(train_lpo.train, replace(lpo, vae="tokenizer"), "--vae", "holds no VAE")
+    assert problem.value == "tokenizer" and "a VAE's directory or a whole pipeline" in problem.remedy
+
+
 @pytest.mark.parametrize("name, package", [("adamw8bit", "bitsandbytes"), ("paged_adamw8bit", "bitsandbytes"),
                                            ("adafactor", "transformers")])
 def test_an_optimizer_that_is_not_installed(lpo: LPO, lrm: LRM, name: str, package: str,

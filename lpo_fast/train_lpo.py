@@ -164,7 +164,7 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
     run, draw = runs.Run(config, resumed), outputs.Pictures(config, policy, sched, prompts, shape)
     if ranks.main():
         with files.writing(out):
-            (out / "exp_config.py").write_text(official.render(config), encoding="utf-8")
+            (out / "exp_config.py").write_text(official.render(config, judge.lrm), encoding="utf-8")
     parts = {"weights": checkpoint.Trained(policy.unet), "optimizer": optimizer, "scaler": scaler, "ema": ema}
     at, pairs = {"epoch": 0, "batch": 0, "step": 0}, None
     if resumed:

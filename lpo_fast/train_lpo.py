@@ -184,8 +184,8 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
     total = min(config.epochs * batches, at.setdefault("start", done) + (config.max_batches or config.epochs * batches))
     if config.resume and not resumed:
         runs.say(f"{out} holds no saved state: the run starts from the beginning")
-    runs.say(f"LPO on {device}, precision {policy.precision} | {len(prompts)} prompts | batches {done} to {total} | "
-             f"{sum(p.numel() for p in trainable(policy.unet)):,} parameters train | {ranks.count()} processes")
+    runs.say(f"LPO on {device}, precision {policy.precision} | {len(prompts)} prompts | {done} of {total} batches done | "
+             f"{sum(p.numel() for p in trainable(policy.unet)):,} parameters train | {ranks.named(ranks.count())}")
     size = config.train_batch_size * config.accumulate * ranks.count()
     meter = accounting.Meter(device, speed.DTYPES[policy.precision], lambda: work(policy, judge, sched, shape, config))
     profiler = accounting.Profiler(out if config.profile and ranks.main() else None, "prompt batch", total - done)

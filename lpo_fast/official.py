@@ -15,8 +15,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from lpo_fast import files
-from lpo_fast.config import LPO, component
+from lpo_fast import cli, files
+from lpo_fast.config import LPO, check_lora_flags, component
 from lpo_fast.errors import InputError
 from lpo_fast.official_lrm import typed
 
@@ -223,12 +223,12 @@ def attention(notes: list[str]) -> str:
 
 def parse(argv: list[str]) -> tuple[LPO, list[str]]:
     """Settings and notes of an official launch line; our own flags win over the file."""
-    import tyro
     file, changes, rest = split(argv)
     config, notes = settings(override(flat(load(file)), changes))
     if rest:
-        config = tyro.cli(LPO, args=rest, default=config, prog="python -m lpo_fast.train --config FILE.py",
-                          config=(tyro.conf.FlagCreatePairsOff,))
+        given = cli.parse(LPO, rest, "train --config FILE.py", default=config)
+        check_lora_flags(given, config)
+        config = given
     return config, notes
 
 

@@ -214,8 +214,8 @@ def match(scores: Scores, pairs: Pairs) -> np.ndarray:
     wrong = np.flatnonzero(pairs.judged & (won != (scores.different[place] == 1)))
     if len(wrong):
         raise InputError(scores.path, f"different_flag is not what the labels say in {len(wrong)} of {count} pairs, the first: "
-                         f"rows {', '.join(map(str, wrong[:5]))} (from 0)", "use the table made from these pairs, in their order",
-                         "--scores")
+                         f"rows {', '.join(map(str, wrong[:5]))} (from 0)", "use the table made from these pairs, in their "
+                         "order", "--scores")
     return place
 
 
@@ -268,14 +268,17 @@ def check_pictures(pairs: Pairs) -> None:
     problem, names = None, {key: getattr(pairs.columns, key) for key in ("jpg_0", "jpg_1")}
     for row, cells in enumerate(pairs.source.first(LOOKED_AT, *names.values())):
         try:
-            for key, cell in zip(names, cells, strict=True):
+            for key, cell in zip(names, cells, strict=True):  # noqa: B007 - which of them it was
                 data.decode(pairs.source.encoded(cell), 8)
             return
         except Exception as error:
             what = f"a picture of row {row} does not decode ({type(error).__name__}: {error})"
-            problem = problem or (InputError(pairs.source.path, what, "store encoded JPEG or PNG", pairs.source.flag)
-                                  if names[key] == key else InputError(
-                names[key], f"{what} in {pairs.source.path}", "name a column of encoded pictures or of their files", flag_of(key)))
+            if names[key] == key:
+                found = InputError(pairs.source.path, what, "store encoded JPEG or PNG", pairs.source.flag)
+            else:
+                found = InputError(names[key], f"{what} in {pairs.source.path}", "name a column of encoded pictures or of "
+                                   "their files", flag_of(key))
+            problem = problem or found
     raise problem or InputError(pairs.source.path, "holds no pair", "add pairs", pairs.source.flag)
 
 

@@ -418,7 +418,7 @@ def test_scores_by_position(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"t.csv: has {len(rows)} rows, .*p.parquet 3 pairs") as caught:
             used(path, scores(tmp_path / "t.csv", rows))
         assert caught.value.key == "--scores"
-    with pytest.raises(InputError, match="different_flag is not what the labels say in 2 of 3 pairs, the first: rows 0, 2 \\(from 0\\)"):
+    with pytest.raises(InputError, match="different_flag is not what the labels say in 2 of 3 pairs, the first: rows 0, 2 "):
         used(path, scores(tmp_path / "t.csv", good[::-1]))
     with pytest.raises(InputError, match="the filter keeps none of its 3 rows"):
         used(path, scores(tmp_path / "t.csv", [(1, -9, 1, 1), (1, -9, 1, 1), (0, 9, 9, 9)]))
@@ -429,7 +429,7 @@ def test_scores_by_key(tmp_path: Path) -> None:
     path = table(tmp_path / "p.parquet", ["a", "b", "c"], image_0_uid=["x", "y", "x"], image_1_uid=["y", "z", "w"])
     rows = [("w", "x", 0, 0, 0, 0), ("q", "q", 1, 1, 1, 1), ("y", "x", 1, -9, 1, 1), ("y", "z", 1, 1, 1, 1)]
     assert used(path, scores(tmp_path / "s.csv", rows, KEYED)).rows.tolist() == [1, 2]
-    with pytest.raises(InputError, match="has no row for 2 of the 3 pairs, the first of them row 0 \\(from 0\\)") as caught:
+    with pytest.raises(InputError, match="has no row for 2 of the 3 pairs, the first of them row 0 .from 0.") as caught:
         used(path, scores(tmp_path / "s.csv", [rows[0], rows[1]], KEYED))
     assert caught.value.key == "--scores"
     with pytest.raises(InputError, match="different_flag is not what the labels say in 1 of 3 pairs"):

@@ -54,7 +54,7 @@ class LPO:
     epochs: int = 5
     """Passes over the prompts."""
     max_batches: int = 0
-    """Stop after so many prompt batches; 0: no limit."""
+    """Stop after so many prompt batches, with --resume-from counted from there; 0: no limit."""
 
     batch_size: int = 5
     """Prompts a sampling batch."""
@@ -354,19 +354,21 @@ class LRM:
     """GroupNorm fused with what stands around it, in channels-last networks; no gain is measured yet."""
 
     eval_on_start: bool = True
-    """Validate before the first step too."""
+    """Validate before the first step too; it tells whether anything was learned, and leaves no checkpoint."""
     validate_steps: int = 100
     """Steps between validations, each of which may leave a checkpoint."""
     save_steps: int = 100
     """Steps between saved states (for --resume)."""
     save_only_if_best: bool = True
-    """Write checkpoint-gstep{N} only where no validation before was better."""
+    """Write checkpoint-gstep{N} only where no validation before was better (those after step 0 count; of equals the
+    later is written)."""
     keep_checkpoints: int = 1
     """Checkpoints kept; 0: all."""
     keep_best: bool = True
     """Keep the best checkpoints by validation accuracy, else the newest."""
     handed_on: Literal["best", "last"] = "best"
-    """Which LRM becomes checkpoint-final: the best by validation accuracy, or the last step's as official."""
+    """Which LRM becomes checkpoint-final: the best by validation accuracy (after step 0; of equals the later), or the last
+    step's as official."""
     num_workers: int = 2
     """Processes that decode pictures, beside each training process; 0: the training process itself."""
     cache_latents: str = ""
@@ -463,6 +465,13 @@ def shapes() -> Recipe:
         replace(recipe.lpo, seed=0, epochs=1, max_batches=8, batch_size=32, guidance_scale=2.25, rank=16,
                 learning_rate=7e-4, train_batch_size=32),
     )
+
+
+def check_lora_flags(config: LPO, defaults: LPO) -> None:
+    """Refuse what a command line says of a LoRA where --full trains none. defaults: the settings without that line."""
+    for key in ("rank", "alpha", "targets"):
+        if config.full and getattr(config, key) != getattr(defaults, key):
+            _refuse(config, key, "full fine-tuning has no LoRA", f"drop {_flag(key)} or --full")
 
 
 def _finite(config: LPO | LRM) -> None:

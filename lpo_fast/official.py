@@ -15,8 +15,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from lpo_fast import files
-from lpo_fast.config import LPO, component
+from lpo_fast import cli, files
+from lpo_fast.config import LPO, check_lora_flags, component
 from lpo_fast.errors import InputError
 from lpo_fast.official_lrm import typed
 
@@ -79,7 +79,8 @@ def split(argv: list[str]) -> tuple[str, dict[str, str], list[str]]:
 
 
 def load(file: str) -> dict:
-    """What get_config() of a .py file returns, which may import from the current directory, or a file of data holds."""
+    """What get_config() of a .py file returns, which may import from the current directory, or, without one, its names
+    (exp_config.py, a run's record); or what a file of data holds."""
     kind = Path(file).suffix
     if not Path(file).is_file():
         raise InputError(file, "no such file", "name an official config file", "--config")
@@ -89,7 +90,8 @@ def load(file: str) -> dict:
         raise InputError(file, f"unknown kind {kind!r}", f"use .py, which runs, or {', '.join(DATA)}, which do not", "--config")
     sys.path.insert(0, os.getcwd())
     try:
-        config = runpy.run_path(file)["get_config"]()
+        found = runpy.run_path(file)
+        config = found["get_config"]() if "get_config" in found else {k: v for k, v in found.items() if k[:2] != "__"}
         return plain(config.to_dict() if hasattr(config, "to_dict") else config)
     except ModuleNotFoundError as error:
         remedy = ("pip install 'lpo_fast[official]'" if error.name in ("ml_collections", "absl") else
@@ -211,32 +213,39 @@ def settings(config: dict[str, object]) -> tuple[LPO, list[str]]:
 
 
 def attention(notes: list[str]) -> str:
-    """xformers where it runs; else PyTorch's memory-efficient attention, which computes the same."""
+    """xformers where it runs; else "auto", which then is PyTorch's memory-efficient attention and computes the same."""
     from lpo_fast import speed
     if not speed.xformers_problem():
         return "xformers"
     notes.append("use_xformers: xformers does not run here, PyTorch's memory-efficient attention computes the same")
-    return "sdpa"
+    return "auto"
 
 
 def parse(argv: list[str]) -> tuple[LPO, list[str]]:
     """Settings and notes of an official launch line; our own flags win over the file."""
-    import tyro
     file, changes, rest = split(argv)
     config, notes = settings(override(flat(load(file)), changes))
     if rest:
-        config = tyro.cli(LPO, args=rest, default=config, prog="python -m lpo_fast.train --config FILE.py",
-                          config=(tyro.conf.FlagCreatePairsOff,))
+        given = cli.parse(LPO, rest, "train --config FILE.py", default=config)
+        check_lora_flags(given, config)
+        config = given
     return config, notes
 
 
-def render(config: LPO) -> str:
-    """exp_config.py, as the official script writes it: a run's settings under the official keys."""
+def render(config: LPO, lrm: Any) -> str:
+    """exp_config.py, as the official script writes it: a run's settings under the official keys, of which none is left out.
+
+    lrm: the run's LatentRewardModel. Of a guidance that changes over the timesteps the record holds the first number.
+    """
     values = {key: getattr(config, field) for key, field in SAME.items()} | {
         "logdir": str(Path(config.out).parent), "run_name": Path(config.out).name,
-        "num_checkpoint_limit": config.keep_checkpoints or None, "use_xformers": config.attention == "xformers",
+        "num_checkpoint_limit": config.keep_checkpoints or None, "use_xformers": config.attention != "sdpa",
         "use_wandb": config.log_with == "wandb", "wandb_entity_name": config.tracker_entity or None,
-        "use_lora": not config.full, "preference_model_func_cfg.guidance_scale": (config.lrm_guidance or (7.5,))[0],
+        "use_lora": not config.full, "dynamic_beta": False, "dataloader_num_workers": 0, "dataloader_pin_memory": False,
+        "preference_model_func_cfg.type": MODELS[lrm.family.time_ids], "preference_model_func_cfg.multi_scale": lrm.multi_scale,
+        "preference_model_func_cfg.multi_scale_cfg": lrm.multi_scale_cfg,
+        "preference_model_func_cfg.guidance_scale": lrm.guidance_scale[0],
+        "sample.num_inner_step": 0, "sample.inner_start_step": 0,
         "compare_func_cfg.type": NAMES["compare_func_cfg.type"], "compare_func_cfg.threshold": config.threshold_min,
         "compare_func_cfg.dynamic_threshold": None if config.threshold_shape == "none" else config.threshold_shape,
         "compare_func_cfg.threshold_min": config.threshold_min, "compare_func_cfg.threshold_max": config.threshold_max,

@@ -21,7 +21,7 @@ TRACKERS = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
 # Settings that a resumed run may change.
 MAY_CHANGE = {"out", "resume", "epochs", "max_batches", "save_epochs", "save_steps", "keep_checkpoints", "preempt_exit_code",
               "pictures", "log_with", "tracker_project", "tracker_entity", "run_name", "num_workers", "cache_dir",
-              "cache_latents", "max_corrupt", "shard", "dry_run"}
+              "cache_latents", "max_corrupt", "shard", "dry_run", "resume_from"}  # the state holds what came from a checkpoint
 
 
 def lpo(config: LPO) -> list[str]:
@@ -36,7 +36,10 @@ def lpo(config: LPO) -> list[str]:
     if config.lora:
         checkpoint.read_lora(Path(config.lora))
     if config.resume_from:
-        outputs.find_checkpoint(Path(config.resume_from), config.full)
+        start = outputs.find_checkpoint(Path(config.resume_from), config.full)
+        if (done := outputs.epoch_of(start) + 1) >= config.epochs:
+            raise InputError(config.resume_from, f"{start.name} has finished epoch {done - 1}", f"use --epochs above {done}",
+                             "--resume-from")
     directory(config)
     reward_place(config)
     unet = pipeline(config.model, "--model", config.revision)
@@ -167,6 +170,9 @@ def picture(config: LPO | LRM, unet: dict) -> None:
         path = models.vae(config)
         if not path.is_dir():
             raise InputError(config.vae, "no such directory", "name a VAE's directory or hub name", "--vae")
+        if not (backbone.vae_folder(path) / "config.json").is_file():
+            raise InputError(config.vae, "holds no VAE: config.json is missing", "name a VAE's directory or a whole pipeline",
+                             "--vae")
         channels = read_config(backbone.vae_folder(path), "--vae").get("latent_channels")
         if channels != unet["in_channels"]:
             raise InputError(config.vae, f"makes latents of {channels} channels, the denoiser takes {unet['in_channels']}",

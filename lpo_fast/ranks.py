@@ -44,6 +44,11 @@ def main() -> bool:
     return state().is_main_process if PartialState._shared_state else os.environ.get("RANK", "0") == "0"
 
 
+def named(processes: int) -> str:
+    """So many processes, in words."""
+    return "1 process" if processes == 1 else f"{processes} processes"
+
+
 def count() -> int:
     """How many processes there are."""
     return state().num_processes

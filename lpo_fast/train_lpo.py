@@ -164,7 +164,7 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
     run, draw = runs.Run(config, resumed), outputs.Pictures(config, policy, sched, prompts, shape)
     if ranks.main():
         with files.writing(out):
-            (out / "exp_config.py").write_text(official.render(config), encoding="utf-8")
+            (out / "exp_config.py").write_text(official.render(config, judge.lrm), encoding="utf-8")
     parts = {"weights": checkpoint.Trained(policy.unet), "optimizer": optimizer, "scaler": scaler, "ema": ema}
     at, pairs = {"epoch": 0, "batch": 0, "step": 0}, None
     if resumed:
@@ -180,12 +180,12 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
         draw.compared("before")
     step = speed.compiled(sample.choose, config.compiled, graphs=True)
     slots = min(config.batch_size, -(-len(prompts) // ranks.count()))
-    total = min(config.epochs * batches, config.max_batches or config.epochs * batches)
     done = at["epoch"] * batches + at["batch"]
+    total = min(config.epochs * batches, at.setdefault("start", done) + (config.max_batches or config.epochs * batches))
     if config.resume and not resumed:
         runs.say(f"{out} holds no saved state: the run starts from the beginning")
-    runs.say(f"LPO on {device}, precision {policy.precision} | {len(prompts)} prompts | batches {done} to {total} | "
-             f"{sum(p.numel() for p in trainable(policy.unet)):,} parameters train | {ranks.count()} processes")
+    runs.say(f"LPO on {device}, precision {policy.precision} | {len(prompts)} prompts | {done} of {total} batches done | "
+             f"{sum(p.numel() for p in trainable(policy.unet)):,} parameters train | {ranks.named(ranks.count())}")
     size = config.train_batch_size * config.accumulate * ranks.count()
     meter = accounting.Meter(device, speed.DTYPES[policy.precision], lambda: work(policy, judge, sched, shape, config))
     profiler = accounting.Profiler(out if config.profile and ranks.main() else None, "prompt batch", total - done)

@@ -333,8 +333,8 @@ def _train(config: LRM, used: dict[str, Pairs]) -> Path:
     if config.resume and not resumed:
         runs.say(f"{out} holds no saved state: the run starts from the beginning")
     runs.say(f"LRM on {device}, precision {encoder.precision} | {len(used['train'])} of {len(used['train'].captions)} pairs | "
-             f"steps {at['step']} to {config.max_steps} | "
-             f"{sum(p.numel() for p in lrm.parameters() if p.requires_grad):,} parameters train | {ranks.count()} processes")
+             f"{at['step']} of {config.max_steps} steps done | "
+             f"{sum(p.numel() for p in lrm.parameters() if p.requires_grad):,} parameters train | {ranks.named(ranks.count())}")
     for use, cache in caches.items():
         found = latents.numbers(used[use])
         runs.say(f"latents of {use} pairs: {cache.folder} holds {len(found) - cache.missing(found):,} of {len(found):,}")
@@ -347,7 +347,9 @@ def _train(config: LRM, used: dict[str, Pairs]) -> Path:
         shown = validate(lrm, encoder, held_out["validation"], shown_at[::5], corrupt["validation"])
         run.log("validation", at["step"], **shown)
         runs.say(f"step {at['step']} | validation accuracy {shown['accuracy']:.3f} at t = {shown_at[0]} ({shown['n']} pairs)")
-        if at["step"]:
+        if at["step"] == 0:
+            at["untrained"] = shown["accuracy"]
+        else:
             at["stage"]["metrics"] = {"accuracy": shown["accuracy"]}
             keep(config, lrm, encoder.tokenizers, at)
 
@@ -401,6 +403,10 @@ def _train(config: LRM, used: dict[str, Pairs]) -> Path:
         runs.say(f"stopped after step {at['step']}; go on with --resume")
         raise SystemExit(128 + (stopped or [signal.SIGTERM])[0])
     hand_on(config, lrm, encoder.tokenizers, at)
+    best = max((accuracy for _, accuracy in at["checkpoints"]), default=1)
+    if best <= at.get("untrained", 0):
+        runs.say(f"warning: no validation (best {best:.3f}) is above the one before the first step ({at['untrained']:.3f}): "
+                 "this reward model has learned nothing useful")
     if held_out:
         final = checkpoint.load_lrm(out / FINAL).to(device)
         for use, pairs in held_out.items():
@@ -415,7 +421,8 @@ def _train(config: LRM, used: dict[str, Pairs]) -> Path:
 
 
 def keep(config: LRM, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], at: dict) -> None:
-    """Save the LRM just validated unless an earlier one is better; drop checkpoints that are too many."""
+    """Save the LRM just validated unless an earlier one (after step 0) is better, so of equals the later is kept; drop
+    checkpoints that are too many."""
     out, accuracy = Path(config.out), at["stage"]["metrics"]["accuracy"]
     if config.save_only_if_best and any(accuracy < known for _, known in at["checkpoints"]):
         return

@@ -150,7 +150,7 @@ def test_resume_is_exact_with_every_option(settings: LRM, tmp_path: Path, monkey
     ({"save_only_if_best": False, "keep_checkpoints": 2}, [1, 2], 2), ({"keep_checkpoints": 0}, [1, 2], 2),
     ({"handed_on": "last"}, [2], 3), ({"save_only_if_best": False, "keep_checkpoints": 0}, [1, 2, 3], 2),
 ])
-def test_checkpoints(settings: LRM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict, kept: list,
+def test_checkpoints(settings: LRM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, options: dict, kept: list,
                      final: int) -> None:
     """Validation accuracies 0.5 before the first step, then 0.6, 0.8, 0.55."""
     found = iter([0.5, 0.6, 0.8, 0.55, 0.9])
@@ -159,4 +159,15 @@ def test_checkpoints(settings: LRM, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sorted(int(p.name.removeprefix("checkpoint-gstep")) for p in out.glob("checkpoint-gstep*")) == kept
     stage = json.loads((out / train_lrm.FINAL / "training_stage.json").read_text())
     assert stage["global_step"] == final == rows(out, "validation")[-1]["checkpoint"]
+    assert "learned nothing" not in capsys.readouterr().out
     assert stage.keys() == {"epoch", "step", "global_step", "step_loss", "lr", "metrics"} and np.isfinite(stage["step_loss"])
+
+
+@pytest.mark.parametrize("accuracies, useless", [([0.6, 0.4, 0.6, 0.5], True), ([0.6, 0.4, 0.61, 0.5], False)])
+def test_a_reward_model_that_learned_nothing(settings: LRM, monkeypatch, capsys, accuracies: list, useless: bool) -> None:
+    """Validation accuracies before the first step, then after each of three."""
+    found = iter([*accuracies, 0.9])
+    monkeypatch.setattr(train_lrm, "validate", lambda *args: {"accuracy": next(found), "accuracy_by_timestep": {}, "n": 1})
+    train_lrm.train(replace(settings, validation_pairs=settings.pairs))
+    assert ("(best 0.600) is above the one before the first step (0.600): this reward model has learned nothing" in
+            capsys.readouterr().out) is useless

@@ -108,3 +108,15 @@ def test_order_of_the_prompts() -> None:
     assert [len(part) for part in train_lpo.order(config.LPO(batch_size=40, drop_last=True), 0, 10)] == [10]  # never none
     whole = torch.cat(train_lpo.order(config.LPO(batch_size=4), 1, 10))
     assert torch.equal(whole, noise.permutation(42, 1, 0, 10))
+
+
+def test_a_run_from_a_checkpoint_has_settings_of_its_own(settings, tmp_path) -> None:
+    """The optimizer's moments come from the checkpoint; rate, weight decay, betas and eps do not."""
+    first = train_lpo.train(replace(settings, num_steps=2))
+    own = {"learning_rate": 1e-3, "weight_decay": 0.5, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6}
+    second = train_lpo.train(replace(settings, num_steps=2, epochs=2, out=str(tmp_path / "on"), resume_from=str(first), **own))
+    before, after = (torch.load(folder / outputs.OPTIMIZER) for folder in (first / "checkpoint_0", second / "checkpoint_1"))
+    group = after["param_groups"][0]
+    assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (1e-3, 0.5, (0.8, 0.9), 1e-6)
+    assert after["state"][0]["step"] > before["state"][0]["step"] > 0
+    assert {json.loads(line).get("lr", 1e-3) for line in (second / "metrics.jsonl").read_text().splitlines()} == {1e-3}

@@ -133,13 +133,15 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
         config.optimizer, policy.unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
         betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
     scaler = torch.amp.GradScaler(device.type, enabled=policy.precision == "fp16")
+    at, pairs = {"epoch": 0, "batch": 0, "step": 0}, None
+    if config.resume_from:
+        at |= outputs.resume_from(Path(config.resume_from), policy.unet, optimizer)
     ema = EMAModel(trainable(policy.unet), decay=config.ema_decay) if config.ema_decay else None
 
     out, run, draw = Path(config.out), runs.Run(config), outputs.Pictures(config, policy, sched, prompts, shape)
     if ranks.main():
         (out / "exp_config.py").write_text(official.render(config), encoding="utf-8")
     parts = {"weights": checkpoint.Trained(policy.unet), "optimizer": optimizer, "scaler": scaler, "ema": ema}
-    at, pairs = {"epoch": 0, "batch": 0, "step": 0}, None
     if config.resume:
         at = checkpoint.load_state(out / checkpoint.STATE, parts)
         run.truncate(at.pop("metrics"))
@@ -147,9 +149,7 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
         pairs = left and Pairs(*(x.to(device) for x in left))
         if ema:
             ema.to(device)
-    elif config.resume_from:
-        at = at | outputs.resume_from(Path(config.resume_from), policy.unet, optimizer)
-    else:
+    elif not config.resume_from:
         draw.compared("before")
     step = speed.compiled(sample.choose, config.compiled, graphs=True)
     slots = min(config.batch_size, -(-len(prompts) // ranks.count()))

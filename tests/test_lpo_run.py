@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from lpo_fast import checkpoint, config, noise, outputs, report, train_lpo
 from lpo_fast.shapes import world
+
+NAME = "conv_in.weight"
 
 
 @pytest.fixture
@@ -120,3 +123,29 @@ def test_a_run_from_a_checkpoint_has_settings_of_its_own(settings, tmp_path) -> 
     assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (1e-3, 0.5, (0.8, 0.9), 1e-6)
     assert after["state"][0]["step"] > before["state"][0]["step"] > 0
     assert {json.loads(line).get("lr", 1e-3) for line in (second / "metrics.jsonl").read_text().splitlines()} == {1e-3}
+
+
+def test_the_average_that_is_exported(settings, monkeypatch, tmp_path) -> None:
+    """w ← d·w + (1 − d)·w_k by hand, with diffusers' warm-up: d is 0 at the first step k = 0, then min(decay, (1 + k)/(10 + k)).
+    Of a run without a step it is what the run started from, be that a checkpoint."""
+    real, seen = train_lpo.train_step, []
+
+    def train_step(policy, *rest):
+        weights = checkpoint.Trained(policy.unet)
+        seen[:] = seen or [{name: x.clone() for name, x in weights.state_dict().items()}]
+        row = real(policy, *rest)
+        seen.append({name: x.clone() for name, x in weights.state_dict().items()})
+        return row
+    monkeypatch.setattr(train_lpo, "train_step", train_step)
+    settings = replace(settings, num_steps=3, learning_rate=1e-3, ema_decay=0.22, full=True)
+
+    def exported(**changes) -> torch.Tensor:
+        return load_file(train_lpo.train(replace(settings, **changes)) / "unet" / "diffusion_pytorch_model.safetensors")[NAME]
+
+    ours, average = exported(epochs=1), seen[0][NAME]
+    for k, weights in enumerate(seen[1:]):
+        d = min(0.22, (1 + k) / (10 + k)) if k else 0.0
+        average = d * average + (1 - d) * weights[NAME]
+    last = seen[-1][NAME]
+    assert len(seen) > 3 and (ours - average).abs().max() < 1e-6 and (ours - last).abs().max() > 1e-5
+    assert torch.equal(exported(epochs=1, out=str(tmp_path / "on"), resume_from=settings.out), last)

@@ -18,7 +18,7 @@ TRACKERS = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
 # Settings that a resumed run may change.
 MAY_CHANGE = {"out", "resume", "epochs", "max_batches", "save_epochs", "save_steps", "keep_checkpoints", "preempt_exit_code",
               "pictures", "log_with", "tracker_project", "tracker_entity", "run_name", "num_workers", "cache_dir",
-              "max_corrupt", "shard", "dry_run"}
+              "max_corrupt", "shard", "dry_run", "resume_from"}  # the state holds what came from a checkpoint
 
 
 def lpo(config: LPO) -> list[str]:
@@ -193,16 +193,26 @@ def reward_directory(path: Path) -> dict:
 
 
 def directory(config: LPO | LRM) -> None:
-    """Refuse a run directory that cannot be written, that holds a run, or (to resume) whose run had other settings."""
+    """Refuse a run directory that cannot be written, that holds a run or another run's checkpoints (but for that which
+    --resume-from goes on from), or (to resume) whose run had other settings."""
     out = Path(config.out)
     writable(out)
     if config.log_with and config.log_with not in TRACKERS:
         raise InputError(config.log_with, "no such tracker", f"use {', '.join(TRACKERS)}", "--log-with")
     state = out / checkpoint.STATE
+    if isinstance(config, LPO) and config.in_place:
+        start = outputs.find_checkpoint(Path(config.resume_from), config.full)
+        if (last := outputs.checkpoints(out)[-1]) != start and not last.samefile(start):
+            raise InputError(config.out, f"holds later checkpoints than {start.name}, up to {last.name}", "go on from the "
+                             "last one, remove the later ones, or choose another directory", "--out")
+        return
     if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
         raise InputError(config.out, "holds something else than a run", "choose a directory of its own", "--out")
     if not config.resume and state.is_file():
         raise InputError(config.out, "holds a run already", "choose another directory, or go on with --resume", "--out")
+    if not config.resume and (found := sorted(path.name for path in out.glob("checkpoint[_-]*"))):
+        raise InputError(config.out, f"holds {found[0]} of another run", "choose another directory, or remove its checkpoints",
+                         "--out")
     if not config.resume:
         return
     if not state.is_file():

@@ -32,14 +32,14 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate"
 class Run:
     """An open run directory; rows go to metrics.jsonl and, if asked, to a tracker. Of many processes, the main one writes."""
 
-    def __init__(self, config: LPO | LRM):
+    def __init__(self, config: LPO | LRM, resumed: bool = False):
         self.out, self.started, self.tracker, writes = Path(config.out), time.perf_counter(), None, ranks.main()
         if writes:
             self.out.mkdir(parents=True, exist_ok=True)
             write_json(self.out / "config.json", asdict(config))
             write_json(self.out / "environment.json", environment())
             self.tracker = _tracker(config)
-        mode = "a" if config.resume else "w"
+        mode = "a" if resumed else "w"
         self.metrics, self.timings = (open(self.out / f"{name}.jsonl" if writes else os.devnull, mode, encoding="utf-8")
                                       for name in ("metrics", "timings"))
 
@@ -70,6 +70,12 @@ class Run:
         if ranks.main():
             self.metrics.truncate(size)
             self.metrics.seek(size)
+
+    def truncate_to_epoch(self, epoch: int) -> None:
+        """Drop metrics of this epoch and later ones, which are run again."""
+        lines = (self.out / "metrics.jsonl").read_bytes().splitlines(keepends=True) if ranks.main() else []
+        whole = [line for line in lines if line.endswith(b"\n")]  # a killed run's last one may not be
+        self.truncate(sum(len(line) for line in whole if json.loads(line)["epoch"] < epoch))
 
     @property
     def size(self) -> int:

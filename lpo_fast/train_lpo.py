@@ -138,7 +138,8 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
         at |= outputs.resume_from(Path(config.resume_from), policy.unet, optimizer)
     ema = EMAModel(trainable(policy.unet), decay=config.ema_decay) if config.ema_decay else None
 
-    out, run, draw = Path(config.out), runs.Run(config), outputs.Pictures(config, policy, sched, prompts, shape)
+    out, run = Path(config.out), runs.Run(config, config.resume or config.in_place)
+    draw = outputs.Pictures(config, policy, sched, prompts, shape)
     if ranks.main():
         (out / "exp_config.py").write_text(official.render(config), encoding="utf-8")
     parts = {"weights": checkpoint.Trained(policy.unet), "optimizer": optimizer, "scaler": scaler, "ema": ema}
@@ -149,6 +150,8 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
         pairs = left and Pairs(*(x.to(device) for x in left))
         if ema:
             ema.to(device)
+    elif config.in_place:
+        run.truncate_to_epoch(at["epoch"])
     elif not config.resume_from:
         draw.compared("before")
     step = speed.compiled(sample.choose, config.compiled, graphs=True)
@@ -177,6 +180,8 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
         left = None if pairs is None else [x.cpu() for x in pairs]
         checkpoint.save_state(out / checkpoint.STATE, at | {"metrics": run.size, "pairs": left}, parts)
 
+    if config.in_place:
+        save()  # in place of the state that goes on elsewhere
     with runs.stoppable() as stopped:
         while done < total and not ranks.anywhere(stopped):
             profiler.round()

@@ -238,7 +238,7 @@ def train(config: LRM) -> Path:
     factor = speed.learning_rate(config.warmup, config.warmup_steps, config.max_steps)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
-    out, run = Path(config.out), runs.Run(config)
+    out, run = Path(config.out), runs.Run(config, config.resume)
     if ranks.main():
         (out / "config.yaml").write_text(official_lrm.render(config, lrm.family.name, ranks.count()), encoding="utf-8")
     state = {"weights": checkpoint.Trained(lrm), "optimizer": optimizer, "decay": decay}

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lpo_fast import checkpoint, config, noise, outputs, report, train_lpo
+from lpo_fast.errors import InputError
 from lpo_fast.shapes import world
 
 NAME = "conv_in.weight"
@@ -149,3 +150,32 @@ def test_the_average_that_is_exported(settings, monkeypatch, tmp_path) -> None:
     last = seen[-1][NAME]
     assert len(seen) > 3 and (ours - average).abs().max() < 1e-6 and (ours - last).abs().max() > 1e-5
     assert torch.equal(exported(epochs=1, out=str(tmp_path / "on"), resume_from=settings.out), last)
+
+
+def test_a_directory_with_another_run_s_checkpoints_is_refused(settings) -> None:
+    """One that was killed before its first state: --keep-checkpoints would take the new run's for the old ones."""
+    out = train_lpo.train(replace(settings, num_steps=2, epochs=2))
+    (out / checkpoint.STATE).unlink()
+    with pytest.raises(InputError, match="holds checkpoint_0 of another run"):
+        train_lpo.train(replace(settings, num_steps=2, keep_checkpoints=1))
+    assert [path.name for path in outputs.checkpoints(out)] == ["checkpoint_0", "checkpoint_1"]
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_a_run_goes_on_in_its_own_directory(settings, official, tmp_path) -> None:
+    """From its newest checkpoint, as official launches do: what came after it is run again, with the same outcome."""
+    settings = replace(settings, num_steps=2)
+    whole = train_lpo.train(replace(settings, epochs=3, out=str(tmp_path / "whole")))
+    train_lpo.train(replace(settings, epochs=3, max_batches=4))  # killed in the second epoch
+    if official:  # writes no files of ours
+        for name in ("config.json", "metrics.jsonl", checkpoint.STATE):
+            (tmp_path / "run" / name).unlink()
+    source = tmp_path / "run" if official else tmp_path / "run" / "checkpoint_0"
+    out = train_lpo.train(replace(settings, epochs=2, resume_from=str(source)))
+    train_lpo.train(replace(settings, epochs=3, resume=True))  # of the run that went on
+    lines = [(folder / "metrics.jsonl").read_bytes() for folder in (whole, out)]
+    assert lines[0].endswith(lines[1]) if official else lines[0] == lines[1]
+    first, second = (checkpoint.read_lora(folder) for folder in (whole, out))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(InputError, match="holds later checkpoints than checkpoint_0, up to checkpoint_2"):
+        train_lpo.train(replace(settings, epochs=3, resume_from=str(out / "checkpoint_0")))

@@ -300,6 +300,7 @@ def train(config: LRM) -> Path:
     bar.close()
     if at["step"] < config.max_steps:
         run.close()
+        ranks.wait()  # a launcher ends all processes soon after the first
         runs.say(f"stopped after step {at['step']}; go on with --resume")
         raise SystemExit(128 + (stopped or [signal.SIGTERM])[0])
     hand_on(config, lrm, encoder.tokenizers, at)

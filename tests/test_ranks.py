@@ -229,3 +229,47 @@ def test_a_port_in_use(tiny_sd: Path, tmp_path: Path) -> None:
                               timeout=120)
     assert done.returncode == 2 and f"error: MASTER_PORT 127.0.0.1:{port}: the processes cannot meet there" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_parameters_that_no_loss_reaches(tiny_sdxl: Path, tmp_path: Path) -> None:
+    """SDXL's first encoder gives its last hidden state but one: weight decay leaves its last layer alone in any number of
+    processes."""
+    pairs, name = table(tmp_path / "p.parquet", list("abcd")), "text_model.encoder.layers.1.mlp.fc1.weight"
+    last = []
+    for count in (1, 2):
+        out = tmp_path / f"run{count}"
+        done = processes(count, "-m", "lpo_fast.train", "lrm", "--model", str(tiny_sdxl), "--pairs", str(pairs), "--out", str(out),
+                         "--batch-size", "4", "--max-steps", "2", "--warmup-steps", "0", "--learning-rate", "1e-2",
+                         "--weight-decay", "0.5", "--num-workers", "0", folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        last.append(load_file(out / "checkpoint-final" / "text_encoder" / "model.safetensors")[name])
+    assert torch.equal(*last)
+
+
+STOPS = """
+import os, signal, sys, time
+from lpo_fast import checkpoint, train, train_lrm
+rank, step, save = os.environ["RANK"], train_lrm.train_step, checkpoint.save_state
+def slow(*arguments):
+    time.sleep(3)
+    save(*arguments)
+    print("state at", time.time(), flush=True)
+def stops(*arguments):
+    if rank == "0":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(*arguments)
+checkpoint.save_state, train_lrm.train_step = slow, stops
+try:
+    train.main(sys.argv[1:])
+except SystemExit as end:
+    print("end", end.code, "at", time.time(), flush=True)
+"""
+
+
+def test_no_process_leaves_before_the_state_is_written(tiny_sd: Path, tmp_path: Path) -> None:
+    (tmp_path / "stops.py").write_text(STOPS)
+    done = processes(2, str(tmp_path / "stops.py"), "lrm", "--model", str(tiny_sd), "--pairs",
+                     str(table(tmp_path / "p.parquet", list("abcd"))), "--out", str(tmp_path / "run"), "--batch-size", "4",
+                     "--max-steps", "9", "--warmup-steps", "0", "--num-workers", "0", folder=tmp_path)
+    ends = [float(at) for at in re.findall(r"end 143 at (\S+)", done.stdout)]
+    assert len(ends) == 2 and min(ends) >= float(re.search(r"state at (\S+)", done.stdout)[1])

@@ -122,7 +122,7 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
     prompts = preflight.lpo(config)
     ranks.state()
     device = speed.device()
-    torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     policy, sched = policies.load(config, [*prompts, *config.validation_prompts], device)
     judge = policies.load_score(replace(config, attention=policy.attention), prompts, device)
     score = wrap_score(judge)

@@ -179,3 +179,19 @@ def test_a_run_goes_on_in_its_own_directory(settings, official, tmp_path) -> Non
     assert all(torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(InputError, match="holds later checkpoints than checkpoint_0, up to checkpoint_2"):
         train_lpo.train(replace(settings, epochs=3, resume_from=str(out / "checkpoint_0")))
+
+
+def test_tf32_can_be_turned_off_everywhere(settings, monkeypatch) -> None:
+    backends, seen = (torch.backends.cuda.matmul, torch.backends.cudnn), []
+    before = [backend.allow_tf32 for backend in backends]
+
+    def load(*_) -> None:
+        seen.append([backend.allow_tf32 for backend in backends])
+        raise KeyError
+    monkeypatch.setattr(train_lpo.policies, "load", load)
+    for on in (True, False, True):
+        with pytest.raises(KeyError):
+            train_lpo.train(replace(settings, tf32=on))
+    for backend, value in zip(backends, before, strict=True):
+        backend.allow_tf32 = value
+    assert seen == [[True, True], [False, False], [True, True]]

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
-from lpo_fast.config import LPO
+from lpo_fast.config import LPO, Precision
 from lpo_fast.errors import InputError
 
 # Official keys and the fields that they set, where the value is taken over as it is.
@@ -151,18 +152,18 @@ def settings(config: dict[str, object]) -> tuple[LPO, list[str]]:
                          "config.preference_model_func_cfg.type")
     guidance = config.get("preference_model_func_cfg.guidance_scale", 7.5)
     multi_scale = config.get("preference_model_func_cfg.multi_scale", True)
-    heads = Path(str(config.get("preference_model_func_cfg.ft_model_path", ""))) / "state_dict.pt"
-    if heads.is_file():
-        from lpo_fast import checkpoint, preflight
-        channels = preflight.read_config(heads.parent / "unet", "--lrm")["block_out_channels"]
-        width = checkpoint.read_heads(heads.parent, channels)["visual_projection"]["weight"].shape[1]
-        if (width > channels[-1]) != multi_scale:
-            raise InputError(str(multi_scale), f"the reward model in {heads.parent} says {not multi_scale}",
-                             "set it to that", "config.preference_model_func_cfg.multi_scale")
+    lrm = Path(str(config.get("preference_model_func_cfg.ft_model_path", "")))
+    if (lrm.is_file() or (lrm / "state_dict.pt").is_file()) and is_multi_scale(lrm) != multi_scale:
+        raise InputError(str(multi_scale), f"the reward model in {lrm} says {not multi_scale}",
+                         "set it to that", "config.preference_model_func_cfg.multi_scale")
     shape = config.get("compare_func_cfg.dynamic_threshold")
     low, high = config.get("compare_func_cfg.threshold_min", 0.2), config.get("compare_func_cfg.threshold_max", 0.5)
     if shape is None:
-        low = high = config["compare_func_cfg.threshold"]
+        low = high = config.get("compare_func_cfg.threshold", 0.3)
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "auto")
+    if precision not in get_args(Precision):
+        raise InputError(precision, "is a precision that LPO does not have", "launch with fp16, bf16 or no",
+                         "ACCELERATE_MIXED_PRECISION")
     first, end = (int(config.get(f"train.divert_{name}_step", 0)) for name in ("start", "end"))
     tokenizer = config.get("dataset_cfg.pretrained_tokenzier_path", CLIP_TOKENIZER)
     values = {field: config[key] for key, field in SAME.items() if key in config} | {
@@ -177,12 +178,25 @@ def settings(config: dict[str, object]) -> tuple[LPO, list[str]]:
         "lrm_tokenizer": "" if tokenizer == CLIP_TOKENIZER or kind == MODELS[1] else tokenizer,
         "optimizer": "adamw8bit" if config.get("train.use_8bit_adam") else "adamw",
         "validation_prompts": tuple(config.get("validation_prompts") or ()),
-        "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "auto"),
+        "mixed_precision": precision,
         "pictures": 0, "steps_used": f"{first}:{end}" if first or end else "",
     }
     if values.get("guidance_scale", 5.0) <= 1:
         values["guidance_scale"] = 1.0  # official: no guidance
     return replace(LPO(), **values), notes
+
+
+def is_multi_scale(lrm: Path) -> bool:
+    """Whether an LRM, a directory or a single file, projects more features than its mid block gives."""
+    from lpo_fast import checkpoint, preflight
+    if not lrm.is_file():
+        channels = preflight.read_config(lrm / "unet", "--lrm")["block_out_channels"]
+        return checkpoint.read_heads(lrm, channels)["visual_projection"]["weight"].shape[1] > channels[-1]
+    state = checkpoint.read_pickle(lrm, "--lrm", mmap=True)
+    try:
+        return state["visual_projection.weight"].shape[1] > len(state["unet.mid_block.resnets.0.conv1.weight"])
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise InputError(str(lrm), f"is no reward model ({error})", "name the single file of an LRM-XL", "--lrm") from error
 
 
 def attention(notes: list[str]) -> str:

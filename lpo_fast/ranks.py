@@ -76,8 +76,9 @@ def anywhere(flag: object) -> bool:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Σ over the processes, in place, in messages of about BUCKET elements. A parameter without a gradient counts as 0, or has none if none has in
-    any process: a zero would let weight decay act on it.
+    """Σ over the processes, in place, in messages of about BUCKET elements.
+
+    A parameter without a gradient counts as 0, but keeps none if it has none in any process: a zero would let weight decay act on it.
 
     Those of a sharded network are left out: FSDP sums them in the backward pass.
     """

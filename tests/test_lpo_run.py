@@ -127,7 +127,7 @@ def test_a_run_from_a_checkpoint_has_settings_of_its_own(settings, tmp_path) -> 
 
 
 def test_the_average_that_is_exported(settings, monkeypatch, tmp_path) -> None:
-    """w ← d·w + (1 − d)·w_k by hand, with diffusers' warm-up: d is 0 at the first step k = 0, then min(decay, (1 + k)/(10 + k)).
+    """w ← d·w + (1 − d)·w_k by hand, with diffusers' warm-up: d is 0 at step k = 0, then min(decay, (1 + k)/(10 + k)).
     Of a run without a step it is what the run started from, be that a checkpoint."""
     real, seen = train_lpo.train_step, []
 

@@ -238,8 +238,8 @@ def test_parameters_that_no_loss_reaches(tiny_sdxl: Path, tmp_path: Path) -> Non
     last = []
     for count in (1, 2):
         out = tmp_path / f"run{count}"
-        done = processes(count, "-m", "lpo_fast.train", "lrm", "--model", str(tiny_sdxl), "--pairs", str(pairs), "--out", str(out),
-                         "--batch-size", "4", "--max-steps", "2", "--warmup-steps", "0", "--learning-rate", "1e-2",
+        done = processes(count, "-m", "lpo_fast.train", "lrm", "--model", str(tiny_sdxl), "--pairs", str(pairs), "--out",
+                         str(out), "--batch-size", "4", "--max-steps", "2", "--warmup-steps", "0", "--learning-rate", "1e-2",
                          "--weight-decay", "0.5", "--num-workers", "0", folder=tmp_path)
         assert done.returncode == 0, done.stderr
         last.append(load_file(out / "checkpoint-final" / "text_encoder" / "model.safetensors")[name])
@@ -273,3 +273,34 @@ def test_no_process_leaves_before_the_state_is_written(tiny_sd: Path, tmp_path: 
                      "--max-steps", "9", "--warmup-steps", "0", "--num-workers", "0", folder=tmp_path)
     ends = [float(at) for at in re.findall(r"end 143 at (\S+)", done.stdout)]
     assert len(ends) == 2 and min(ends) >= float(re.search(r"state at (\S+)", done.stdout)[1])
+
+
+NOTES = """
+import json, sys
+from lpo_fast import ranks, train, train_lpo
+file, sample_pairs = sys.argv.pop(1), train_lpo.sample_pairs
+def notes(*arguments, **named):
+    if ranks.main():
+        with open(file, "a") as out:
+            out.write(json.dumps(arguments[5].tolist()) + "\\\\n")
+    return sample_pairs(*arguments, **named)
+train_lpo.sample_pairs = notes
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_another_number_of_processes_goes_on_with_the_next_prompts(tiny_sd: Path, tiny_lrm: Path, tmp_path: Path) -> None:
+    """One process samples 3 × 2 of 11 prompts, two go on with 4 and 1, then the next epoch with 4, 4 and 3."""
+    (tmp_path / "notes.py").write_text(NOTES.replace("\\\\", "\\"))
+    (tmp_path / "prompts.json").write_text(json.dumps(world.captions(held_out=False)[:11]))
+    arguments = [str(tmp_path / "notes.py"), str(tmp_path / "notes"), "lpo", "--model", str(tiny_sd), "--lrm", str(tiny_lrm),
+                 "--prompts", str(tmp_path / "prompts.json"), "--out", str(tmp_path / "run"), "--batch-size", "2",
+                 "--num-steps", "2", "--pictures", "0", "--threshold-min", "0", "--threshold-max", "0.001", "--epochs", "2"]
+    for count, more in ((1, ["--max-batches", "3"]), (2, ["--resume"])):
+        done = processes(count, *arguments, *more, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "batches 3 to " in done.stdout
+    sampled = list(map(json.loads, (tmp_path / "notes").read_text().splitlines()))
+    assert [len(part) for part in sampled] == [2, 2, 2, 4, 1, 4, 4, 3]
+    for epoch in (sampled[:5], sampled[5:]):
+        assert sorted(sum(epoch, [])) == list(range(11))

@@ -371,7 +371,7 @@ class LRM:
     keep_checkpoints: int = 1
     """Checkpoints kept; 0: all."""
     keep_best: bool = True
-    """Keep the best checkpoints by validation accuracy, else the newest."""
+    """Keep the best checkpoints by validation accuracy, else the newest (and the best one, if it is to be handed on)."""
     handed_on: Literal["best", "last"] = "best"
     """Which LRM becomes checkpoint-final: the best by validation accuracy, or the last step's as official."""
     num_workers: int = 2

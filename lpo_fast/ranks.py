@@ -78,7 +78,8 @@ def anywhere(flag: object) -> bool:
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Σ over the processes, in place, in messages of about BUCKET elements.
 
-    A parameter without a gradient counts as 0, but keeps none if it has none in any process: a zero would let weight decay act on it.
+    A parameter without a gradient counts as 0, but keeps none if it has none in any process: a zero would let weight decay
+    act on it.
 
     Those of a sharded network are left out: FSDP sums them in the backward pass.
     """
@@ -98,6 +99,13 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         bucket.append(parameter.grad)
     if bucket:
         _sum_together(bucket)
+
+
+def share(tensors: Iterable[Tensor]) -> None:
+    """Values of the main process for all, in place."""
+    for tensor in tensors if count() > 1 else ():
+        with _together():
+            dist.broadcast(tensor.data, 0)
 
 
 def _sum_together(grads: list[Tensor]) -> None:

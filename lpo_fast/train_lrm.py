@@ -16,6 +16,7 @@ from transformers import CLIPTokenizer
 from lpo_fast import backbone, checkpoint, loss, models, noise, official_lrm, preflight, ranks, runs, schedule, speed, surgery
 from lpo_fast.backbone import Text
 from lpo_fast.config import LRM
+from lpo_fast.errors import InputError
 from lpo_fast.pairs import Corrupt, PairDataset, collate
 from lpo_fast.reward import LatentRewardModel
 from lpo_fast.schedule import Schedule
@@ -187,6 +188,9 @@ def validate(lrm: LatentRewardModel, encoder: Encoder, loader: DataLoader, times
     if corrupt is not None:
         corrupt.share()
     *shares, count = [*(ranks.total(right)[:-1] / right[-1]).tolist(), int(right[-1])]
+    if corrupt is not None and not count:
+        raise InputError(corrupt.pairs.source.path, "has no pair whose pictures decode", "mend them, or name other pairs",
+                         corrupt.pairs.source.flag)
     accuracy = dict(zip(map(str, timesteps), shares, strict=True))
     return {"accuracy": accuracy[str(timesteps[0])], "accuracy_by_timestep": accuracy, "n": count}
 
@@ -295,6 +299,7 @@ def train(config: LRM) -> Path:
             if (at["step"] % config.save_steps == 0 or last or stop) and ranks.main():
                 at |= {"metrics": run.size, "corrupt": {use: sorted(c.rows) for use, c in corrupt.items()}}
                 checkpoint.save_state(out / checkpoint.STATE, at, state)
+                prune(out, at)
             if stop:
                 break
     bar.close()
@@ -305,9 +310,10 @@ def train(config: LRM) -> Path:
         raise SystemExit(128 + (stopped or [signal.SIGTERM])[0])
     hand_on(config, lrm, encoder.tokenizers, at)
     if held_out:
-        final = checkpoint.load_lrm(out / FINAL).to(device)
+        if at["handed_on"] != at["step"]:
+            restore(lrm, out / FINAL)
         for use, pairs in held_out.items():
-            shown = validate(final, encoder, pairs, shown_at, corrupt[use])
+            shown = validate(lrm, encoder, pairs, shown_at, corrupt[use])
             run.log(use, at["step"], checkpoint=at["handed_on"], **shown)
             runs.say(f"handed on: step {at['handed_on']}, {use} accuracy {shown['accuracy']:.3f} at t = {shown_at[0]}")
     for use, found in corrupt.items():
@@ -317,8 +323,16 @@ def train(config: LRM) -> Path:
     return out
 
 
+def restore(lrm: LatentRewardModel, folder: Path) -> None:
+    """Weights of a checkpoint in every process, of which the main one alone need see the directory."""
+    if ranks.main():
+        lrm.load_state_dict(checkpoint.load_lrm(folder).state_dict())
+    ranks.share(lrm.parameters())
+
+
 def keep(config: LRM, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], at: dict) -> None:
-    """Save the LRM just validated unless an earlier one is better; drop checkpoints that are too many."""
+    """Save the LRM just validated unless an earlier one is better; forget checkpoints that are too many, which ``prune``
+    removes. The best one stays in any case if it is to be handed on."""
     out, accuracy = Path(config.out), at["stage"]["metrics"]["accuracy"]
     if config.save_only_if_best and any(accuracy < known for _, known in at["checkpoints"]):
         return
@@ -326,9 +340,16 @@ def keep(config: LRM, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], a
     if ranks.main():
         save(lrm, tokenizers, out / CHECKPOINT.format(at["step"]), at["stage"])
     order = sorted(at["checkpoints"], key=lambda known: (known[1] if config.keep_best else 0, known[0]), reverse=True)
-    for step, _ in order[config.keep_checkpoints or len(order):] if ranks.main() else ():
-        shutil.rmtree(out / CHECKPOINT.format(step), ignore_errors=True)
-    at["checkpoints"] = sorted(order[:config.keep_checkpoints or len(order)])
+    best = [max(order, key=lambda known: (known[1], known[0]))] if config.handed_on == "best" else []
+    at["checkpoints"] = sorted({*order[:config.keep_checkpoints or len(order)], *best})
+
+
+def prune(out: Path, at: dict) -> None:
+    """Remove checkpoints that the run does not keep, once no saved state names them."""
+    kept = {CHECKPOINT.format(step) for step, _ in at["checkpoints"]}
+    for folder in out.glob(CHECKPOINT.format("*")):
+        if folder.name not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def save(lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], folder: Path, stage: dict) -> None:

@@ -6,6 +6,7 @@
 import math
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from lpo_fast.errors import InputError
@@ -48,7 +49,8 @@ class LPO:
     dry_run: bool = False
     """The command checks everything as for a run, prints what the run would train, hold and compute, and ends."""
     resume_from: str = ""
-    """Start from a checkpoint_{epoch} directory (or the newest of a directory of them), official or ours, in a new run."""
+    """Start from a checkpoint_{epoch} directory (or the newest of a directory of them), official or ours: in a new run,
+    or in the run directory --out itself, whose later epochs are run again."""
     seed: int = 42
     """All randomness is a function of the seed, the epoch, the prompt, the step and the candidate."""
     epochs: int = 5
@@ -164,6 +166,12 @@ class LPO:
         """First step with candidates, and the one before which the trajectory ends."""
         first, _, end = self.steps_used.partition(":")
         return int(first or 0), int(end or 0) or self.num_steps
+
+    @property
+    def in_place(self) -> bool:
+        """Whether --resume-from names a checkpoint in the run directory itself, as official launches go on."""
+        out, source = Path(self.out).resolve(), Path(self.resume_from).resolve()
+        return bool(self.resume_from) and out in (source, source.parent)
 
     @property
     def compiled(self) -> str:
@@ -365,7 +373,7 @@ class LRM:
     keep_checkpoints: int = 1
     """Checkpoints kept; 0: all."""
     keep_best: bool = True
-    """Keep the best checkpoints by validation accuracy, else the newest."""
+    """Keep the best checkpoints by validation accuracy, else the newest (and the best one, if it is to be handed on)."""
     handed_on: Literal["best", "last"] = "best"
     """Which LRM becomes checkpoint-final: the best by validation accuracy (after step 0; of equals the later), or the last
     step's as official."""

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lpo_fast import cli, files
-from lpo_fast.config import LPO, check_lora_flags, component
+from lpo_fast.config import LPO, Precision, check_lora_flags, component
 from lpo_fast.errors import InputError
 from lpo_fast.official_lrm import typed
 
@@ -168,20 +168,20 @@ def settings(config: dict[str, object]) -> tuple[LPO, list[str]]:
                          "config.preference_model_func_cfg.type")
     guidance = of("preference_model_func_cfg.guidance_scale", float, 7.5)
     multi_scale = of("preference_model_func_cfg.multi_scale", bool, True)
-    heads = Path(of("preference_model_func_cfg.ft_model_path", str, "")) / "state_dict.pt"
-    if heads.is_file():
-        from lpo_fast import checkpoint, preflight
-        channels = preflight.denoiser(heads.parent, "--lrm")["block_out_channels"]
-        width = checkpoint.read_heads(heads.parent, channels)["visual_projection"]["weight"].shape[1]
-        if (width > channels[-1]) != multi_scale:
-            raise InputError(str(multi_scale), f"the reward model in {heads.parent} says {not multi_scale}",
-                             "set it to that", "config.preference_model_func_cfg.multi_scale")
+    lrm = Path(of("preference_model_func_cfg.ft_model_path", str, ""))
+    if (lrm.is_file() or (lrm / "state_dict.pt").is_file()) and is_multi_scale(lrm) != multi_scale:
+        raise InputError(str(multi_scale), f"the reward model in {lrm} says {not multi_scale}",
+                         "set it to that", "config.preference_model_func_cfg.multi_scale")
     shape = of("compare_func_cfg.dynamic_threshold", str, "none")
     if shape not in SHAPES:
         raise InputError(shape, "no such threshold", f"use {', '.join(SHAPES)}", "config.compare_func_cfg.dynamic_threshold")
     low, high = of("compare_func_cfg.threshold_min", float, 0.2), of("compare_func_cfg.threshold_max", float, 0.5)
     if shape == "none":
-        low = high = of("compare_func_cfg.threshold", float, None)
+        low = high = of("compare_func_cfg.threshold", float, 0.3)
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "auto")
+    if precision not in get_args(Precision):
+        raise InputError(precision, "is a precision that LPO does not have", "launch with fp16, bf16 or no",
+                         "ACCELERATE_MIXED_PRECISION")
     first, end = (of(f"train.divert_{name}_step", int, 0) for name in ("start", "end"))
     tokenizer = of("dataset_cfg.pretrained_tokenzier_path", str, CLIP_TOKENIZER)
     prompts = config.get("validation_prompts", ())
@@ -204,12 +204,25 @@ def settings(config: dict[str, object]) -> tuple[LPO, list[str]]:
         "lrm_tokenizer": "" if tokenizer == CLIP_TOKENIZER or kind == MODELS[1] else tokenizer,
         "optimizer": "adamw8bit" if of("train.use_8bit_adam", bool, False) else "adamw",
         "validation_prompts": tuple(prompts),
-        "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "auto"),
+        "mixed_precision": precision,
         "pictures": 0, "steps_used": f"{first}:{end}" if first or end else "",
     }
     if values.get("guidance_scale", 5.0) <= 1:
         values["guidance_scale"] = 1.0  # official: no guidance
     return replace(LPO(), **values), notes
+
+
+def is_multi_scale(lrm: Path) -> bool:
+    """Whether an LRM, a directory or a single file, projects more features than its mid block gives."""
+    from lpo_fast import checkpoint, preflight
+    if not lrm.is_file():
+        channels = preflight.denoiser(lrm, "--lrm")["block_out_channels"]
+        return checkpoint.read_heads(lrm, channels)["visual_projection"]["weight"].shape[1] > channels[-1]
+    state = checkpoint.read_pickle(lrm, "--lrm", mmap=True)
+    try:
+        return state["visual_projection.weight"].shape[1] > len(state["unet.mid_block.resnets.0.conv1.weight"])
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise InputError(str(lrm), f"is no reward model ({error})", "name the single file of an LRM-XL", "--lrm") from error
 
 
 def attention(notes: list[str]) -> str:

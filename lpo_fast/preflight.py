@@ -287,7 +287,8 @@ def reward_directory(path: Path) -> dict:
 
 
 def directory(config: LPO | LRM) -> None:
-    """Refuse a run directory that cannot be written, that holds a run, or (to resume) whose run had other settings.
+    """Refuse a run directory that cannot be written, that holds a run or another run's checkpoints (but for that which
+    --resume-from goes on from), or (to resume) whose run had other settings.
 
     What begins with a dot is no content: a killed run's lock and unfinished files. With --resume and without a saved state
     the run starts from the beginning, as the one that was killed before it.
@@ -296,11 +297,20 @@ def directory(config: LPO | LRM) -> None:
     writable(out)
     if config.log_with and config.log_with not in TRACKERS:
         raise InputError(config.log_with, "no such tracker", f"use {', '.join(TRACKERS)}", "--log-with")
+    if isinstance(config, LPO) and config.in_place:
+        start = outputs.find_checkpoint(Path(config.resume_from), config.full)
+        if (last := outputs.checkpoints(out)[-1]) != start and not last.samefile(start):
+            raise InputError(config.out, f"holds later checkpoints than {start.name}, up to {last.name}", "go on from the "
+                             "last one, remove the later ones, or choose another directory", "--out")
+        return
     states = checkpoint.states(out)
     if out.is_dir() and not (out / "config.json").is_file() and not all(path.name.startswith(".") for path in out.iterdir()):
         raise InputError(config.out, "holds something else than a run", "choose a directory of its own", "--out")
     if not config.resume and states:
         raise InputError(config.out, "holds a run already", "choose another directory, or go on with --resume", "--out")
+    if not config.resume and (found := sorted(path.name for path in out.glob("checkpoint[_-]*"))):
+        raise InputError(config.out, f"holds {found[0]} of another run", "choose another directory, or remove its checkpoints",
+                         "--out")
     if not config.resume or not states:
         return
     before = read_config(out, "--out")

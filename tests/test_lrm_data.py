@@ -146,9 +146,11 @@ def test_resume_is_exact_with_every_option(settings: LRM, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("options, kept, final", [
-    ({}, [2], 2), ({"save_only_if_best": False}, [2], 2), ({"save_only_if_best": False, "keep_best": False}, [3], 3),
+    ({}, [2], 2), ({"save_only_if_best": False}, [2], 2), ({"save_only_if_best": False, "keep_best": False}, [2, 3], 2),
     ({"save_only_if_best": False, "keep_checkpoints": 2}, [1, 2], 2), ({"keep_checkpoints": 0}, [1, 2], 2),
-    ({"handed_on": "last"}, [2], 3), ({"save_only_if_best": False, "keep_checkpoints": 0}, [1, 2, 3], 2),
+    ({"handed_on": "last"}, [2], 3),
+    ({"save_only_if_best": False, "keep_best": False, "handed_on": "last"}, [3], 3),
+    ({"save_only_if_best": False, "keep_checkpoints": 0}, [1, 2, 3], 2),
 ])
 def test_checkpoints(settings: LRM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, options: dict, kept: list,
                      final: int) -> None:
@@ -171,3 +173,37 @@ def test_a_reward_model_that_learned_nothing(settings: LRM, monkeypatch, capsys,
     train_lrm.train(replace(settings, validation_pairs=settings.pairs))
     assert ("(best 0.600) is above the one before the first step (0.600): this reward model has learned nothing" in
             capsys.readouterr().out) is useless
+def test_checkpoints_go_only_when_no_state_names_them(settings: LRM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the validation of step 2 and before its state: what the state of step 1 names is there."""
+    found = iter([0.6, 0.8])
+    monkeypatch.setattr(train_lrm, "validate", lambda *args: {"accuracy": next(found), "accuracy_by_timestep": {}, "n": 1})
+    save, out = checkpoint.save_state, Path(settings.out)
+
+    def killed(file: Path, at: dict, parts: dict) -> None:
+        if at["step"] == 2:
+            raise KeyError
+        save(file, at, parts)
+    monkeypatch.setattr(checkpoint, "save_state", killed)
+    with pytest.raises(KeyError):
+        train_lrm.train(replace(settings, validation_pairs=settings.pairs, eval_on_start=False))
+    named = torch.load(out / checkpoint.STATE)["at"]["checkpoints"]
+    assert [step for step, _ in named] == [1] and (out / train_lrm.CHECKPOINT.format(1) / "state_dict.pt").is_file()
+
+
+def test_no_validation_pair_decodes(settings: LRM, tmp_path: Path) -> None:
+    held = table(tmp_path / "held.parquet", ["a", "b"], jpg_1=[BLUE, b"?"], has_label=[False, True])  # row 0 is not used
+    with pytest.raises(InputError, match="--validation-pairs .*held.parquet: has no pair whose pictures decode"):
+        train_lrm.train(replace(settings, validation_pairs=str(held)))
+
+
+def test_the_handed_on_model_is_the_one_that_is_judged(settings: LRM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best one's weights are brought back into memory."""
+    found, seen = iter([0.6, 0.8, 0.55, 0.9]), []
+
+    def validate(lrm, *args) -> dict:
+        seen.append({name: x.clone() for name, x in lrm.state_dict().items()})
+        return {"accuracy": next(found), "accuracy_by_timestep": {}, "n": 1}
+    monkeypatch.setattr(train_lrm, "validate", validate)
+    final = weights(train_lrm.train(replace(settings, validation_pairs=settings.pairs, eval_on_start=False)))
+    assert all(torch.equal(x, seen[1][name]) and torch.equal(x, seen[3][name]) for name, x in final.items())
+    assert not torch.equal(seen[2]["visual_projection.weight"], seen[3]["visual_projection.weight"])

@@ -83,6 +83,11 @@ def test_a_constant_threshold_and_the_launchers_precision(monkeypatch: pytest.Mo
     flat = official.flat(official.load("configs/sd15.py")) | {"compare_func_cfg.dynamic_threshold": None}
     settings, _ = official.settings(flat)
     assert (settings.threshold_shape, settings.threshold_min, settings.mixed_precision) == ("none", 0.3, "bf16")
+    del flat["compare_func_cfg.threshold"]
+    assert official.settings(flat)[0].threshold_min == 0.3
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(InputError, match="fp8: is a precision that LPO does not have"):
+        official.settings(flat)
 
 
 @pytest.mark.parametrize("argv, flag, message", [
@@ -121,6 +126,16 @@ def test_a_reward_model_of_another_kind_is_refused(tiny_lrm: Path) -> None:
     assert official.parse(argv)[0].lrm == str(tiny_lrm)
     with pytest.raises(InputError, match="says True; set it to that"):
         official.parse([*argv, "--config.preference_model_func_cfg.multi_scale=False"])
+
+
+def test_a_reward_model_in_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    argv = ["--config", "configs/sdxl.py", f"--config.preference_model_func_cfg.ft_model_path={tmp_path / 'lrm.pt'}"]
+    for width, multi_scale in ((8, False), (20, True)):
+        torch.save({"visual_projection.weight": torch.zeros(4, width),
+                    "unet.mid_block.resnets.0.conv1.weight": torch.zeros(8, 8, 3, 3)}, tmp_path / "lrm.pt")
+        official.parse([*argv, f"--config.preference_model_func_cfg.multi_scale={multi_scale}"])
+        with pytest.raises(InputError, match=f"says {multi_scale}; set it to that"):
+            official.parse([*argv, f"--config.preference_model_func_cfg.multi_scale={not multi_scale}"])
 
 
 def test_a_run_from_an_official_launch_line(tiny_sd: Path, tiny_lrm: Path, tmp_path: Path, capsys) -> None:

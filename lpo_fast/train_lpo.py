@@ -215,7 +215,7 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
         return made
 
     def more() -> bool:
-        return at["epoch"] < config.epochs and at["done"] < (config.max_batches or math.inf)
+        return at["epoch"] < config.epochs and at["done"] < first + (config.max_batches or math.inf)
 
     def save() -> None:
         """The state that --resume goes on from; pairs that are still to be trained on are part of it."""

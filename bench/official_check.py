@@ -383,7 +383,7 @@ def main() -> int:
     page = report(rows, [json.loads(str(side["versions"])) for side in sides], args)
     args.out.write_text(page)
     print(page)
-    return sum(apart > limit for _, apart, limit in rows)
+    return int(sum(apart > limit for _, apart, limit in rows))  # of numpy's bools: sys.exit takes their sum for a message
 
 
 if __name__ == "__main__":

@@ -203,9 +203,9 @@ def report(found: dict, args: argparse.Namespace) -> str:
              f"commit {here['commit']}, official code {code.stdout.strip()}, {cpu_name()}, one thread, {here['date']}. Both in "
              f"one process: {', '.join(f'{name} {version}' for name, version in found['versions'].items())}, fp32.", "",
              "`train_lpo.py` itself and `bench/official_loop.py`, SD1.5 with a quarter of every width at 128 pixels: "
-             f"{len(PROMPTS)} prompts, {CANDIDATES} candidates, denoising steps a sampling step: {STEPS}, pairs a "
-             f"training step: {found['pairs']}. Medians (quartiles) of {args.rounds} alternating rounds. Ratio: statement / official. CPU: seconds of all threads, "
-             "which a busy machine disturbs less.", "",
+             f"{len(PROMPTS)} prompts, {CANDIDATES} candidates, denoising steps a sampling step: {STEPS}, pairs a training "
+             f"step: {found['pairs']}. Medians (quartiles) of {args.rounds} alternating rounds. Ratio: statement / official. "
+             "CPU: seconds of all threads, which a busy machine disturbs less.", "",
              "| | official: clock, CPU s | statement: clock, CPU s | ratio, clock | ratio, CPU |", "|---|---|---|---|---|"]
     for part, what in PARTS.items():
         theirs, mine = times[f"{part} official"], times[f"{part} statement"]

@@ -273,6 +273,11 @@ def vae_folder(path: Path) -> Path:
     return path / "vae" if (path / "vae").is_dir() else path
 
 
+def vae_config(path: Path) -> dict:
+    """The VAE's config.json, with diffusers' default of what old ones lack. Nothing is loaded."""
+    return {"scaling_factor": 0.18215} | json.loads((vae_folder(path) / "config.json").read_text())
+
+
 def load_vae(path: Path) -> AutoencoderKL:
     """The VAE of a pipeline, or a directory of its own; frozen, fp32."""
     folder = vae_folder(path)

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import flop_registry
 from lpo_fast import (
     backbone,
     checkpoint,
+    latents,
     launch,
     loss,
     models,
@@ -390,6 +391,7 @@ def lrm(config: LRM) -> list[str]:
     parameters = trainable(reward)
     own = min(config.batch_size, len(used["train"])) // world  # train_lrm.own_size
     n = -(-own // config.accumulate)
+    encoded_at_once = train_lrm.part_size(2 * own, pixels)
     ids = [empty(n, e.config.max_position_embeddings, dtype=torch.int64) for e in reward.text_encoders]
     x, t, label = empty(2, n, unet["in_channels"], size, size), empty(2, n, dtype=torch.int64), empty(n)
 
@@ -399,18 +401,17 @@ def lrm(config: LRM) -> list[str]:
         return loss.preference(*unit, reward.logit_scale.exp(), label, label, t[0], t.T, loss_type=config.loss_type,
                                batch_coeff=config.batch_coeff, aux_loss_coeff=config.aux_loss_coeff)
     with on_cuda():
-        with speed.autocast(precision):
-            encoding = measure(lambda: vae.encode(empty(2 * n, 3, pixels, pixels)).latent_dist)
+        encoding = measure(lambda: train_lrm.encode(vae, empty(encoded_at_once, 3, pixels, pixels), precision))
         training = training_pass(forward, parameters, config.accumulate)
     gradients, optimizers = held(reward, True), optimizer_states(parameters)
     always = {"reward model, fp32": held(reward), "VAE, fp32": held(vae),
               f"optimizer state ({config.optimizer})": optimizers[config.optimizer]}
-    base = sum(always.values())
-    between = gradients if config.accumulate > 1 else 0
-    phases = {f"encoding {2 * n} pictures": base + between + encoding.peak,
+    base = sum(always.values()) + 2 * 4 * x.numel() * own // n  # and mean and deviation of each of the step's pictures, fp32
+    phases = {f"encoding, {encoded_at_once} pictures at a time": base + encoding.peak,
               f"training, {n} pairs a pass": base + training.peak}
     evaluations = 2 * (2 if max(config.guidance_scale) > 1 else 1)
-    work = encoding.flops / n, training.flops / n
+    work = 2 * encoding.flops / encoded_at_once, training.flops / n
+    kept = latents.needed(config, used, precision) if config.cache_latents else None
     return [
         heading("LRM", reward.family, pixels, precision), "",
         *parameter_table({"denoiser (down, mid)": list(reward.unet.parameters()),
@@ -418,6 +419,7 @@ def lrm(config: LRM) -> list[str]:
                           "projections, logit scale": heads_of(reward), "VAE": list(vae.parameters())}), "",
         *memory_table(always, training.kept, gradients, phases, optimizers), "",
         f"an optimizer step: {own} pairs a process in {-(-own // n)} passes; {config.max_steps} steps",
+        *([f"--cache-latents: {kept[0]:,} pictures to come, {kept[1] / 2**30:,.2f} GiB of disk"] if kept else []),
         *table(["network evaluations", "a pair", "a step"], [
             ["VAE's encoder", 2, 2 * own],
             [f"denoiser, down and mid ({evaluations // 2} a picture)", evaluations, evaluations * own]]), "",

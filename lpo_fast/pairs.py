@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from lpo_fast.config import LRM, Columns
 from lpo_fast.data import Scores
 from lpo_fast.errors import InputError
 from lpo_fast.sources import Source, open_source
+
+if TYPE_CHECKING:
+    from lpo_fast.latents import Cache
 
 OPTIONAL = ("label_0", "label_1", "are_different", "has_label", "num_example_per_prompt", "image_0_uid", "image_1_uid")
 LOOKED_AT = 16  # rows whose pictures are tried before a run starts
@@ -216,10 +220,13 @@ def match(scores: Scores, pairs: Pairs) -> np.ndarray:
 
 
 class PairDataset(Dataset):
-    """The pairs as items; each decodes its pictures to [3, r, r] in [−1, 1]. Pictures stay on disk until then."""
+    """The pairs as items; each decodes its pictures to [3, r, r] in [−1, 1]. Pictures stay on disk until then.
 
-    def __init__(self, pairs: Pairs, resolution: int):
-        self.pairs, self.resolution = pairs, resolution
+    cache: of their latents (``latents.Cache``); a pair whose pictures are both in it is not decoded.
+    """
+
+    def __init__(self, pairs: Pairs, resolution: int, cache: "Cache | None" = None):
+        self.pairs, self.resolution, self.cache = pairs, resolution, cache
         self.pictures = [pairs.source.pictures(spec) for spec in (pairs.columns.jpg_0, pairs.columns.jpg_1)]
 
     def __len__(self) -> int:
@@ -227,16 +234,29 @@ class PairDataset(Dataset):
 
     def __getitem__(self, i: int) -> dict:
         """row: int, the pair's key; caption: str; pixels: fp32 [2, 3, r, r]; labels: fp32 [2]; count: int, pairs of that
-        caption; compare: bool; corrupt: bool, if a picture does not decode, whose pixels then are 0."""
+        caption; compare: bool; corrupt: bool, if a picture does not decode, whose pixels then are 0.
+
+        With a cache: numbers: int64 [2], its pictures' there; cached: bool, whether nothing is to be encoded; moments
+        [2, 2C, h, w] if so, in place of pixels (0 for a corrupt pair); damaged: int, entries that are.
+        """
         pairs, row = self.pairs, int(self.pairs.rows[i])
-        compare = bool(pairs.compare[i])
-        try:
-            pixels, corrupt = self.decode(pairs.pictures[i]), False
-        except Exception:  # Pillow raises many kinds for what is no picture
-            pixels, corrupt = torch.zeros(2, 3, self.resolution, self.resolution), True
-        return {"row": row + len(pairs.captions) * compare, "caption": pairs.captions[row], "pixels": pixels,
+        places, compare = pairs.pictures[i], bool(pairs.compare[i])
+        item = {"row": row + len(pairs.captions) * compare, "caption": pairs.captions[row],
                 "labels": torch.from_numpy(pairs.labels[row]), "count": int(pairs.counts[row]), "compare": compare,
-                "corrupt": corrupt}
+                "corrupt": False}
+        if self.cache is not None:
+            numbers = places @ np.array([2, 1])
+            moments, damaged = self.cache.read(numbers)
+            item |= {"numbers": torch.from_numpy(numbers), "cached": moments is not None, "damaged": damaged}
+            if moments is not None:
+                return item | {"moments": moments}
+        try:
+            return item | {"pixels": self.decode(places)}
+        except Exception:  # Pillow raises many kinds for what is no picture
+            if self.cache is not None:
+                blank = torch.zeros(2, *self.cache.shape, dtype=self.cache.dtype)
+                return item | {"moments": blank, "cached": True, "corrupt": True}
+            return item | {"pixels": torch.zeros(2, 3, self.resolution, self.resolution), "corrupt": True}
 
     def decode(self, places: np.ndarray) -> Tensor:
         """fp32 [2, 3, r, r] of two pictures, given as (row, side)."""
@@ -260,12 +280,17 @@ def check_pictures(pairs: Pairs) -> None:
 
 def collate(items: list[dict]) -> dict:
     """A batch: rows int64 [B], captions, pixels [2, B, 3, r, r], labels [2, B], counts int64 [B], compare and corrupt
-    bool [B]."""
-    return {"rows": torch.tensor([item["row"] for item in items]), "captions": [item["caption"] for item in items],
-            "pixels": torch.stack([item["pixels"] for item in items], 1),
-            "labels": torch.stack([item["labels"] for item in items], 1),
-            "counts": torch.tensor([item["count"] for item in items]),
-            **{key: torch.tensor([item[key] for item in items]) for key in ("compare", "corrupt")}}
+    bool [B]. With a cache also cached bool [B], numbers int64 [2, B], damaged (an int) and moments [2, B, 2C, h, w]; pixels and
+    moments are left out if no pair has them, and are 0 for a pair that has the other."""
+    batch = {"rows": torch.tensor([item["row"] for item in items]), "captions": [item["caption"] for item in items],
+             "counts": torch.tensor([item["count"] for item in items])}
+    for key in ("compare", "corrupt", "cached"):
+        if key in items[0]:
+            batch[key] = torch.tensor([item[key] for item in items])
+    for key in ("labels", "numbers", "pixels", "moments"):
+        if (one := next((item[key] for item in items if key in item), None)) is not None:
+            batch[key] = torch.stack([item[key] if key in item else torch.zeros_like(one) for item in items], 1)
+    return batch | ({"damaged": sum(item["damaged"] for item in items)} if "cached" in batch else {})
 
 
 class Corrupt:
@@ -281,8 +306,9 @@ class Corrupt:
 
     def share(self) -> None:
         """Note those of the other processes. Raises InputError naming the table and the first rows."""
-        rows = torch.tensor(sorted(self.rows), dtype=torch.int64, device=ranks.state().device)
-        self.rows = set(ranks.gather(rows)[0].tolist())
+        if ranks.count() > 1:
+            rows = torch.tensor(sorted(self.rows), dtype=torch.int64, device=ranks.state().device)
+            self.rows = set(ranks.gather(rows)[0].tolist())
         if len(self.rows) > self.limit:
             first = ", ".join(map(str, sorted(self.rows)[:5]))
             raise InputError(self.pairs.source.path, f"pictures of {len(self.rows)} pairs do not decode, the first: rows "

@@ -9,7 +9,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from diffusers import AutoencoderKL, ConfigMixin, UNet2DConditionModel
 from torch.utils._pytree import tree_leaves
 
-from lpo_fast import backbone, checkpoint, data, files, models, outputs, pairs, schedule, speed
+from lpo_fast import backbone, checkpoint, data, files, latents, models, outputs, pairs, schedule, speed
 from lpo_fast.config import LPO, LRM, component
 from lpo_fast.errors import InputError
 from lpo_fast.pairs import Pairs
@@ -18,7 +18,7 @@ TRACKERS = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
 # Settings that a resumed run may change.
 MAY_CHANGE = {"out", "resume", "epochs", "max_batches", "save_epochs", "save_steps", "keep_checkpoints", "preempt_exit_code",
               "pictures", "log_with", "tracker_project", "tracker_entity", "run_name", "num_workers", "cache_dir",
-              "max_corrupt", "shard", "dry_run"}
+              "cache_latents", "max_corrupt", "shard", "dry_run"}
 
 
 def lpo(config: LPO) -> list[str]:
@@ -79,6 +79,9 @@ def lrm(config: LRM) -> dict[str, Pairs]:
     if config.batch_size % (config.accumulate * processes):
         raise InputError(str(config.batch_size), f"pairs are not dealt out evenly to {processes} processes and "
                          f"{config.accumulate} passes", f"use a multiple of {config.accumulate * processes}", "--batch-size")
+    if config.cache_latents:
+        writable(Path(config.cache_latents), "--cache-latents")
+        latents.check_space(config, used)
     directory(config)
     return used
 
@@ -268,10 +271,10 @@ def directory(config: LPO | LRM) -> None:
                              "resume with its own settings", f"--{key.replace('_', '-')}")
 
 
-def writable(out: Path) -> None:
+def writable(out: Path, flag: str = "--out") -> None:
     """Refuse a directory that cannot be made or written."""
     existing = out.absolute()
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(str(out), "cannot be written", "choose a directory of your own", "--out")
+        raise InputError(str(out), "cannot be written", "choose a directory of your own", flag)

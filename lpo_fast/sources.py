@@ -4,8 +4,9 @@ Small columns are read at once. Pictures are read one by one from memory-mapped 
 flat and worker processes share them; parquet, which has no random access, is converted to such files once, in the cache.
 """
 
+import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,10 @@ class Source:
         name, index = self.require(spec, "jpg_0")
         return Pictures(self.open(name), index, self.encoded)
 
+    def fingerprint(self) -> str:
+        """Another one if the table's files are others or were written again: their names, sizes and times of change count."""
+        raise NotImplementedError
+
     def read(self, name: str) -> pa.ChunkedArray:
         """A small column."""
         raise NotImplementedError
@@ -112,6 +117,9 @@ class Parquet(Source):
         self.files, self.cache_dir = files, cache_dir
         super().__init__(path, flag, column_names(files, flag))
 
+    def fingerprint(self) -> str:
+        return _fingerprint(self.files)
+
     def read(self, name: str) -> pa.ChunkedArray:
         tables = [pq.read_table(file, columns=[name]) for file in self.files]
         return pa.concat_tables(tables, promote_options="default")[name]
@@ -147,6 +155,9 @@ class Stored(Source):
         self.dataset = dataset.with_format("arrow")
         super().__init__(path, flag, list(dataset.column_names))
 
+    def fingerprint(self) -> str:
+        return _fingerprint((file["filename"] for file in self.dataset.cache_files), self.dataset._fingerprint)
+
     def read(self, name: str) -> pa.ChunkedArray:
         return self.open(name)[:].column(0)
 
@@ -165,6 +176,11 @@ def _cell(cell: pa.Scalar, index: int | None) -> Any:
         return (cell if index is None else cell[index]).as_py()
     except (IndexError, TypeError):
         return None
+
+
+def _fingerprint(files: Iterable[str | Path], of: str = "") -> str:
+    stats = [(Path(file).name, Path(file).stat()) for file in files]
+    return hashlib.sha256(repr([of, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]).encode()).hexdigest()
 
 
 def _line(error: Exception) -> str:

@@ -95,8 +95,9 @@ def test_another_vae_decodes_and_encodes(settings: LPO, tiny_sd: Path, tmp_path:
     config = LRM(model=str(tiny_sd), vae=str(tmp_path / "vae"))
     encoder = train_lrm.Encoder(tiny_sd, lrm, 0, "no", models.vae(config))
     pixels = torch.rand(2, 1, 3, 16, 16)
-    expected = vae.encode(pixels.flatten(0, 1)).latent_dist.mean.unflatten(0, (2, 1))
-    assert torch.allclose(encoder.posterior(pixels)[0], expected, atol=1e-6)
+    expected = vae.encode(pixels.flatten(0, 1)).latent_dist
+    for made, of in zip(encoder.posterior({"pixels": pixels}), (expected.mean, expected.std), strict=True):
+        assert torch.allclose(made, of.unflatten(0, (2, 1)), atol=1e-6)
 
 
 def test_lrm_training_at_another_resolution(tiny_sdxl: Path, tmp_path: Path) -> None:

@@ -54,11 +54,14 @@ def test_one_timestep() -> None:
 
 
 def test_mirrored() -> None:
+    def mirrored(rows: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        flips = train_lrm.flips(LRM(hflip=True), 2, rows)
+        return train_lrm.mirrored(pixels.flatten(0, 1), flips.flatten()).view_as(pixels)
     pixels = torch.randn(2, 400, 3, 4, 4)
-    made = train_lrm.mirrored(LRM(hflip=True), 2, torch.arange(400), pixels)
+    made = mirrored(torch.arange(400), pixels)
     kept, flipped = ((made == other).all(-1).all(-1).all(-1) for other in (pixels, pixels.flip(-1)))
     assert (kept ^ flipped).all() and 0.4 < flipped[0].float().mean() < 0.6 and not torch.equal(flipped[0], flipped[1])
-    alone = train_lrm.mirrored(LRM(hflip=True), 2, torch.tensor([7]), pixels[:, 7:8])
+    alone = mirrored(torch.tensor([7]), pixels[:, 7:8])
     assert torch.equal(alone, made[:, 7:8])
 
 
@@ -103,10 +106,10 @@ def test_a_corrupt_pair_is_as_if_it_were_not_in_the_batch(settings: LRM, tmp_pat
             for name, p in lrm.named_parameters():
                 p.data.copy_(start[name])
             optimizer = torch.optim.SGD([p for p in lrm.parameters() if p.requires_grad], lr=0.0)
-            results.append(train_lrm.train_step(lrm, encoder, made, 0, optimizer, options))
+            results.append(train_lrm.train_step(lrm, encoder, made, 0, optimizer, options).tolist())
         assert results[0] == pytest.approx(results[1], rel=1e-4)
     every = batch | {"corrupt": torch.ones(4, dtype=torch.bool)}
-    assert train_lrm.train_step(lrm, encoder, every, 0, optimizer, settings)["loss"] == 0
+    assert train_lrm.train_step(lrm, encoder, every, 0, optimizer, settings)[0] == 0
 
 
 def test_corrupt_pairs_are_counted_and_may_stop_the_run(settings: LRM, tmp_path: Path, capsys) -> None:

@@ -64,8 +64,8 @@ ranks.state()
 lrm = checkpoint.new_lrm(Path(model), generator=torch.Generator().manual_seed(0), multi_scale=True).double().train()
 lrm.requires_grad_(True)
 encoder = train_lrm.Encoder(Path(model), lrm, 0, "no")
-encoder.vae.double()
-encoder.train_posterior = lambda pixels: (pixels.unflatten(2, (3, 1))[:, :, [0, 1, 2, 0], 0], torch.tensor(0.1).double())
+encoder.posterior = lambda batch, *_: (batch["pixels"][:, :, [0, 1, 2, 0]],
+                                       torch.full((2, len(batch["rows"]), 1, 1, 1), 0.1).double())
 optimizer = torch.optim.SGD(lrm.parameters(), lr=0.1)
 config = LRM(loss_type="both", batch_coeff=0.5, accumulate=1, compare_between_timestep=True, aux_loss_coeff=0.5)
 own, first = 6 // ranks.count(), 6 // ranks.count() * ranks.index()
@@ -80,6 +80,7 @@ for step in range(5):
     at = {key: 1 if key in ("pixels", "labels") else 0 for key in batch}
     part = {key: value[first:first + own] if at[key] == 0 else value[:, first:first + own] for key, value in batch.items()}
     row = train_lrm.train_step(lrm, encoder, part, step, optimizer, config)
+row = dict(zip(train_lrm.STEP, row.tolist(), strict=True))
 ranks.wait()
 if ranks.main():
     torch.save((lrm.state_dict(), row), out)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -12,13 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from lpo_fast import backbone, models, ranks, shard
+from lpo_fast import backbone, models, ranks, runs, shard
 from lpo_fast.errors import InputError
-from lpo_fast.files import parse_json, read_json, read_pickle, read_safetensors, replacing
+from lpo_fast.files import damage, parse_json, read_json, read_pickle, read_safetensors, replacing, save_pickle, sha256
 from lpo_fast.reward import LatentRewardModel
 
 LORA_OFFICIAL, LORA_DIFFUSERS = "unet_lora.pt", "pytorch_lora_weights.safetensors"
-STATE = "state.pt"
+STATE, STATE_BEFORE, STATE_SUMS = "state.pt", "state.before.pt", "state.sha256"
 
 
 # Latent reward models
@@ -133,7 +134,7 @@ def save_lrm(lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], path: Path
                  "logit_scale": lrm.logit_scale.detach().cpu()}
         if lrm.text_projection is not None:
             heads["text_projection"] = {"weight": lrm.text_projection.weight.detach().cpu()}
-        torch.save(heads, aside / "state_dict.pt")
+        save_pickle(heads, aside / "state_dict.pt")
         settings = {"base": lrm.base, "guidance_scale": lrm.guidance_scale, "multi_scale_cfg": lrm.multi_scale_cfg}
         if lrm.sizes is not None:
             settings["resolution"] = int(lrm.sizes[0, 0])
@@ -284,27 +285,67 @@ class Trained:
             parameter.data.copy_(shard.part(state[name], parameter))
 
 
+def states(out: Path) -> list[Path]:
+    """The states in a run directory that --resume may go on from, the newest first: the one before may be needed."""
+    return [out / name for name in (STATE, STATE_BEFORE) if (out / name).is_file()]
+
+
+def state_sums(out: Path) -> list[str]:
+    """SHA-256 of the states that may lie in a run directory, the newest first; none of a run before there were any."""
+    file = out / STATE_SUMS
+    return file.read_text(encoding="utf-8", errors="replace").split() if file.is_file() else []
+
+
 def save_state(file: Path, at: dict, parts: dict[str, object]) -> None:
     """All that a resumed run needs: where it stands, and the state_dict of each part (None: not in use).
 
-    The main process writes; if the parts are sharded, all processes call it.
+    The state before becomes STATE_BEFORE. The main process writes; if the parts are sharded, all processes call it. Raises
+    InputError if the disk refuses.
     """
-    states = {name: part and shard.whole(part.state_dict()) for name, part in parts.items()}
+    saved = {name: part and shard.whole(part.state_dict()) for name, part in parts.items()}
     if ranks.main():
-        with replacing(file) as aside:
-            torch.save({"at": at} | states, aside)
+        with replacing(file, file.with_name(STATE_BEFORE)) as aside:
+            sums = [save_pickle({"at": at} | saved, aside), *state_sums(file.parent)]
+            with replacing(file.with_name(STATE_SUMS)) as listed:  # first: if killed here, the two states that stay are in it
+                listed.write_text("\n".join(sums[:3]) + "\n", encoding="utf-8")
 
 
 def load_state(file: Path, parts: dict[str, object]) -> dict:
-    """Restore what ``save_state`` wrote into the parts; where the run stands."""
-    state = read_pickle(file, "--out", mmap=ranks.count() > 1)  # no copy of it in the memory of each
+    """Restore what ``save_state`` wrote into the parts; where the run stands. All processes call it.
+
+    The state before is taken, and takes the newest one's place, if that is damaged or missing. Raises InputError if no state
+    is whole, or if it is of other parts.
+    """
+    source = whole_state(file)
+    state = read_pickle(source, "--out", mmap=ranks.count() > 1)  # no copy of it in the memory of each
     try:
         for name, part in parts.items():
             if (part is None) != (state[name] is None):
                 raise ValueError(f"{name} was {'not ' if part else ''}in use")
             if part is not None:
                 shard.load(part, state[name])
-        return state["at"]
+        at = state["at"]
     except (KeyError, ValueError, RuntimeError, TypeError, IndexError, AttributeError) as error:
-        raise InputError(str(file), f"was saved with other settings ({error})", "resume with the run's own settings",
+        raise InputError(str(source), f"was saved with other settings ({error})", "resume with the run's own settings",
                          "--out") from error
+    if source != file:
+        ranks.wait()  # all have read it
+        if ranks.main():  # else the next save would put the damaged one in the place of the whole one
+            os.replace(source, file)
+    return at
+
+
+def whole_state(file: Path) -> Path:
+    """The newest state that is as it was written."""
+    sums, wrong = state_sums(file.parent), {}
+    for state in states(file.parent):
+        what = damage(state)
+        if sums and not what and sha256(state) not in sums:
+            what = f"{state.name} has changed since it was written"
+        if not what:
+            if wrong:
+                runs.say(f"warning: {file}: {wrong[file]}; the run goes on from the state before it")
+            return state
+        wrong[state] = what
+    raise InputError(str(file), "; ".join(wrong.values()) or "no state there", "start a new run in another directory, from a "
+                     "checkpoint with --resume-from if there is one", "--out")

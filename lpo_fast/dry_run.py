@@ -45,6 +45,7 @@ from lpo_fast.config import LPO, LRM
 from lpo_fast.policy import Policy, trainable
 from lpo_fast.reward import LatentRewardModel
 from lpo_fast.sample import CounterNoise, Pairs
+from lpo_fast.speed import optimizer_state
 
 META = torch.device("meta")
 # What autocast does on CUDA to the functions that the networks call; others take what they are given.
@@ -266,18 +267,6 @@ def held(module: nn.Module | None, trained: bool | None = None) -> int:
 def of_text(text: Text) -> int:
     """Bytes of text features."""
     return sum(x.numel() * x.element_size() for x in (text.context, text.pooled))
-
-
-def optimizer_state(name: str, parameters: list[nn.Parameter]) -> int:
-    """Bytes of an optimizer's state. AdamW: two fp32 moments. 8 bits: two bytes and, a block of 256, two fp32 scales; fp32
-    below 4,096 elements. Adafactor: fp32 row and column means of the squares, one by one for vectors."""
-    def each(p: nn.Parameter) -> int:
-        if name == "adafactor":
-            return 4 * (p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.ndim > 1 else p.numel())
-        if name == "adamw" or p.numel() < 4096:
-            return 8 * p.numel()
-        return 2 * p.numel() + 8 * -(-p.numel() // 256)
-    return sum(map(each, parameters))
 
 
 # The report

@@ -287,7 +287,7 @@ def _settings(values: dict[str, Any], keys: dict[str, Key]) -> LRM:
         print(f"dataset.batch_size {each} is a process's: {batch} pairs an optimizer step = {each} × {processes} processes × "
               f"{settings['accumulate']} passes")
     offset = of("model.noise_offset", bool) if "model.noise_offset" in values else False
-    resume = of("accelerator.resume_from_checkpoint", bool) and (Path(settings["out"]) / "state.pt").is_file()
+    resume = of("accelerator.resume_from_checkpoint", bool) and any(Path(settings["out"]).glob("state*.pt"))
     log_with = values["accelerator.log_with"]
     return LRM(**settings | {
         "validation_pairs": pairs, "test_pairs": pairs, "columns": Columns(**columns), "filter_strategy": strategy,

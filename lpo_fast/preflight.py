@@ -243,21 +243,22 @@ def reward_directory(path: Path) -> dict:
 
 
 def directory(config: LPO | LRM) -> None:
-    """Refuse a run directory that cannot be written, that holds a run, or (to resume) whose run had other settings."""
+    """Refuse a run directory that cannot be written, that holds a run, or (to resume) whose run had other settings.
+
+    What begins with a dot is no content: a killed run's lock and unfinished files. With --resume and without a saved state
+    the run starts from the beginning, as the one that was killed before it.
+    """
     out = Path(config.out)
     writable(out)
     if config.log_with and config.log_with not in TRACKERS:
         raise InputError(config.log_with, "no such tracker", f"use {', '.join(TRACKERS)}", "--log-with")
-    state = out / checkpoint.STATE
-    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
+    states = checkpoint.states(out)
+    if out.is_dir() and not (out / "config.json").is_file() and not all(path.name.startswith(".") for path in out.iterdir()):
         raise InputError(config.out, "holds something else than a run", "choose a directory of its own", "--out")
-    if not config.resume and state.is_file():
+    if not config.resume and states:
         raise InputError(config.out, "holds a run already", "choose another directory, or go on with --resume", "--out")
-    if not config.resume:
+    if not config.resume or not states:
         return
-    if not state.is_file():
-        raise InputError(config.out, f"holds no {checkpoint.STATE} to go on from", "drop --resume, or name the run",
-                         "--out")
     environment = read_config(out, "--out", "environment.json") if (out / "environment.json").is_file() else {}
     for name, commit in environment.get("models", {}).items():
         if models.RESOLVED.get(name, commit) != commit:

@@ -25,7 +25,7 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise PeerError(f"rank {index()}: another process has failed and says why; this one ends") from error
+        raise PeerError(f"rank {index()}: another process has failed, and says why, or was killed; this one ends") from error
 
 
 def state() -> PartialState:

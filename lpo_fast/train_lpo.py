@@ -15,7 +15,21 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
 
-from lpo_fast import accounting, checkpoint, noise, official, outputs, preflight, ranks, runs, sample, select, shard, speed
+from lpo_fast import (
+    accounting,
+    checkpoint,
+    files,
+    noise,
+    official,
+    outputs,
+    preflight,
+    ranks,
+    runs,
+    sample,
+    select,
+    shard,
+    speed,
+)
 from lpo_fast import policy as policies
 from lpo_fast.config import LPO
 from lpo_fast.kernels.pair_loss import pair_loss
@@ -118,9 +132,17 @@ def shuffled(pairs: Pairs, config: LPO, epoch: int, batch: int) -> Pairs:
 
 
 def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: score) -> Path:
-    """Run LPO; the run directory. wrap_score may alter the reward (a control experiment, another scorer)."""
+    """Run LPO; the run directory. wrap_score may alter the reward (a control experiment, another scorer).
+
+    Raises InputError for what cannot be read, used or written, also if the disk is full; the last saved state is whole then.
+    """
     prompts = preflight.lpo(config)
     ranks.state()
+    with runs.claim(Path(config.out)):
+        return _train(config, prompts, wrap_score)
+
+
+def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]) -> Path:
     device = speed.device()
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
     policy, sched = policies.load(config, [*prompts, *config.validation_prompts], device)
@@ -135,12 +157,17 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
     scaler = torch.amp.GradScaler(device.type, enabled=policy.precision == "fp16")
     ema = EMAModel(trainable(policy.unet), decay=config.ema_decay) if config.ema_decay else None
 
-    out, run, draw = Path(config.out), runs.Run(config), outputs.Pictures(config, policy, sched, prompts, shape)
+    out, batches = Path(config.out), len(order(config, 0, len(prompts)))
     if ranks.main():
-        (out / "exp_config.py").write_text(official.render(config), encoding="utf-8")
+        outputs.check_room(out, policy.unet, config, batches, shape)
+    resumed = config.resume and bool(checkpoint.states(out))  # else it was killed before its first state
+    run, draw = runs.Run(config, resumed), outputs.Pictures(config, policy, sched, prompts, shape)
+    if ranks.main():
+        with files.writing(out):
+            (out / "exp_config.py").write_text(official.render(config), encoding="utf-8")
     parts = {"weights": checkpoint.Trained(policy.unet), "optimizer": optimizer, "scaler": scaler, "ema": ema}
     at, pairs = {"epoch": 0, "batch": 0, "step": 0}, None
-    if config.resume:
+    if resumed:
         at = checkpoint.load_state(out / checkpoint.STATE, parts)
         run.truncate(at.pop("metrics"))
         left = at.pop("pairs")
@@ -153,9 +180,10 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
         draw.compared("before")
     step = speed.compiled(sample.choose, config.compiled, graphs=True)
     slots = min(config.batch_size, -(-len(prompts) // ranks.count()))
-    batches = len(order(config, 0, len(prompts)))
     total = min(config.epochs * batches, config.max_batches or config.epochs * batches)
     done = at["epoch"] * batches + at["batch"]
+    if config.resume and not resumed:
+        runs.say(f"{out} holds no saved state: the run starts from the beginning")
     runs.say(f"LPO on {device}, precision {policy.precision} | {len(prompts)} prompts | batches {done} to {total} | "
              f"{sum(p.numel() for p in trainable(policy.unet)):,} parameters train | {ranks.count()} processes")
     size = config.train_batch_size * config.accumulate * ranks.count()

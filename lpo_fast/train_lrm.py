@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -17,6 +17,7 @@ from transformers import CLIPTokenizer
 from lpo_fast import (
     backbone,
     checkpoint,
+    files,
     latents,
     loss,
     models,
@@ -32,7 +33,7 @@ from lpo_fast import (
 from lpo_fast.backbone import Text
 from lpo_fast.config import LRM
 from lpo_fast.latents import Cache
-from lpo_fast.pairs import Corrupt, PairDataset, collate
+from lpo_fast.pairs import Corrupt, PairDataset, Pairs, collate
 from lpo_fast.reward import LatentRewardModel
 from lpo_fast.schedule import Schedule
 
@@ -276,9 +277,17 @@ def batches(config: LRM, pairs: int, step: int) -> Iterator[list[int]]:
 
 
 def train(config: LRM) -> Path:
-    """Train an LRM; the run directory, whose checkpoint-final/ is the best LRM by validation accuracy, or the last."""
+    """Train an LRM; the run directory, whose checkpoint-final/ is the best LRM by validation accuracy, or the last.
+
+    Raises InputError for what cannot be read, used or written, also if the disk is full; the last saved state is whole then.
+    """
     used = preflight.lrm(config)
     ranks.state()
+    with runs.claim(Path(config.out)):
+        return _train(config, used)
+
+
+def _train(config: LRM, used: dict[str, Pairs]) -> Path:
     device, model = speed.device(), models.model(config)
     lrm = checkpoint.new_lrm(
         model, clip=models.clip(config), generator=torch.Generator().manual_seed(config.seed), resolution=config.resolution,
@@ -304,18 +313,25 @@ def train(config: LRM) -> Path:
     factor = speed.learning_rate(config.warmup, config.warmup_steps, config.max_steps)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
-    out, run = Path(config.out), runs.Run(config)
+    out = Path(config.out)
     if ranks.main():
-        (out / "config.yaml").write_text(official_lrm.render(config, lrm.family.name, ranks.count()), encoding="utf-8")
+        check_room(out, lrm, config, validated="validation" in used)
+    resumed = config.resume and bool(checkpoint.states(out))  # else it was killed before its first state
+    run = runs.Run(config, resumed)
+    if ranks.main():
+        with files.writing(out):
+            (out / "config.yaml").write_text(official_lrm.render(config, lrm.family.name, ranks.count()), encoding="utf-8")
     state = {"weights": checkpoint.Trained(lrm), "optimizer": optimizer, "decay": decay}
     at = {"step": 0, "checkpoints": [], "corrupt": {use: [] for use in used}, "stage": {"metrics": {}}}
-    if config.resume:
+    if resumed:
         at = checkpoint.load_state(out / checkpoint.STATE, state)
         run.truncate(at["metrics"])
         for use, rows in at["corrupt"].items():
             corrupt[use].rows = set(rows)
     epoch = steps_an_epoch(config, len(used["train"]))
     loader = fetch(sets["train"], batch_sampler=list(batches(config, len(used["train"]), at["step"])))
+    if config.resume and not resumed:
+        runs.say(f"{out} holds no saved state: the run starts from the beginning")
     runs.say(f"LRM on {device}, precision {encoder.precision} | {len(used['train'])} of {len(used['train'].captions)} pairs | "
              f"steps {at['step']} to {config.max_steps} | "
              f"{sum(p.numel() for p in lrm.parameters() if p.requires_grad):,} parameters train | {ranks.count()} processes")
@@ -408,14 +424,37 @@ def keep(config: LRM, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], a
         save(lrm, tokenizers, out / CHECKPOINT.format(at["step"]), at["stage"])
     order = sorted(at["checkpoints"], key=lambda known: (known[1] if config.keep_best else 0, known[0]), reverse=True)
     for step, _ in order[config.keep_checkpoints or len(order):] if ranks.main() else ():
-        shutil.rmtree(out / CHECKPOINT.format(step), ignore_errors=True)
+        files.discard(out / CHECKPOINT.format(step))
     at["checkpoints"] = sorted(order[:config.keep_checkpoints or len(order)])
 
 
 def save(lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], folder: Path, stage: dict) -> None:
     """An LRM's directory with the official training_stage.json."""
-    checkpoint.save_lrm(lrm, tokenizers, folder)
-    runs.write_json(folder / "training_stage.json", stage)
+    with checkpoint.replacing(folder) as aside:
+        checkpoint.save_lrm(lrm, tokenizers, aside)
+        runs.write_json(aside / "training_stage.json", stage)
+
+
+def check_room(out: Path, lrm: LatentRewardModel, config: LRM, validated: bool) -> None:
+    """Raise InputError unless there is room for what the run will yet write, at most: states, checkpoints, checkpoint-final.
+
+    validated: whether there are checkpoints. The state counts three times: it, the one before, and the next one while it is
+    written. Checkpoints that are written only if they are the best are counted as if the first were.
+    """
+    with torch.device("meta"):
+        rest = UNet2DConditionModel.from_config(lrm.unet.config).num_parameters() - lrm.unet.num_parameters()
+    whole = 4 * (rest + sum(p.numel() for p in lrm.parameters()))  # with the up blocks, fp32
+    trained = [p for p in lrm.parameters() if p.requires_grad]
+    state = sum(p.numel() * p.element_size() + files.RECORD for p in trained)
+    state += speed.optimizer_state(config.optimizer, trained)
+    times = -(-config.max_steps // config.validate_steps) if validated else 0
+    if config.save_only_if_best:
+        times = min(times, 1)
+    if config.keep_checkpoints:
+        times = min(times, config.keep_checkpoints + 1)  # the new one is there before the oldest goes
+    there = len(list(out.glob(CHECKPOINT.format("*"))))
+    size = (3 - len(checkpoint.states(out))) * state + (max(times - there, 0) + 1) * whole
+    files.check_room(out, size, "make room, limit --keep-checkpoints, or choose a directory on another disk")
 
 
 def hand_on(config: LRM, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], at: dict) -> None:

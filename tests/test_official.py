@@ -135,7 +135,8 @@ def test_a_run_from_an_official_launch_line(tiny_sd: Path, tiny_lrm: Path, tmp_p
     out = tmp_path / "two"
     assert {"exp_config.py", "checkpoint_0", "checkpoint_1", "pytorch_lora_weights.safetensors"} <= {
         path.name for path in out.iterdir()}
-    assert {path.name for path in (out / "checkpoint_1").iterdir()} == {"unet_lora.pt", "global_step.json", "optimizer.bin"}
+    assert {path.name for path in (out / "checkpoint_1").iterdir()} == {
+        "unet_lora.pt", "global_step.json", "optimizer.bin", "checksums.json"}
     assert {path.name for path in (out / "pictures").glob("*.png")} == {"validation_0.png", "validation_1.png"}
     values: dict = {}
     exec((out / "exp_config.py").read_text(), {"dict": dict}, values)
@@ -156,7 +157,7 @@ def test_checkpoints_are_found_and_limited(tmp_path: Path) -> None:
     assert [path.name for path in outputs.checkpoints(tmp_path)] == ["checkpoint_2", "checkpoint_9", "checkpoint_10"]
     with pytest.raises(InputError, match="holds no unet_lora.pt"):
         outputs.find_checkpoint(tmp_path, full=False)
-    (tmp_path / "checkpoint_10" / "unet_lora.pt").touch()
+    torch.save({}, tmp_path / "checkpoint_10" / "unet_lora.pt")
     assert outputs.find_checkpoint(tmp_path, full=False).name == "checkpoint_10"
     for nothing in (tmp_path / "nowhere", tmp_path / "checkpoint_2" / "checkpoint_"):
         with pytest.raises(InputError, match="no checkpoint_{epoch} directory there"):

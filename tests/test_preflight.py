@@ -382,9 +382,16 @@ def test_run_directory(bench: Bench, stage: str, request: pytest.FixtureRequest)
     refused(train, replace(settings, out=file), "--out", "cannot be written")
     refused(train, replace(settings, out=file + "/below/it"), "--out", "cannot be written")
     assert Path(file).read_text() == "mine"
-    refused(train, replace(settings, resume=True), "--out", "holds no state.pt to go on from")
-    run = Path(settings.out)
+    run, check = Path(settings.out), {"lpo": preflight.lpo, "lrm": preflight.lrm}[stage]
+    check(replace(settings, resume=True))  # what a restart script says, also if there is nothing to go on from yet,
     run.mkdir(parents=True)
+    for name in (".lock", ".config.json.new"):  # if the run was killed before it had written its settings,
+        (run / name).touch()
+    check(replace(settings, resume=True))
+    (run / "config.json").write_text(json.dumps(asdict(replace(settings, seed=7))))
+    check(replace(settings, resume=True))  # or before its first state
+    for path in run.iterdir():
+        path.unlink()
     (run / checkpoint.STATE).write_text("not looked at")
     (run / "config.json").write_text(json.dumps(asdict(settings)))
     before = {p.name: p.read_bytes() for p in run.iterdir()}
@@ -395,7 +402,6 @@ def test_run_directory(bench: Bench, stage: str, request: pytest.FixtureRequest)
         with pytest.raises(InputError, match="was started with") as caught:
             train(replace(settings, resume=True, **change))
         assert caught.value.key == "--" + key.replace("_", "-")
-    check = {"lpo": preflight.lpo, "lrm": preflight.lrm}[stage]
     check(replace(settings, resume=True, log_with="tensorboard"))  # this may change
     assert {p.name: p.read_bytes() for p in run.iterdir()} == before
 

@@ -264,7 +264,9 @@ def part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def load_tokenizers(path: Path, family: Family) -> list[CLIPTokenizer]:
-    """The family's tokenizers below ``path``."""
+    """The family's tokenizers below ``path``, or the only one, which lies there itself."""
+    if len(family.tokenizers) == 1 and not (path / family.tokenizers[0]).is_dir():
+        return [CLIPTokenizer.from_pretrained(path)]
     return [CLIPTokenizer.from_pretrained(path, subfolder=name) for name in family.tokenizers]
 
 
@@ -283,6 +285,11 @@ def load_vae(path: Path) -> AutoencoderKL:
     folder = vae_folder(path)
     vae = AutoencoderKL.from_pretrained(folder, variant=variant(folder), torch_dtype=torch.float32, use_safetensors=True)
     return vae.requires_grad_(False).eval()
+
+
+def pixels(path: Path, unet_config: dict, resolution: int = 0) -> int:
+    """Height and width of the pictures of a denoiser whose VAE is below ``path``: ``resolution``, or 0 for its own."""
+    return resolution or unet_config["sample_size"] * pixels_per_latent(path)
 
 
 def pixels_per_latent(path: Path) -> int:

@@ -32,7 +32,7 @@ class LPO:
     lrm_base: str = ""
     """Diffusers directory with what the LRM's directory lacks: tokenizer, a frozen text encoder (default: the model)."""
     lrm_tokenizer: str = ""
-    """Directory of the LRM's tokenizer; default: the one in its own directory, or in its base."""
+    """The LRM's tokenizer, a directory or hub name (SDXL: with tokenizer/ and tokenizer_2/); default: its own or its base's."""
     lrm_guidance: tuple[float, ...] = ()
     """Guidance of the LRM's mid feature, as in LRM training; default: what its directory records, or 7.5."""
     lrm_multi_scale_cfg: bool | None = None

@@ -4,12 +4,17 @@ Names that begin with a dot and end in .new (being written), .old (being replace
 Whatever is read may be damaged or hostile: it is refused with an InputError, and never takes much more memory than its size.
 """
 
+import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import stat
+import sys
 import tomllib
 import zipfile
 from collections.abc import Iterator
@@ -102,6 +107,41 @@ def sweep(folder: Path) -> None:
         _settle(old, folder / old.name[1:-len(".old")])
     for left in (*folder.glob(".*.new"), *folder.glob(".*.gone")):
         _remove(left)
+
+
+@contextmanager
+def once(target: Path) -> Iterator[Path | None]:
+    """A fresh path that becomes ``target`` (file or directory), or None if that is there: what is made once for all.
+
+    Of many processes one makes it and the others wait. What a killed one left is removed. Where the file system has no locks
+    each makes its own, and the first remains.
+    """
+    own = target.with_name(f"{target.name}.{platform.node()}-{os.getpid()}")
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(target.with_name(f".{target.name}.lock"), "a", encoding="utf-8")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            locked = True
+        except OSError as error:
+            print(f"warning: {target.parent} cannot be locked ({error.strerror})", file=sys.stderr)
+            locked = False
+        if target.exists():
+            yield None
+            return
+        name = glob.escape(target.name)
+        for left in (*target.parent.glob(f"{name}.*-*"), *target.parent.glob(f".{name}.*-*.new")) if locked else ():
+            _remove(left)
+        with replacing(own) as aside:
+            yield aside
+        try:
+            os.rename(own, target)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        finally:
+            _remove(own)
 
 
 def _settle(old: Path, target: Path) -> None:

@@ -140,17 +140,16 @@ def latent_shape(config: LPO, unet: UNet2DConditionModel) -> tuple[int, int, int
 
 def load_score(config: LPO, prompts: list[str], device: torch.device) -> "Judge":
     """The LRM as a function of latents, timesteps and prompt numbers; its text features are computed here, once."""
-    path, base = models.lrm(config), models.base(config)
+    path, base, model = models.lrm(config), models.base(config), models.model(config)
+    size = backbone.pixels(model, json.loads((model / "unet" / "config.json").read_text()), config.resolution)
     settings = {"guidance_scale": config.lrm_guidance or None, "multi_scale_cfg": config.lrm_multi_scale_cfg}
-    lrm = checkpoint.load_lrm(path, base, resolution=config.resolution,
+    lrm = checkpoint.load_lrm(path, base, resolution=size,  # of the latents that it scores, whatever it was trained at
                               **{k: v for k, v in settings.items() if v is not None}).to(device)
     speed.layout(lrm.unet)
     if config.fused_norms:
         surgery.fuse_norms(lrm.unet)
     speed.attention(lrm.unet, config.attention)
-    tokenizers = backbone.load_tokenizers(path if (path / "tokenizer").is_dir() else base, lrm.family)
-    if config.lrm_tokenizer:
-        tokenizers = [CLIPTokenizer.from_pretrained(config.lrm_tokenizer)] * len(tokenizers)
+    tokenizers = backbone.load_tokenizers(models.tokenizer(config), lrm.family)
     precision = speed.precision(config.mixed_precision, "fp16")
     text = encoded(config, lrm.family, tokenizers, list(lrm.text_encoders), prompts, False, precision)
     lrm.text_encoders = nn.ModuleList()  # never needed again

@@ -1,4 +1,7 @@
-"""Whatever can be refused is refused here, before a model is loaded or a file written: paths, parts, widths, records."""
+"""Whatever can be refused is refused here, before a model is loaded or a file written: paths, parts, widths, records.
+
+What needs no model comes first: a model may have to be downloaded or converted.
+"""
 
 import os
 from dataclasses import asdict
@@ -9,7 +12,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from diffusers import AutoencoderKL, ConfigMixin, UNet2DConditionModel
 from torch.utils._pytree import tree_leaves
 
-from lpo_fast import backbone, checkpoint, data, files, latents, models, outputs, pairs, schedule, speed
+from lpo_fast import backbone, checkpoint, data, files, latents, models, outputs, pairs, runs, schedule, speed
 from lpo_fast.config import LPO, LRM, component
 from lpo_fast.errors import InputError
 from lpo_fast.pairs import Pairs
@@ -29,6 +32,13 @@ def lpo(config: LPO) -> list[str]:
     if config.shard and speed.precision(config.mixed_precision, "fp16") == "fp16":
         raise InputError(config.mixed_precision, "means fp16 here, whose scaled loss does not go with --shard",
                          "use bf16, or drop --shard", "--mixed-precision")
+    prompts = data.read_prompts(config.prompts, config.caption_key)
+    if config.lora:
+        checkpoint.read_lora(Path(config.lora))
+    if config.resume_from:
+        outputs.find_checkpoint(Path(config.resume_from), config.full)
+    directory(config)
+    reward_place(config)
     unet = pipeline(config.model, "--model", config.revision)
     picture(config, unet)
     lrm = reward_model(config)
@@ -40,16 +50,11 @@ def lpo(config: LPO) -> list[str]:
         raise InputError(config.lrm, f"scores latents of {lrm['in_channels']} channels, the model makes "
                          f"{unet['in_channels']}", "use an LRM trained for this kind of model", "--lrm")
     buildable(lrm, config.lrm, "--lrm")
-    if config.lrm_tokenizer and not Path(config.lrm_tokenizer).is_dir():
-        raise InputError(config.lrm_tokenizer, "no such directory", "name a tokenizer's directory", "--lrm-tokenizer")
-    prompts = data.read_prompts(config.prompts, config.caption_key)
+    if config.lrm_tokenizer:
+        tokenizer(config, backbone.family_of(lrm))
     if not config.full:
         targets(unet, config.targets)
-    if config.lora:
-        checkpoint.read_lora(Path(config.lora))
-    if config.resume_from:
-        outputs.find_checkpoint(Path(config.resume_from), config.full)
-    directory(config)
+    same_models(config)
     return prompts
 
 
@@ -57,6 +62,10 @@ def lrm(config: LRM) -> dict[str, Pairs]:
     """Check an LRM run; the pairs that it uses for "train" and, where asked for, "validation" and "test"."""
     config.check()
     speed.check_optimizer(config.optimizer)
+    directory(config)
+    if config.cache_latents:
+        writable(Path(config.cache_latents), "--cache-latents")
+    used = training_pairs(config)
     picture(config, pipeline(config.model, "--model", config.revision))
     if config.clip:
         width = checkpoint.read_text_projection(models.clip(config)).shape[1]
@@ -64,6 +73,14 @@ def lrm(config: LRM) -> dict[str, Pairs]:
         if width != wanted:
             raise InputError(config.clip, f"projects {width} features, the model's text encoder gives {wanted}",
                              "use the CLIP that the model was made with", "--clip")
+    if config.cache_latents:
+        latents.check_space(config, used)
+    same_models(config)
+    return used
+
+
+def training_pairs(config: LRM) -> dict[str, Pairs]:
+    """The pairs of each use, enough of them for all processes."""
     scores, used = data.read_scores(config.scores) if config.scores else None, {}
     for use, path, flag, split in (("train", config.pairs, "--pairs", config.train_split),
                                    ("validation", config.validation_pairs, "--validation-pairs", config.validation_split),
@@ -72,6 +89,10 @@ def lrm(config: LRM) -> dict[str, Pairs]:
             table = pairs.read(path, flag, config.columns, split, config.cache_dir)
             pairs.check_pictures(table)
             used[use] = pairs.choose(table, config, scores, training=use == "train")
+    for use in used:
+        if use != "train" and used[use].source.identity() & used["train"].source.identity():
+            runs.say(f"warning: --{use}-pairs has rows of --pairs ({config.pairs}): its accuracy says little of other pairs"
+                     + (", and chooses the best LRM" if use == "validation" else ""))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if len(used["train"]) < processes:
         raise InputError(str(processes), f"processes, but there are {len(used['train'])} pairs to train on",
@@ -79,10 +100,6 @@ def lrm(config: LRM) -> dict[str, Pairs]:
     if config.batch_size % (config.accumulate * processes):
         raise InputError(str(config.batch_size), f"pairs are not dealt out evenly to {processes} processes and "
                          f"{config.accumulate} passes", f"use a multiple of {config.accumulate * processes}", "--batch-size")
-    if config.cache_latents:
-        writable(Path(config.cache_latents), "--cache-latents")
-        latents.check_space(config, used)
-    directory(config)
     return used
 
 
@@ -203,23 +220,29 @@ def pipeline(model: str, flag: str, revision: str = "") -> dict:
     return unet
 
 
-def reward_model(config: LPO) -> dict:
-    """The U-Net config of the LRM, whose widths fit together."""
+def reward_place(config: LPO) -> Path:
+    """Where the LRM lies."""
     if not config.lrm:
         raise InputError("(none)", "is required", "train one with `python -m lpo_fast.train lrm`, or use casiatao/LRM", "--lrm")
     path = models.lrm(config)
     if not path.exists() or path.is_file() and path.suffix not in (".pt", ".pth", ".bin"):
         raise InputError(config.lrm, "is no model" if path.exists() else "no such directory",
                          "train one with `python -m lpo_fast.train lrm`, or download casiatao/LRM", "--lrm")
+    return path
+
+
+def reward_model(config: LPO) -> dict:
+    """The U-Net config of the LRM, whose widths fit together."""
+    path = reward_place(config)
     if config.lrm_base:
         pipeline(config.lrm_base, "--lrm-base")
     base = models.base(config)
     unet = denoiser(base, "--lrm-base") if path.is_file() else reward_directory(path)
     heads = checkpoint.read_heads(path, unet["block_out_channels"])
-    own = path.is_file() or config.lrm_base or (path / "tokenizer").is_dir()
+    own = path.is_file() or config.lrm_base or config.lrm_tokenizer or (path / "tokenizer").is_dir()
     if not own and unet["cross_attention_dim"] != read_config(base / "unet", "--model")["cross_attention_dim"]:
         raise InputError(config.lrm, "has no tokenizer, and the model's is another family's",
-                         "name the diffusers directory that the LRM was made from with --lrm-base", "--lrm")
+                         "name the diffusers directory that it was made from with --lrm-base, or its --lrm-tokenizer", "--lrm")
     if "text_projection" in heads:
         source = path if (path / "text_encoder").is_dir() else base
         width = whole(read_config(source / "text_encoder", "--lrm"), "hidden_size", source / "text_encoder", "--lrm")
@@ -227,6 +250,21 @@ def reward_model(config: LPO) -> dict:
             raise InputError(config.lrm, f"its text projection takes {heads['text_projection']['weight'].shape[1]} "
                              f"features, its text encoder gives {width}", "name the LRM's own --lrm-base", "--lrm")
     return unet
+
+
+def tokenizer(config: LPO, family: backbone.Family) -> None:
+    """--lrm-tokenizer must hold the tokenizers of the LRM's family."""
+    path = models.tokenizer(config)
+    if not path.is_dir():
+        raise InputError(config.lrm_tokenizer, "no such directory", "name a tokenizer's directory or hub name",
+                         "--lrm-tokenizer")
+    own = [path] if len(family.tokenizers) == 1 and not (path / family.tokenizers[0]).is_dir() else [
+        path / name for name in family.tokenizers]
+    for folder in own:
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            wanted = " and ".join(f"{name}/" for name in family.tokenizers)
+            raise InputError(config.lrm_tokenizer, f"{folder.name}/ holds no tokenizer; an LRM of the {family.name} family "
+                             f"has {len(family.tokenizers)}", f"name a directory with {wanted}", "--lrm-tokenizer")
 
 
 def reward_directory(path: Path) -> dict:
@@ -259,17 +297,24 @@ def directory(config: LPO | LRM) -> None:
         raise InputError(config.out, "holds a run already", "choose another directory, or go on with --resume", "--out")
     if not config.resume or not states:
         return
-    environment = read_config(out, "--out", "environment.json") if (out / "environment.json").is_file() else {}
-    for name, commit in environment.get("models", {}).items():
-        if models.RESOLVED.get(name, commit) != commit:
-            raise InputError(models.RESOLVED[name], f"{name} has changed: the run in {config.out} used {commit}",
-                             "name that commit (--revision, or NAME@COMMIT)", "--out")
     before = read_config(out, "--out")
     for key, value in asdict(config).items():
         value = list(value) if isinstance(value, tuple) else value
         if key not in MAY_CHANGE and before.get(key) != value:
             raise InputError(str(value), f"the run in {config.out} was started with {before.get(key)}",
                              "resume with its own settings", f"--{key.replace('_', '-')}")
+
+
+def same_models(config: LPO | LRM) -> None:
+    """A resumed run's models on the hub must be of the commits that it began with."""
+    out = Path(config.out)
+    if not config.resume or not checkpoint.states(out) or not (out / "environment.json").is_file():
+        return
+    environment = read_config(out, "--out", "environment.json")
+    for name, commit in environment.get("models", {}).items():
+        if models.RESOLVED.get(name, commit) != commit:
+            raise InputError(models.RESOLVED[name], f"{name} has changed: the run in {config.out} used {commit}",
+                             "name that commit (--revision, or NAME@COMMIT)", "--out")
 
 
 def writable(out: Path, flag: str = "--out") -> None:

@@ -85,6 +85,66 @@ def test_a_directory_as_on_the_hub_has_splits(tmp_path: Path, folder: str) -> No
     assert caught.value.key == "--validation-split" and caught.value.value == "test"
 
 
+@pytest.mark.parametrize("names", [("train", "validation_unique"), ("train-a", "train-b", "validation_unique-00000-of-00001"),
+                                   ("train", "test")])
+def test_files_are_named_for_splits(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        table(tmp_path / f"{name}.parquet", [name])
+    assert pairs.read(str(tmp_path), split="train").captions == [name for name in names if name.startswith("train")]
+    assert pairs.read(str(tmp_path), split=names[-1].partition("-")[0]).captions == [names[-1]]
+
+
+@pytest.mark.parametrize("names, stray", [
+    (("train", "more"), "more.parquet"), (("validation-00000-of-00001", "x"), "x.parquet"),
+])
+def test_a_stray_file_among_splits(tmp_path: Path, names: tuple[str, str], stray: str) -> None:
+    for name in names:
+        table(tmp_path / f"{name}.parquet", [name])
+    for split in ("train", "validation"):
+        with pytest.raises(InputError, match=f"named for splits .*, others are not: {stray}"):
+            pairs.read(str(tmp_path), split=split)
+    assert len(pairs.read(str(tmp_path))) == 2  # no split is asked for
+
+
+def test_a_directory_without_the_split(tmp_path: Path) -> None:
+    table(tmp_path / "train.parquet", ["a"])
+    with pytest.raises(InputError, match="--validation-split validation_unique: no split of .*, which has train"):
+        pairs.read(str(tmp_path), "--validation-pairs", split="validation_unique")
+
+
+def test_names_with_the_signs_of_patterns(tmp_path: Path) -> None:
+    """[1] and * are no patterns: it is this file that is read."""
+    for folder, colour in (("set[1]", RED), ("set1", GREEN), ("set*", BLUE)):
+        (tmp_path / folder).mkdir()
+        table(tmp_path / folder / "p.parquet", ["a"], jpg_0=[colour])
+    assert [colours(dataset(tmp_path / f / "p.parquet")[0])[0] for f in ("set[1]", "set1", "set*")] == ["r", "g", "b"]
+
+
+def test_a_file_changed_within_its_time_is_read_anew(tmp_path: Path) -> None:
+    for colour, name in ((RED, "r"), (GREEN, "g"), (BLUE, "b")):
+        file = table(tmp_path / "p.parquet", ["a"], jpg_0=[colour])
+        os.utime(file, (1, 1))
+        assert colours(dataset(file)[0])[0] == name
+
+
+def test_a_conversion_that_lost_rows(tmp_path: Path) -> None:
+    file = table(tmp_path / "p.parquet", ["a", "b"])
+    pairs.read(str(file), cache_dir=str(tmp_path / "c")).source.open("jpg_0")
+    (made,) = (tmp_path / "c" / "lpo_fast").glob("[!.]*.arrow")
+    column = pa.ipc.open_stream(made.read_bytes()).read_all()
+    with pa.OSFile(str(made), "wb") as out, pa.ipc.new_stream(out, column.schema) as stream:
+        stream.write_table(column[:1])
+    with pytest.raises(InputError, match="has 1 rows, not 2: remove it"):
+        pairs.read(str(file), cache_dir=str(tmp_path / "c")).source.open("jpg_0")
+
+
+def test_many_files_in_their_order(tmp_path: Path) -> None:
+    for i in range(12):
+        table(tmp_path / f"p{i}.parquet", [str(i)], jpg_0=[(RED, GREEN, BLUE)[i % 3]])
+    made = dataset(tmp_path)
+    assert all(colours(made[i])[0] == "rgb"[int(made.pairs.captions[i]) % 3] for i in range(12))
+
+
 def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
     assert colours(dataset(table(tmp_path / "p.parquet", ["a"]))[0]) == "rb"
     table(tmp_path / "p.parquet", ["a"], jpg_0=[GREEN])

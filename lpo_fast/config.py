@@ -6,6 +6,7 @@
 import math
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from lpo_fast.errors import InputError
@@ -48,13 +49,14 @@ class LPO:
     dry_run: bool = False
     """The command checks everything as for a run, prints what the run would train, hold and compute, and ends."""
     resume_from: str = ""
-    """Start from a checkpoint_{epoch} directory (or the newest of a directory of them), official or ours, in a new run."""
+    """Start from a checkpoint_{epoch} directory (or the newest of a directory of them), official or ours: in a new run,
+    or in the run directory --out itself, whose later epochs are run again."""
     seed: int = 42
     """All randomness is a function of the seed, the epoch, the prompt, the step and the candidate."""
     epochs: int = 5
     """Passes over the prompts."""
     max_batches: int = 0
-    """Stop after so many prompt batches; 0: no limit."""
+    """Stop after so many prompt batches, with --resume-from counted from there; 0: no limit."""
 
     batch_size: int = 5
     """Prompts a sampling batch."""
@@ -164,6 +166,12 @@ class LPO:
         """First step with candidates, and the one before which the trajectory ends."""
         first, _, end = self.steps_used.partition(":")
         return int(first or 0), int(end or 0) or self.num_steps
+
+    @property
+    def in_place(self) -> bool:
+        """Whether --resume-from names a checkpoint in the run directory itself, as official launches go on."""
+        out, source = Path(self.out).resolve(), Path(self.resume_from).resolve()
+        return bool(self.resume_from) and out in (source, source.parent)
 
     @property
     def compiled(self) -> str:
@@ -354,19 +362,21 @@ class LRM:
     """GroupNorm fused with what stands around it, in channels-last networks; no gain is measured yet."""
 
     eval_on_start: bool = True
-    """Validate before the first step too."""
+    """Validate before the first step too; it tells whether anything was learned, and leaves no checkpoint."""
     validate_steps: int = 100
     """Steps between validations, each of which may leave a checkpoint."""
     save_steps: int = 100
     """Steps between saved states (for --resume)."""
     save_only_if_best: bool = True
-    """Write checkpoint-gstep{N} only where no validation before was better."""
+    """Write checkpoint-gstep{N} only where no validation before was better (those after step 0 count; of equals the
+    later is written)."""
     keep_checkpoints: int = 1
     """Checkpoints kept; 0: all."""
     keep_best: bool = True
-    """Keep the best checkpoints by validation accuracy, else the newest."""
+    """Keep the best checkpoints by validation accuracy, else the newest (and the best one, if it is to be handed on)."""
     handed_on: Literal["best", "last"] = "best"
-    """Which LRM becomes checkpoint-final: the best by validation accuracy, or the last step's as official."""
+    """Which LRM becomes checkpoint-final: the best by validation accuracy (after step 0; of equals the later), or the last
+    step's as official."""
     num_workers: int = 2
     """Processes that decode pictures, beside each training process; 0: the training process itself."""
     cache_latents: str = ""
@@ -463,6 +473,13 @@ def shapes() -> Recipe:
         replace(recipe.lpo, seed=0, epochs=1, max_batches=8, batch_size=32, guidance_scale=2.25, rank=16,
                 learning_rate=7e-4, train_batch_size=32),
     )
+
+
+def check_lora_flags(config: LPO, defaults: LPO) -> None:
+    """Refuse what a command line says of a LoRA where --full trains none. defaults: the settings without that line."""
+    for key in ("rank", "alpha", "targets"):
+        if config.full and getattr(config, key) != getattr(defaults, key):
+            _refuse(config, key, "full fine-tuning has no LoRA", f"drop {_flag(key)} or --full")
 
 
 def _finite(config: LPO | LRM) -> None:

@@ -32,6 +32,7 @@ from lpo_fast import (
     loss,
     models,
     preflight,
+    ranks,
     sample,
     schedule,
     speed,
@@ -423,8 +424,8 @@ def processes() -> int:
 
 def heading(stage: str, family: backbone.Family, pixels: int, precision: str) -> str:
     """The first line."""
-    return (f"dry run: {stage}, {family.name}, {pixels}×{pixels} pixels, networks in {names(precision)} (on CUDA), one of "
-            f"{processes()} processes")
+    return (f"dry run: {stage}, {family.name}, {pixels}×{pixels} pixels, networks in {names(precision)} (on CUDA), "
+            f"{'' if processes() == 1 else 'one of '}{ranks.named(processes())}")
 
 
 def names(precision: str) -> str:

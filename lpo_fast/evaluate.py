@@ -7,11 +7,7 @@ Under ``torchrun`` or ``accelerate launch`` the prompts are dealt out to the ran
 import csv
 import hashlib
 import json
-import os
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -109,7 +105,7 @@ def check_models(settings: Evaluate, prompts: list[str]) -> None:
             export.check_fit(lora, policy.UNet2DConditionModel.from_config(unet), settings.lora)
         lora.rank  # noqa: B018 - raises where ranks differ
     if settings.tuned:
-        with assembled(settings) as folder:
+        with export.assembled(settings.tuned, settings.model) as folder:
             other = preflight.pipeline(folder, "--tuned")
         if differ := [key for key in ("in_channels", "sample_size") if other.get(key) != unet.get(key)]:
             raise InputError(settings.tuned, f"its {differ[0]} is {other.get(differ[0])}, the base's {unet.get(differ[0])}",
@@ -156,23 +152,6 @@ def directory(settings: Evaluate, wanted: dict[str, object]) -> None:
                              "name another directory, or use its own settings", "--out")
 
 
-@contextmanager
-def assembled(settings: Evaluate) -> Iterator[str]:
-    """The tuned model as a whole directory (of links): its own parts, and the base's where it has none."""
-    tuned, base = Path(settings.tuned), Path(settings.model)
-    if not tuned.is_dir():
-        raise InputError(settings.tuned, "no such directory", "name a model, or a run with unet/", "--tuned")
-    unet = tuned if (tuned / "config.json").is_file() and not (tuned / "unet").is_dir() else tuned / "unet"
-    if not (unet / "config.json").is_file():
-        raise InputError(settings.tuned, "holds no unet/", "name a model, or a run of full fine-tuning; a LoRA with --lora",
-                         "--tuned")
-    with tempfile.TemporaryDirectory() as folder:
-        for part in base.iterdir():
-            source = unet if part.name == "unet" else tuned / part.name if (tuned / part.name).exists() else part
-            os.symlink(source.absolute(), Path(folder) / part.name)
-        yield folder
-
-
 def sides(settings: Evaluate) -> tuple[str, ...]:
     """What is drawn: base, and tuned if there is such a model."""
     return compare.SIDES if settings.lora or settings.tuned else compare.SIDES[:1]
@@ -189,7 +168,7 @@ def draw(settings: Evaluate, prompts: list[str], items: list[int]) -> None:
         draw_with(settings, settings.model, prompts, items, sides(settings))
         return
     draw_with(settings, settings.model, prompts, items, ("base",))
-    with assembled(settings) as folder:
+    with export.assembled(settings.tuned, settings.model) as folder:
         draw_with(settings, folder, prompts, items, ("tuned",))
 
 

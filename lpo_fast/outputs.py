@@ -77,7 +77,10 @@ def find_checkpoint(path: Path, full: bool) -> Path:
 
 
 def resume_from(path: Path, unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Take weights, the optimizer's state if it is there, and the step from a checkpoint; go on with the next epoch."""
+    """Take weights, the optimizer's moments if they are there, and the step from a checkpoint; go on with the next epoch.
+
+    Rate, weight decay, betas and eps stay this run's.
+    """
     full = not hasattr(unet, "peft_config")
     folder = find_checkpoint(path, full)
     for damaged in [newer for newer in checkpoints(path) if epoch_of(newer) > epoch_of(folder)]:
@@ -87,11 +90,14 @@ def resume_from(path: Path, unet: UNet2DConditionModel, optimizer: torch.optim.O
     else:
         checkpoint.load_lora(unet, folder / checkpoint.LORA_OFFICIAL, "--resume-from")
     if (folder / OPTIMIZER).is_file():
+        own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         try:
             shard.load(optimizer, checkpoint.read_pickle(folder / OPTIMIZER, "--resume-from", mmap=ranks.count() > 1))
         except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
             raise InputError(str(folder / OPTIMIZER), f"is another optimizer's ({error})", "use the --optimizer that wrote it",
                              "--resume-from") from error
+        for group, settings in zip(optimizer.param_groups, own, strict=True):
+            group.update(settings)
     step = 0
     if (folder / STEP).is_file():
         step = files.read_json(folder / STEP, "--resume-from").get("global_step")

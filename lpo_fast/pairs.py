@@ -14,7 +14,7 @@ from lpo_fast import data, ranks
 from lpo_fast.config import LRM, Columns
 from lpo_fast.data import Scores
 from lpo_fast.errors import InputError
-from lpo_fast.sources import Source, open_source
+from lpo_fast.sources import Source, flag_of, open_source
 
 if TYPE_CHECKING:
     from lpo_fast.latents import Cache
@@ -191,7 +191,7 @@ def match(scores: Scores, pairs: Pairs) -> np.ndarray:
 
     Pairs of equal keys take the table's rows of these keys in turn. Raises InputError if the table cannot be theirs.
     """
-    count, path = len(pairs.captions), pairs.source.path
+    count = len(pairs.captions)
     if scores.keys is not None and pairs.uids is not None:
         found = defaultdict(list)
         for row, key in enumerate(zip(*scores.keys, strict=True)):
@@ -204,9 +204,9 @@ def match(scores: Scores, pairs: Pairs) -> np.ndarray:
             turn[key] += 1
         if (place < 0).any():
             raise InputError(scores.path, f"has no row for {int((place < 0).sum())} of the {count} pairs, the first of them "
-                             f"row {int((place < 0).argmax())}", "use the table made from these pairs", "--scores")
+                             f"row {int((place < 0).argmax())} (from 0)", "use the table made from these pairs", "--scores")
     elif len(scores.different) != count:
-        raise InputError(path, f"holds {count} pairs, the score table has {len(scores.different)} rows",
+        raise InputError(scores.path, f"has {len(scores.different)} rows, {pairs.source.path} {count} pairs",
                          "use the table made from these pairs", "--scores")
     else:
         place = np.arange(count)
@@ -214,8 +214,8 @@ def match(scores: Scores, pairs: Pairs) -> np.ndarray:
     wrong = np.flatnonzero(pairs.judged & (won != (scores.different[place] == 1)))
     if len(wrong):
         raise InputError(scores.path, f"different_flag is not what the labels say in {len(wrong)} of {count} pairs, the first: "
-                         f"rows {', '.join(map(str, wrong[:5]))}", "use the table made from these pairs, in their order",
-                         "--scores")
+                         f"rows {', '.join(map(str, wrong[:5]))} (from 0)", "use the table made from these pairs, in their "
+                         "order", "--scores")
     return place
 
 
@@ -265,16 +265,20 @@ class PairDataset(Dataset):
 
 def check_pictures(pairs: Pairs) -> None:
     """Refuse a table none of whose first rows has two pictures; nothing is converted or written."""
-    problem = None
-    for row, (first, second) in enumerate(pairs.source.first(LOOKED_AT, pairs.columns.jpg_0, pairs.columns.jpg_1)):
+    problem, names = None, {key: getattr(pairs.columns, key) for key in ("jpg_0", "jpg_1")}
+    for row, cells in enumerate(pairs.source.first(LOOKED_AT, *names.values())):
         try:
-            data.decode(pairs.source.encoded(first), 8)
-            data.decode(pairs.source.encoded(second), 8)
+            for key, cell in zip(names, cells, strict=True):  # noqa: B007 - which of them it was
+                data.decode(pairs.source.encoded(cell), 8)
             return
         except Exception as error:
-            problem = problem or InputError(
-                pairs.source.path, f"a picture of row {row} does not decode ({type(error).__name__}: {error})",
-                "store encoded JPEG or PNG", pairs.source.flag)
+            what = f"a picture of row {row} does not decode ({type(error).__name__}: {error})"
+            if names[key] == key:
+                found = InputError(pairs.source.path, what, "store encoded JPEG or PNG", pairs.source.flag)
+            else:
+                found = InputError(names[key], f"{what} in {pairs.source.path}", "name a column of encoded pictures or of "
+                                   "their files", flag_of(key))
+            problem = problem or found
     raise problem or InputError(pairs.source.path, "holds no pair", "add pairs", pairs.source.flag)
 
 

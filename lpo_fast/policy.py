@@ -82,7 +82,10 @@ def trainable(unet: nn.Module) -> list[nn.Parameter]:
 
 
 def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy, Schedule]:
-    """The policy with a LoRA attached (or all weights trainable), its text features and its sampler's schedule."""
+    """The policy with a LoRA attached (or all weights trainable), its text features and its sampler's schedule.
+
+    prompts: those that train, then --validation-prompts.
+    """
     model = models.model(config)
     precision = speed.precision(config.mixed_precision, "fp16")
     # Frozen weights are never in memory in more than the precision of the network.
@@ -97,9 +100,10 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
     encoders = [e.to(device).eval() for e in backbone.load_text(model, family)]
     tokenizers = backbone.load_tokenizers(model, family)
     text = encoded(config, family, tokenizers, encoders, prompts, family.zero_null, precision)
-    too_long = sum(len(ids) > tokenizers[0].model_max_length for ids in tokenizers[0](prompts).input_ids)
+    own = prompts[:len(prompts) - len(config.validation_prompts)]
+    too_long = sum(len(ids) > tokenizers[0].model_max_length for ids in tokenizers[0](own).input_ids)
     if too_long:
-        runs.say(f"{too_long} of {len(prompts)} prompts exceed {tokenizers[0].model_max_length} tokens and are cut")
+        runs.say(f"{too_long} of {len(own)} prompts exceed {tokenizers[0].model_max_length} tokens and are cut")
     if not config.full:
         checkpoint.add_lora(unet, config.rank, config.alpha or config.rank, config.targets, config.seed)
         for parameter in trainable(unet):

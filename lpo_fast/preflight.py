@@ -21,7 +21,7 @@ TRACKERS = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
 # Settings that a resumed run may change.
 MAY_CHANGE = {"out", "resume", "epochs", "max_batches", "save_epochs", "save_steps", "keep_checkpoints", "preempt_exit_code",
               "pictures", "log_with", "tracker_project", "tracker_entity", "run_name", "num_workers", "cache_dir",
-              "cache_latents", "max_corrupt", "shard", "dry_run"}
+              "cache_latents", "max_corrupt", "shard", "dry_run", "resume_from"}  # the state holds what came from a checkpoint
 
 
 def lpo(config: LPO) -> list[str]:
@@ -36,7 +36,10 @@ def lpo(config: LPO) -> list[str]:
     if config.lora:
         checkpoint.read_lora(Path(config.lora))
     if config.resume_from:
-        outputs.find_checkpoint(Path(config.resume_from), config.full)
+        start = outputs.find_checkpoint(Path(config.resume_from), config.full)
+        if (done := outputs.epoch_of(start) + 1) >= config.epochs:
+            raise InputError(config.resume_from, f"{start.name} has finished epoch {done - 1}", f"use --epochs above {done}",
+                             "--resume-from")
     directory(config)
     reward_place(config)
     unet = pipeline(config.model, "--model", config.revision)
@@ -167,6 +170,9 @@ def picture(config: LPO | LRM, unet: dict) -> None:
         path = models.vae(config)
         if not path.is_dir():
             raise InputError(config.vae, "no such directory", "name a VAE's directory or hub name", "--vae")
+        if not (backbone.vae_folder(path) / "config.json").is_file():
+            raise InputError(config.vae, "holds no VAE: config.json is missing", "name a VAE's directory or a whole pipeline",
+                             "--vae")
         channels = read_config(backbone.vae_folder(path), "--vae").get("latent_channels")
         if channels != unet["in_channels"]:
             raise InputError(config.vae, f"makes latents of {channels} channels, the denoiser takes {unet['in_channels']}",
@@ -281,7 +287,8 @@ def reward_directory(path: Path) -> dict:
 
 
 def directory(config: LPO | LRM) -> None:
-    """Refuse a run directory that cannot be written, that holds a run, or (to resume) whose run had other settings.
+    """Refuse a run directory that cannot be written, that holds a run or another run's checkpoints (but for that which
+    --resume-from goes on from), or (to resume) whose run had other settings.
 
     What begins with a dot is no content: a killed run's lock and unfinished files. With --resume and without a saved state
     the run starts from the beginning, as the one that was killed before it.
@@ -290,11 +297,20 @@ def directory(config: LPO | LRM) -> None:
     writable(out)
     if config.log_with and config.log_with not in TRACKERS:
         raise InputError(config.log_with, "no such tracker", f"use {', '.join(TRACKERS)}", "--log-with")
+    if isinstance(config, LPO) and config.in_place:
+        start = outputs.find_checkpoint(Path(config.resume_from), config.full)
+        if (last := outputs.checkpoints(out)[-1]) != start and not last.samefile(start):
+            raise InputError(config.out, f"holds later checkpoints than {start.name}, up to {last.name}", "go on from the "
+                             "last one, remove the later ones, or choose another directory", "--out")
+        return
     states = checkpoint.states(out)
     if out.is_dir() and not (out / "config.json").is_file() and not all(path.name.startswith(".") for path in out.iterdir()):
         raise InputError(config.out, "holds something else than a run", "choose a directory of its own", "--out")
     if not config.resume and states:
         raise InputError(config.out, "holds a run already", "choose another directory, or go on with --resume", "--out")
+    if not config.resume and (found := sorted(path.name for path in out.glob("checkpoint[_-]*"))):
+        raise InputError(config.out, f"holds {found[0]} of another run", "choose another directory, or remove its checkpoints",
+                         "--out")
     if not config.resume or not states:
         return
     before = read_config(out, "--out")

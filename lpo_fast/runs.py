@@ -142,6 +142,12 @@ class Run:
             self.metrics.truncate(size)
             self.metrics.seek(size)
 
+    def truncate_to_epoch(self, epoch: int) -> None:
+        """Drop metrics of this epoch and later ones, which are run again."""
+        lines = (self.out / "metrics.jsonl").read_bytes().splitlines(keepends=True) if ranks.main() else []
+        whole = [line for line in lines if line.endswith(b"\n")]  # a killed run's last one may not be
+        self.truncate(sum(len(line) for line in whole if json.loads(line)["epoch"] < epoch))
+
     @property
     def size(self) -> int:
         """Bytes of metrics so far, all of which are on the disk."""

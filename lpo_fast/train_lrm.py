@@ -32,6 +32,7 @@ from lpo_fast import (
 )
 from lpo_fast.backbone import Text
 from lpo_fast.config import LRM
+from lpo_fast.errors import InputError
 from lpo_fast.latents import Cache
 from lpo_fast.pairs import Corrupt, PairDataset, Pairs, collate
 from lpo_fast.reward import LatentRewardModel
@@ -251,6 +252,9 @@ def validate(lrm: LatentRewardModel, encoder: Encoder, loader: DataLoader, times
     if corrupt is not None:
         corrupt.share()
     *shares, count = [*(ranks.total(right)[:-1] / right[-1]).tolist(), int(right[-1])]
+    if corrupt is not None and not count:
+        raise InputError(corrupt.pairs.source.path, "has no pair whose pictures decode", "mend them, or name other pairs",
+                         corrupt.pairs.source.flag)
     accuracy = dict(zip(map(str, timesteps), shares, strict=True))
     return {"accuracy": accuracy[str(timesteps[0])], "accuracy_by_timestep": accuracy, "n": count}
 
@@ -333,8 +337,8 @@ def _train(config: LRM, used: dict[str, Pairs]) -> Path:
     if config.resume and not resumed:
         runs.say(f"{out} holds no saved state: the run starts from the beginning")
     runs.say(f"LRM on {device}, precision {encoder.precision} | {len(used['train'])} of {len(used['train'].captions)} pairs | "
-             f"steps {at['step']} to {config.max_steps} | "
-             f"{sum(p.numel() for p in lrm.parameters() if p.requires_grad):,} parameters train | {ranks.count()} processes")
+             f"{at['step']} of {config.max_steps} steps done | "
+             f"{sum(p.numel() for p in lrm.parameters() if p.requires_grad):,} parameters train | {ranks.named(ranks.count())}")
     for use, cache in caches.items():
         found = latents.numbers(used[use])
         runs.say(f"latents of {use} pairs: {cache.folder} holds {len(found) - cache.missing(found):,} of {len(found):,}")
@@ -347,7 +351,9 @@ def _train(config: LRM, used: dict[str, Pairs]) -> Path:
         shown = validate(lrm, encoder, held_out["validation"], shown_at[::5], corrupt["validation"])
         run.log("validation", at["step"], **shown)
         runs.say(f"step {at['step']} | validation accuracy {shown['accuracy']:.3f} at t = {shown_at[0]} ({shown['n']} pairs)")
-        if at["step"]:
+        if at["step"] == 0:
+            at["untrained"] = shown["accuracy"]
+        else:
             at["stage"]["metrics"] = {"accuracy": shown["accuracy"]}
             keep(config, lrm, encoder.tokenizers, at)
 
@@ -390,6 +396,7 @@ def _train(config: LRM, used: dict[str, Pairs]) -> Path:
             if saves and ranks.main():
                 at |= {"metrics": run.size, "corrupt": {use: sorted(c.rows) for use, c in corrupt.items()}}
                 checkpoint.save_state(out / checkpoint.STATE, at, state)
+                prune(out, at)
             if validates or saves:
                 clock.start()
             if stop:
@@ -398,13 +405,19 @@ def _train(config: LRM, used: dict[str, Pairs]) -> Path:
     clock.advise()
     if at["step"] < config.max_steps:
         run.close()
+        ranks.wait()  # a launcher ends all processes soon after the first
         runs.say(f"stopped after step {at['step']}; go on with --resume")
         raise SystemExit(128 + (stopped or [signal.SIGTERM])[0])
     hand_on(config, lrm, encoder.tokenizers, at)
+    best = max((accuracy for _, accuracy in at["checkpoints"]), default=1)
+    if best <= at.get("untrained", 0):
+        runs.say(f"warning: no validation (best {best:.3f}) is above the one before the first step ({at['untrained']:.3f}): "
+                 "this reward model has learned nothing useful")
     if held_out:
-        final = checkpoint.load_lrm(out / FINAL).to(device)
+        if at["handed_on"] != at["step"]:
+            restore(lrm, out / FINAL)
         for use, pairs in held_out.items():
-            shown = validate(final, encoder, pairs, shown_at, corrupt[use])
+            shown = validate(lrm, encoder, pairs, shown_at, corrupt[use])
             run.log(use, at["step"], checkpoint=at["handed_on"], **shown)
             runs.say(f"handed on: step {at['handed_on']}, {use} accuracy {shown['accuracy']:.3f} at t = {shown_at[0]}")
     for use, found in corrupt.items():
@@ -414,8 +427,16 @@ def _train(config: LRM, used: dict[str, Pairs]) -> Path:
     return out
 
 
+def restore(lrm: LatentRewardModel, folder: Path) -> None:
+    """Weights of a checkpoint in every process, of which the main one alone need see the directory."""
+    if ranks.main():
+        lrm.load_state_dict(checkpoint.load_lrm(folder).state_dict())
+    ranks.share(lrm.parameters())
+
+
 def keep(config: LRM, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], at: dict) -> None:
-    """Save the LRM just validated unless an earlier one is better; drop checkpoints that are too many."""
+    """Save the LRM just validated unless an earlier one (after step 0) is better, so of equals the later is kept; forget
+    checkpoints that are too many, which ``prune`` removes. The best one stays in any case if it is to be handed on."""
     out, accuracy = Path(config.out), at["stage"]["metrics"]["accuracy"]
     if config.save_only_if_best and any(accuracy < known for _, known in at["checkpoints"]):
         return
@@ -423,9 +444,16 @@ def keep(config: LRM, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], a
     if ranks.main():
         save(lrm, tokenizers, out / CHECKPOINT.format(at["step"]), at["stage"])
     order = sorted(at["checkpoints"], key=lambda known: (known[1] if config.keep_best else 0, known[0]), reverse=True)
-    for step, _ in order[config.keep_checkpoints or len(order):] if ranks.main() else ():
-        files.discard(out / CHECKPOINT.format(step))
-    at["checkpoints"] = sorted(order[:config.keep_checkpoints or len(order)])
+    best = [max(order, key=lambda known: (known[1], known[0]))] if config.handed_on == "best" else []
+    at["checkpoints"] = sorted({*order[:config.keep_checkpoints or len(order)], *best})
+
+
+def prune(out: Path, at: dict) -> None:
+    """Remove checkpoints that the run does not keep, once no saved state names them."""
+    kept = {CHECKPOINT.format(step) for step, _ in at["checkpoints"]}
+    for folder in out.glob(CHECKPOINT.format("*")):
+        if folder.name not in kept:
+            files.discard(folder)
 
 
 def save(lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], folder: Path, stage: dict) -> None:

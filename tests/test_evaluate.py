@@ -300,3 +300,16 @@ def test_models_of_other_latents_are_not_compared(argv, tmp_path, tiny_sd, copie
     file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": 16}))
     assert evaluate.main(with_(argv, lora=None, tuned=other)) == 2
     assert "its sample_size is 16, the base's 8" in capsys.readouterr().err
+
+
+def test_scores_are_keyed_by_the_picture_s_number(tmp_path, tiny_sd, tiny_lrm, monkeypatch):
+    """However pictures are dealt out to processes; each is scored for its own prompt."""
+    asked = []
+
+    def reward(files, texts, rows):
+        asked.append((texts, rows))
+        return torch.tensor([float(row) for row in rows])
+    monkeypatch.setattr(evaluate, "Scorer", lambda *_, **__: reward)
+    settings = evaluate.Evaluate(model=str(tiny_sd), lrm=str(tiny_lrm), out=str(tmp_path), pictures_per_prompt=2)
+    rows = evaluate.score(settings, ["a", "b"], [1, 2], {})
+    assert asked == [(["a", "b"], [1, 2])] and [row["base lrm"] for row in rows] == [1.0, 2.0]

@@ -322,6 +322,14 @@ def test_a_table_without_any_picture_is_refused_at_once(tmp_path: Path) -> None:
         assert caught.value.key == "--test-pairs"
 
 
+@pytest.mark.parametrize("key", ["jpg_0", "jpg_1"])
+def test_a_named_column_without_pictures_is_refused_by_its_flag(key: str, tmp_path: Path) -> None:
+    path = table(tmp_path / "p.parquet", ["a", "b"])
+    with pytest.raises(InputError, match="a picture of row 0 does not decode .* in .*p.parquet; name a column") as caught:
+        pairs.check_pictures(pairs.read(str(path), columns=Columns(**{key: "caption"})))
+    assert (caught.value.key, caught.value.value) == (f"--columns.{key.replace('_', '-')}", "caption")
+
+
 def test_the_count_of_broken_pictures_stops_a_run(tmp_path: Path) -> None:
     made = dataset(table(tmp_path / "p.parquet", list("abcdefgh"), jpg_0=[RED, b"", RED, b"", RED, b"", RED, RED]))
     corrupt = pairs.Corrupt(made.pairs, 2)
@@ -467,10 +475,10 @@ def test_scores_by_position(tmp_path: Path) -> None:
     assert used(path, scores(tmp_path / "s.csv", good)).rows.tolist() == [0, 2]
     assert used(path, scores(tmp_path / "s.csv", good), filter_strategy=0).rows.tolist() == [0, 1, 2]
     for rows in (good[:2], good * 2):
-        with pytest.raises(InputError, match=f"holds 3 pairs, the score table has {len(rows)} rows") as caught:
+        with pytest.raises(InputError, match=f"t.csv: has {len(rows)} rows, .*p.parquet 3 pairs") as caught:
             used(path, scores(tmp_path / "t.csv", rows))
         assert caught.value.key == "--scores"
-    with pytest.raises(InputError, match="different_flag is not what the labels say in 2 of 3 pairs, the first: rows 0, 2"):
+    with pytest.raises(InputError, match="different_flag is not what the labels say in 2 of 3 pairs, the first: rows 0, 2 "):
         used(path, scores(tmp_path / "t.csv", good[::-1]))
     with pytest.raises(InputError, match="the filter keeps none of its 3 rows"):
         used(path, scores(tmp_path / "t.csv", [(1, -9, 1, 1), (1, -9, 1, 1), (0, 9, 9, 9)]))
@@ -481,7 +489,7 @@ def test_scores_by_key(tmp_path: Path) -> None:
     path = table(tmp_path / "p.parquet", ["a", "b", "c"], image_0_uid=["x", "y", "x"], image_1_uid=["y", "z", "w"])
     rows = [("w", "x", 0, 0, 0, 0), ("q", "q", 1, 1, 1, 1), ("y", "x", 1, -9, 1, 1), ("y", "z", 1, 1, 1, 1)]
     assert used(path, scores(tmp_path / "s.csv", rows, KEYED)).rows.tolist() == [1, 2]
-    with pytest.raises(InputError, match="has no row for 2 of the 3 pairs, the first of them row 0") as caught:
+    with pytest.raises(InputError, match="has no row for 2 of the 3 pairs, the first of them row 0 .from 0.") as caught:
         used(path, scores(tmp_path / "s.csv", [rows[0], rows[1]], KEYED))
     assert caught.value.key == "--scores"
     with pytest.raises(InputError, match="different_flag is not what the labels say in 1 of 3 pairs"):

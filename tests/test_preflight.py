@@ -182,6 +182,12 @@ def test_a_vae_of_another_family(bench: Bench, lpo: LPO) -> None:
         refused(train_lpo.train, replace(lpo, vae=vae), "--vae", message)
 
 
+def test_a_directory_without_a_vae_is_named_as_it_was_typed(bench: Bench, lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bench.sd)
+    problem = refused(train_lpo.train, replace(lpo, vae="tokenizer"), "--vae", "holds no VAE")
+    assert problem.value == "tokenizer" and "a VAE's directory or a whole pipeline" in problem.remedy
+
+
 @pytest.mark.parametrize("name, package", [("adamw8bit", "bitsandbytes"), ("paged_adamw8bit", "bitsandbytes"),
                                            ("adafactor", "transformers")])
 def test_an_optimizer_that_is_not_installed(lpo: LPO, lrm: LRM, name: str, package: str,
@@ -388,7 +394,7 @@ def test_score_table(bench: Bench, lrm: LRM) -> None:
     keep = (1, 1, 1, 1)
     refused(train_lrm.train, replace(lrm, scores=str(bench.tmp / "nowhere.csv")), "--scores", "cannot be read")
     too_long = scores(bench.tmp / "long.csv", [keep] * 3, HEADER)
-    refused(train_lrm.train, replace(lrm, scores=str(too_long)), "--scores", "the score table has 3 rows")
+    refused(train_lrm.train, replace(lrm, scores=str(too_long)), "--scores", "has 3 rows, ")
     swapped = scores(bench.tmp / "ties.csv", [(0, 0, 0, 0)] * 2, HEADER)
     refused(train_lrm.train, replace(lrm, scores=str(swapped)), "--scores",
             "different_flag is not what the labels say in 2 of 2")

@@ -295,7 +295,8 @@ MUTATIONS: list[Mutation] = [
         ("the checkpoint's rate holds", "            group.update(settings)", "            pass")),
     *of("ranks.py", "test_ranks.py::test_parameters_that_no_loss_reaches",
         ("parameters without a gradient decay", "strict=True) if times):", "strict=True)):")),
-    *of("evaluate.py", "test_evaluate.py::test_scores_are_keyed_by_the_picture_s_number test_evaluate.py::test_the_whole_command",
+    *of("evaluate.py", "test_evaluate.py::test_scores_are_keyed_by_the_picture_s_number "
+        "test_evaluate.py::test_the_whole_command",
         ("processes share the noise of scores", "reward(files, texts, rows=items)", "reward(files, texts)"),
         ("the base is the tuned model", "if side == \"tuned\" and settings.lora else", "if settings.lora else"),
         ("scores for another prompt", "texts = [prompts[i // settings.pictures_per_prompt]",

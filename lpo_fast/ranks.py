@@ -25,7 +25,7 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise PeerError(f"rank {index()}: another process has failed and says why; this one ends") from error
+        raise PeerError(f"rank {index()}: another process has failed, and says why, or was killed; this one ends") from error
 
 
 def state() -> PartialState:
@@ -42,6 +42,11 @@ def state() -> PartialState:
 def main() -> bool:
     """Whether this process prints and writes."""
     return state().is_main_process if PartialState._shared_state else os.environ.get("RANK", "0") == "0"
+
+
+def named(processes: int) -> str:
+    """So many processes, in words."""
+    return "1 process" if processes == 1 else f"{processes} processes"
 
 
 def count() -> int:

@@ -21,6 +21,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from lpo_fast import files
+
 SHOWN, OPEN, EMBED, SMALL = 48, 12, 384, 128  # picture pairs in all and not folded away; widths in pixels
 COLOURS = {"#000001": "accent", "#000002": "second", "#000003": "muted", "#000004": "line"}  # in the SVG: CSS variable
 ACCENT, SECOND, MUTED, LINE = COLOURS
@@ -224,8 +226,8 @@ def pictures(folder: Path) -> str:
 def embedded(file: Path, size: int) -> str:
     """A picture as the start of an <img> tag, at most ``size`` pixels wide and high; "" if it is none."""
     try:
-        image = Image.open(io.BytesIO(file.read_bytes())).convert("RGB")
-    except (OSError, ValueError, SyntaxError):  # missing, or cut off while it was written
+        image = Image.open(file, formats=("PNG",)).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # missing, or cut off while it was written
         return ""
     image.thumbnail((size, size))
     image.save(data := io.BytesIO(), "PNG")
@@ -305,7 +307,8 @@ def write(run_dir: str | Path) -> Path:
     for title, value in ("Time per stage (h:mm:ss)", times), ("Settings", config), ("What ran", environment):
         inner = f"<summary>{len(value)} entries</summary><table>{table(value)}</table></details>" if value else ""
         body.append(section(title, "", inner and f"<details{' open' * (value is not config)}>{inner}", cls=""))
-    (path := run / "report.html").write_text(PAGE.substitute(title=name, body="\n".join(body)), "utf-8", "replace")
+    with files.replacing(path := run / "report.html") as aside:
+        aside.write_text(PAGE.substitute(title=name, body="\n".join(body)), "utf-8", "replace")
     return path
 
 

@@ -3,19 +3,24 @@
 metrics.jsonl holds what the seed determines (two equal runs write equal bytes), timings.jsonl what the machine does.
 """
 
+import errno
+import fcntl
+import io
 import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -23,10 +28,64 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
-from lpo_fast import models, ranks
+from lpo_fast import files, models, ranks
 from lpo_fast.config import LPO, LRM
+from lpo_fast.errors import InputError
 
+LOCK = ".lock"
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "xformers")
+SECRET = re.compile(r"token(?!iz)|secret|password|passwd|api_?key|credential", re.I)
+CREDENTIALS = (re.compile(r"\b()hf_[A-Za-z0-9]{16,}"), re.compile(r"(\w://)[^/@\s]+(?=@)"),  # user:password@host
+               re.compile(r"(-[\w.-]*(?:token|secret|password|passwd|api[_-]?key)(?:=|\s+))[^\s-]\S*", re.I))
+
+
+@contextmanager
+def claim(out: Path) -> Iterator[None]:
+    """Within the block a run directory, made if need be, is this run's alone, and holds nothing that a killed one left.
+
+    The main process takes the lock, which ends with it. Raises InputError if another run has it; where the file system has no
+    locks, a warning is all.
+    """
+    if not ranks.main():
+        yield
+        return
+    made = not out.exists()
+    with files.writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = _lock(out)
+    try:
+        files.sweep(out)
+        yield
+    finally:
+        with suppress(OSError):
+            (out / LOCK).unlink(missing_ok=True)
+            if made:
+                out.rmdir()  # fails, as it should, if the run wrote anything
+        lock.close()
+
+
+def _lock(out: Path) -> TextIO:
+    """The open lock file, which says who holds it."""
+    while True:
+        file = open(out / LOCK, "a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which workers would inherit and keep
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise InputError(str(out), f"is in use by {file.read().strip() or 'another run'}",
+                                 "wait for its end or stop it, or choose another directory", "--out") from error
+            print(f"warning: {out} cannot be locked ({error.strerror}): start no second run there", file=sys.stderr)
+        try:
+            if os.path.samestat(os.stat(out / LOCK), os.fstat(file.fileno())):
+                break
+        except FileNotFoundError:
+            pass
+        file.close()  # the one before ended, and took its lock file with it, after we had opened it
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
 
 
 class Run:
@@ -39,16 +98,28 @@ class Run:
             write_json(self.out / "config.json", asdict(config))
             write_json(self.out / "environment.json", environment())
             self.tracker = _tracker(config)
-        mode = "a" if resumed else "w"
-        self.metrics, self.timings = (open(self.out / f"{name}.jsonl" if writes else os.devnull, mode, encoding="utf-8")
-                                      for name in ("metrics", "timings"))
+        self.metrics, self.timings = (self._open(f"{name}.jsonl", resumed, writes) for name in ("metrics", "timings"))
+
+    def _open(self, name: str, resumed: bool, writes: bool) -> io.FileIO:
+        """Not buffered: a row is in the file or the disk has refused it."""
+        file = open(self.out / name if writes else os.devnull, "ab+" if resumed else "wb+", buffering=0)
+        if resumed and writes:  # the last row may be a part of one
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            file.seek(0, os.SEEK_END)
+        return file
+
+    def _write(self, file: io.FileIO, row: dict) -> None:
+        line = memoryview(f"{json.dumps(row)}\n".encode())
+        with files.writing(Path(file.name)):
+            while line:  # a full disk takes a part before it refuses
+                line = line[file.write(line):]
 
     def log(self, kind: str, step: int, **row) -> None:
         """A row of metrics."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         row = {"kind": kind, "global_step": step, **finite}
-        self.metrics.write(json.dumps(row) + "\n")
-        self.metrics.flush()
+        self._write(self.metrics, row)
         if self.tracker:
             self.tracker.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=step)
 
@@ -62,12 +133,12 @@ class Run:
 
     def time(self, **row) -> None:
         """A row of timings."""
-        self.timings.write(json.dumps(row) + "\n")
-        self.timings.flush()
+        self._write(self.timings, row)
 
     def truncate(self, size: int) -> None:
         """Drop metrics written after the state that a resumed run starts from."""
         if ranks.main():
+            size = min(size, self.metrics.seek(0, os.SEEK_END))
             self.metrics.truncate(size)
             self.metrics.seek(size)
 
@@ -79,7 +150,9 @@ class Run:
 
     @property
     def size(self) -> int:
-        """Bytes of metrics so far."""
+        """Bytes of metrics so far, all of which are on the disk."""
+        if ranks.main():
+            os.fsync(self.metrics.fileno())
         return self.metrics.tell()
 
     def close(self) -> None:
@@ -91,8 +164,9 @@ class Run:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Indented JSON."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Indented JSON, whole or not there."""
+    with files.replacing(path) as aside:
+        aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def environment() -> dict[str, object]:
@@ -104,10 +178,23 @@ def environment() -> dict[str, object]:
         except PackageNotFoundError:
             versions[package] = None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"command": " ".join(sys.orig_argv),
+    return {"command": redacted(" ".join(sys.orig_argv)),
             "date": time.strftime("%Y-%m-%d %H:%M:%S"), "commit": commit(), "python": platform.python_version(),
             **versions, "models": dict(models.RESOLVED),
             "gpu": gpu, "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+
+
+def redacted(text: str) -> str:
+    """Without credentials: tokens by their form, passwords in URLs, values of secret-looking options and variables.
+
+    What a run records is shown around: report.html, trackers.
+    """
+    for name, value in os.environ.items():
+        if SECRET.search(name) and len(value) >= 8:
+            text = text.replace(value, "***")
+    for form in CREDENTIALS:
+        text = form.sub(r"\1***", text)
+    return text
 
 
 def commit() -> str | None:
@@ -130,7 +217,7 @@ def _tracker(config: LPO | LRM) -> Accelerator | None:
     wandb = {key: value for key, value in (("name", config.run_name), ("entity", config.tracker_entity)) if value}
     try:
         accelerator = Accelerator(log_with=name, project_dir=out)
-        accelerator.init_trackers(config.tracker_project, config={k: str(v) for k, v in asdict(config).items()},
+        accelerator.init_trackers(config.tracker_project, config={k: redacted(str(v)) for k, v in asdict(config).items()},
                                   init_kwargs={"wandb": wandb} if name == "wandb" else {})
         if not accelerator.trackers:
             raise RuntimeError("its package is not installed")
@@ -139,6 +226,46 @@ def _tracker(config: LPO | LRM) -> Accelerator | None:
         print(f"warning: --log-with {name}: {error}; metrics are written to {out / 'metrics.jsonl'} alone",
               file=sys.stderr)
         return None
+
+
+class Clock:
+    """Wall time between laps, and how much of it a loop stood waiting for its data loader with so many worker processes."""
+
+    def __init__(self, workers: int):
+        self.workers, self.seconds, self.idle = workers, 0.0, 0.0
+        self.start()
+        cores, local = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if workers * local > cores:
+            say(f"warning: --num-workers {workers} in {local} processes here, which have {cores} cores: use at most "
+                f"{cores // local}")
+
+    def start(self) -> None:
+        """A lap begins."""
+        self.since, self.waited = time.perf_counter(), 0.0
+
+    def fetched(self, loader: Iterable) -> Iterator:
+        """What the loader yields."""
+        batches = iter(loader)
+        while True:
+            before = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - before
+            if batch is None:
+                return
+            yield batch
+
+    def lap(self) -> tuple[float, float]:
+        """Seconds since the last lap, and those of them spent waiting."""
+        seconds, waited = time.perf_counter() - self.since, self.waited
+        self.seconds, self.idle = self.seconds + seconds, self.idle + waited
+        self.start()
+        return seconds, waited
+
+    def advise(self) -> None:
+        """Say at the end what would help if a tenth of all laps was spent waiting."""
+        if self.idle > 0.1 * self.seconds:
+            say(f"the loop waited for pictures in {self.idle / self.seconds:.0%} of its time: --cache-latents DIR, or more "
+                f"--num-workers than {self.workers}, would help")
 
 
 def say(line: str) -> None:

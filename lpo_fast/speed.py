@@ -60,6 +60,18 @@ def optimizer(name: str, parameters: Iterable[nn.Parameter], *, lr: float, weigh
     return cls(parameters, lr=lr, weight_decay=weight_decay, **adam)
 
 
+def optimizer_state(name: str, parameters: list[nn.Parameter]) -> int:
+    """Bytes of an optimizer's state. AdamW: two fp32 moments. 8 bits: two bytes and, a block of 256, two fp32 scales; fp32
+    below 4,096 elements. Adafactor: fp32 row and column means of the squares, one by one for vectors."""
+    def each(p: nn.Parameter) -> int:
+        if name == "adafactor":
+            return 4 * (p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.ndim > 1 else p.numel())
+        if name == "adamw" or p.numel() < 4096:
+            return 8 * p.numel()
+        return 2 * p.numel() + 8 * -(-p.numel() // 256)
+    return sum(map(each, parameters))
+
+
 def xformers_problem() -> str:
     """Why xformers' attention cannot run on this device; "" if it can."""
     if find_spec("xformers") is None:
@@ -161,6 +173,12 @@ def compiled(function: Callable, setting: str, *, graphs: bool = False) -> Calla
             return function(*arguments)
         return tuple(x.clone() for x in returned) if graphs else returned
     return call
+
+
+def unread() -> int:
+    """Steps whose metrics a loop leaves on the device for a while: on a GPU the last one's, which are read when the next one is
+    queued behind it, so that reading leaves no gap; elsewhere none."""
+    return int(torch.cuda.is_available())
 
 
 def learning_rate(warmup: str, warmup_steps: int, max_steps: int) -> Callable[[int], float]:

@@ -16,7 +16,21 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
 
-from lpo_fast import accounting, checkpoint, noise, official, outputs, preflight, ranks, runs, sample, select, shard, speed
+from lpo_fast import (
+    accounting,
+    checkpoint,
+    files,
+    noise,
+    official,
+    outputs,
+    preflight,
+    ranks,
+    runs,
+    sample,
+    select,
+    shard,
+    speed,
+)
 from lpo_fast import policy as policies
 from lpo_fast.backbone import Windowed
 from lpo_fast.config import LPO
@@ -123,9 +137,17 @@ def shuffled(pairs: Pairs, config: LPO, epoch: int, batch: int) -> Pairs:
 
 
 def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: score) -> Path:
-    """Run LPO; the run directory. wrap_score may alter the reward (a control experiment, another scorer)."""
+    """Run LPO; the run directory. wrap_score may alter the reward (a control experiment, another scorer).
+
+    Raises InputError for what cannot be read, used or written, also if the disk is full; the last saved state is whole then.
+    """
     prompts = preflight.lpo(config)
     ranks.state()
+    with runs.claim(Path(config.out)):
+        return _train(config, prompts, wrap_score)
+
+
+def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]) -> Path:
     device = speed.device()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     policy, sched = policies.load(config, [*prompts, *config.validation_prompts], device)
@@ -145,12 +167,16 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
         at["done"] = at["epoch"] * batches
     ema = EMAModel(trainable(policy.unet), decay=config.ema_decay) if config.ema_decay else None
 
-    out, run = Path(config.out), runs.Run(config, config.resume or config.in_place)
-    draw = outputs.Pictures(config, policy, sched, prompts, shape)
+    out = Path(config.out)
     if ranks.main():
-        (out / "exp_config.py").write_text(official.render(config), encoding="utf-8")
+        outputs.check_room(out, policy.unet, config, batches, shape)
+    resumed = config.resume and bool(checkpoint.states(out))  # else it was killed before its first state
+    run, draw = runs.Run(config, resumed or config.in_place), outputs.Pictures(config, policy, sched, prompts, shape)
+    if ranks.main():
+        with files.writing(out):
+            (out / "exp_config.py").write_text(official.render(config, judge.lrm), encoding="utf-8")
     parts = {"weights": checkpoint.Trained(policy.unet), "optimizer": optimizer, "scaler": scaler, "ema": ema}
-    if config.resume:
+    if resumed:
         at = checkpoint.load_state(out / checkpoint.STATE, parts)
         run.truncate(at.pop("metrics"))
         index, left = at.pop("index"), at.pop("pairs")
@@ -168,9 +194,12 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
     slots = min(config.batch_size, -(-len(prompts) // ranks.count()))
     size = config.batch_size * ranks.count()
     left = (config.epochs - at["epoch"]) * batches - (at["prompts"] - (0 if index is None else len(index))) // size
-    total = min(at["done"] + left, config.max_batches or at["done"] + left)
-    runs.say(f"LPO on {device}, precision {policy.precision} | {len(prompts)} prompts | batches {at['done']} to {total} | "
-             f"{sum(p.numel() for p in trainable(policy.unet)):,} parameters train | {ranks.count()} processes")
+    first = at.setdefault("start", at["done"])
+    total = min(at["done"] + left, first + config.max_batches if config.max_batches else at["done"] + left)
+    if config.resume and not resumed:
+        runs.say(f"{out} holds no saved state: the run starts from the beginning")
+    runs.say(f"LPO on {device}, precision {policy.precision} | {len(prompts)} prompts | {at['done']} of {total} batches done | "
+             f"{sum(p.numel() for p in trainable(policy.unet)):,} parameters train | {ranks.named(ranks.count())}")
     pooled = config.train_batch_size * config.accumulate * ranks.count()
     meter = accounting.Meter(device, speed.DTYPES[policy.precision], lambda: work(policy, judge, sched, shape, config))
     profiler = accounting.Profiler(out if config.profile and ranks.main() else None, "prompt batch", total - at["done"])

@@ -85,6 +85,26 @@ def test_full_fine_tuning_goes_on_from_a_checkpoint(settings, tmp_path) -> None:
     assert rows[1] == rows[0][-len(rows[1]):] and 0 < len(rows[1]) < len(rows[0])
 
 
+def test_max_batches_count_from_the_checkpoint(settings, monkeypatch, tmp_path) -> None:
+    """Also where that run was stopped and resumed."""
+    first = train_lpo.train(replace(settings, epochs=1, num_steps=2, out=str(tmp_path / "first")))
+    settings = replace(settings, epochs=5, num_steps=2, max_batches=2, resume_from=str(first))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train_lpo.train(settings)
+    run = train_lpo.train(replace(settings, resume=True, resume_from=""))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows if row["kind"] == "batch"] == [1, 1]
+
+
+def test_a_checkpoint_after_the_last_epoch_is_refused(settings, tmp_path) -> None:
+    first = train_lpo.train(replace(settings, epochs=2, num_steps=2, out=str(tmp_path / "first")))
+    with pytest.raises(InputError, match="checkpoint_1 has finished epoch 1; use --epochs above 2") as caught:
+        train_lpo.train(replace(settings, epochs=2, resume_from=str(first)))
+    assert caught.value.key == "--resume-from" and not Path(settings.out).exists()
+
+
 def test_validation_pictures(settings, tmp_path) -> None:
     out = train_lpo.train(replace(settings, epochs=2, num_steps=2, validation_prompts=("a red circle", "<b>&"),
                                   validation_pictures=3, log_with="tensorboard"))

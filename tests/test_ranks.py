@@ -64,8 +64,8 @@ ranks.state()
 lrm = checkpoint.new_lrm(Path(model), generator=torch.Generator().manual_seed(0), multi_scale=True).double().train()
 lrm.requires_grad_(True)
 encoder = train_lrm.Encoder(Path(model), lrm, 0, "no")
-encoder.vae.double()
-encoder.train_posterior = lambda pixels: (pixels.unflatten(2, (3, 1))[:, :, [0, 1, 2, 0], 0], torch.tensor(0.1).double())
+encoder.posterior = lambda batch, *_: (batch["pixels"][:, :, [0, 1, 2, 0]],
+                                       torch.full((2, len(batch["rows"]), 1, 1, 1), 0.1).double())
 optimizer = torch.optim.SGD(lrm.parameters(), lr=0.1)
 config = LRM(loss_type="both", batch_coeff=0.5, accumulate=1, compare_between_timestep=True, aux_loss_coeff=0.5)
 own, first = 6 // ranks.count(), 6 // ranks.count() * ranks.index()
@@ -80,6 +80,7 @@ for step in range(5):
     at = {key: 1 if key in ("pixels", "labels") else 0 for key in batch}
     part = {key: value[first:first + own] if at[key] == 0 else value[:, first:first + own] for key, value in batch.items()}
     row = train_lrm.train_step(lrm, encoder, part, step, optimizer, config)
+row = dict(zip(train_lrm.STEP, row.tolist(), strict=True))
 ranks.wait()
 if ranks.main():
     torch.save((lrm.state_dict(), row), out)
@@ -151,32 +152,59 @@ def test_bad_input_ends_all(tiny_sd: Path, tmp_path: Path) -> None:
 
 
 FAILS = """
-import sys, time
+import os, signal, sys, time
 from lpo_fast import ranks, train, train_lpo
-step, count = train_lpo.train_step, []
+step, count, how, which, at = train_lpo.train_step, [], sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 def breaks(*arguments):
     count.append(1)
-    if len(count) == 2 and ranks.state().process_index == 1:
+    if len(count) == at and ranks.state().process_index == which:
         print("failed at", time.time(), file=sys.stderr, flush=True)
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("this rank is broken")
     return step(*arguments)
 train_lpo.train_step = breaks
-sys.exit(train.main(sys.argv[1:]))
+sys.exit(train.main(sys.argv[4:]))
 """
+
+
+def pair_of_ranks(tiny_sd: Path, tiny_lrm: Path, folder: Path) -> list[str]:
+    """The command line of a run of two processes, two epochs of a batch each."""
+    (folder / "fails.py").write_text(FAILS)
+    (folder / "prompts.json").write_text(json.dumps(world.captions(held_out=False)[:4]))
+    return ["lpo", "--model", str(tiny_sd), "--lrm", str(tiny_lrm), "--prompts", str(folder / "prompts.json"), "--batch-size",
+            "2", "--num-steps", "3", "--pictures", "0", "--threshold-min", "0", "--threshold-max", "0.001",
+            "--train-batch-size", "2", "--epochs", "2", "--out", str(folder / "run")]
 
 
 def test_a_broken_process_ends_the_run(tiny_sd: Path, tiny_lrm: Path, tmp_path: Path) -> None:
     """Within 60 s, and the error is told."""
-    (tmp_path / "fails.py").write_text(FAILS)
-    (tmp_path / "prompts.json").write_text(json.dumps(world.captions(held_out=False)[:4]))
-    done = launched(2, str(tmp_path / "fails.py"), "lpo", "--model", str(tiny_sd), "--lrm", str(tiny_lrm), "--prompts",
-                    str(tmp_path / "prompts.json"), "--out", str(tmp_path / "run"), "--batch-size", "2", "--num-steps", "3",
-                    "--pictures", "0", "--threshold-min", "0", "--threshold-max", "0.001", "--train-batch-size", "2",
-                    "--epochs", "2")
+    arguments = pair_of_ranks(tiny_sd, tiny_lrm, tmp_path)
+    done = launched(2, str(tmp_path / "fails.py"), "broken", "1", "2", *arguments)
     assert time.time() - float(re.search(r"failed at (\S+)", done.stderr)[1]) < 60
     assert done.returncode != 0 and done.stderr.count("RuntimeError: this rank is broken") == 1
-    assert done.stderr.count("error: rank 0: another process has failed") == 1
+    assert done.stderr.count("error: rank 0: another process has failed, and says why, or was killed") == 1
     assert done.stderr.count("Traceback") == 2  # its own, and the launcher's
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_killed_process_ends_the_run(which: int, tiny_sd: Path, tiny_lrm: Path, tmp_path: Path) -> None:
+    """Within 60 s, the other one says so, and the run goes on to the end of one that nobody killed."""
+    arguments = [*pair_of_ranks(tiny_sd, tiny_lrm, tmp_path), "--save-steps", "1"]
+    done = launched(2, str(tmp_path / "fails.py"), "killed", str(which), "3", *arguments)
+    assert time.time() - float(re.search(r"failed at (\S+)", done.stderr)[1]) < 60
+    assert done.returncode != 0 and done.stderr.count(f"error: rank {1 - which}: another process has failed") == 1
+    assert "SIGKILL" in done.stderr or "-9" in done.stderr  # the launcher says which
+    assert done.stderr.count("Traceback") == 1  # the launcher's
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["at"]["step"] == 2
+    whole = tmp_path / "whole"
+    for resumed in ([*arguments, "--resume"], [*arguments[:-4], *arguments[-2:], "--out", str(whole)]):
+        done = processes(2, "-m", "lpo_fast.train", *resumed, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    a, b = (load_file(run / "pytorch_lora_weights.safetensors") for run in (tmp_path / "run", whole))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize("count", [2, 3])

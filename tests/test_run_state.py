@@ -62,7 +62,7 @@ def test_run_state_of_another_run(tmp_path: Path, other: dict, message: str) -> 
 @pytest.mark.parametrize("state", [{}, [], {"at": {}}])
 def test_what_is_no_run_state(tmp_path: Path, state: object) -> None:
     torch.save(state, tmp_path / "state.pt")
-    with pytest.raises(InputError, match="was saved with other settings"):
+    with pytest.raises(InputError, match="was saved with other settings|it is no dictionary"):
         checkpoint.load_state(tmp_path / "state.pt", parts())
 
 
@@ -177,7 +177,7 @@ def test_a_failed_save_leaves_the_lrm_before(tiny_sd: Path, tiny_lrm: Path, copi
     def full_disk(*_) -> None:
         raise OSError("no space left on device")
     monkeypatch.setattr(checkpoint.torch, "save", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(InputError, match="copy_of_lrm: cannot be written .no space"):
         checkpoint.save_lrm(lrm, backbone.load_tokenizers(tiny_sd, SD), folder)
     assert {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]

@@ -1,0 +1,243 @@
+"""python tests/kill.py [--kills 50] [--seed 0] [--out FILE.md]: training runs that are killed end as if nothing had happened.
+
+A real run of the command (the embedded world's pipeline, always with --resume, as a restart script has it) gets SIGKILL again
+and again: at a random moment, or as soon as a certain unfinished file is there. Each life after the first goes on from what
+the one before left. Writes are slowed down, in halves, so that many kills fall into them. After every kill a state can be
+read and no more than --save-steps steps are lost; the end is that of a run that nobody killed, bit for bit.
+"""
+
+import argparse
+import io
+import json
+import multiprocessing.forkserver
+import os
+import platform
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from importlib.metadata import version
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from unittest import mock
+
+import torch
+from forked import CONTEXT, environment, rank
+
+SAVE_STEPS = 2
+TARGETS = (".state.pt", ".checkpoint", ".config.json", ".pytorch_lora", ".exp", "")  # what a kill waits for
+FLAGS = {
+    "lpo": ["--batch-size", "2", "--num-steps", "4", "--train-batch-size", "2", "--threshold-min", "0", "--threshold-max",
+            "0.001", "--epochs", "2", "--pictures", "1", "--keep-checkpoints", "2", "--mixed-precision", "no"],
+    "lrm": ["--batch-size", "4", "--max-steps", "12", "--validate-steps", "3", "--keep-checkpoints", "2", "--warmup-steps", "0",
+            "--learning-rate", "1e-3", "--num-workers", "0", "--mixed-precision", "no"]}
+
+
+def child(steps: str, arguments: list[str]) -> None:
+    """Of the killed process: the command, on a slow disk, with a byte in the file ``steps`` for every optimizer step."""
+    from lpo_fast import train, train_lpo, train_lrm
+
+    def slow(function, seconds: float):
+        def slowly(*given, **named):
+            time.sleep(seconds)
+            return function(*given, **named)
+        return slowly
+
+    def counted(function):
+        def count(*given, **named):
+            result = function(*given, **named)
+            with open(steps, "ab") as file:
+                file.write(b".")
+            return result
+        return count
+
+    save = torch.save
+
+    def in_halves(value: object, file: io.BufferedWriter) -> None:
+        save(value, whole := io.BytesIO())
+        data = whole.getvalue()
+        file.write(data[:len(data) // 2])
+        file.flush()
+        time.sleep(0.05)
+        file.write(data[len(data) // 2:])
+
+    torch.save, os.fsync, os.replace = in_halves, slow(os.fsync, 0.01), slow(os.replace, 0.01)
+    for loop in (train_lpo, train_lrm):
+        loop.train_step = counted(loop.train_step)
+    sys.exit(train.main(arguments))
+
+
+def start(*arguments: str, log: Path, entry: tuple[str, ...] = (), variables: dict[str, str] | None = None) -> BaseProcess:
+    """A process that runs a script, or a module behind -m, with its output and its errors added to ``log``.out and .err."""
+    with mock.patch.dict(os.environ, environment(), clear=True):
+        CONTEXT.set_forkserver_preload(["lpo_fast.train_lpo"])
+        multiprocessing.forkserver.ensure_running()
+    streams = f"{log}.out", f"{log}.err"
+    process = CONTEXT.Process(target=rank, args=(variables or {}, streams, [*entry, *arguments]))
+    process.start()
+    return process
+
+
+class Trial:
+    """A stage's run in a folder: once undisturbed, then killed."""
+
+    def __init__(self, stage: str, folder: Path, arguments: list[str]):
+        self.stage, self.folder, self.left, self.lost = stage, folder, Counter(), []
+        self.arguments = [stage, *arguments, *FLAGS[stage], "--save-steps", str(SAVE_STEPS), "--resume"]
+        begin = time.monotonic()
+        self.whole = self.life("whole")
+        self.whole.join()
+        self.seconds = time.monotonic() - begin
+        assert self.whole.exitcode == 0, (folder / "whole.err").read_text()
+
+    def life(self, name: str) -> BaseProcess:
+        """Start the run, or go on with it."""
+        return start(str(self.folder / f"{name}.steps"), *self.arguments, "--out", str(self.folder / name),
+                     log=self.folder / name, entry=(__file__, "--child"))
+
+    def run(self, name: str, plan: list[float | str]) -> int:
+        """A run, killed as planned, and its end; how many kills there were, which are fewer if it ended before one.
+
+        plan: of each life, the share of the undisturbed run's time after which it ends, or the beginning of the name of an
+        unfinished file that ends it.
+        """
+        out, steps, done = self.folder / name, self.folder / f"{name}.steps", 0
+        while True:
+            steps.unlink(missing_ok=True)
+            first, process = stands(out), self.life(name)
+            end = plan[done] if done < len(plan) else float("inf")
+            if isinstance(end, str):
+                while process.is_alive() and not left(out, end):
+                    time.sleep(0.001)
+                time.sleep(random.uniform(0, 0.06))
+                process.kill()
+            elif end < 1:
+                process.join(end * self.seconds)
+                process.kill()
+            process.join()
+            if process.exitcode == 0:
+                break
+            assert process.exitcode == -signal.SIGKILL, steps.with_suffix(".err").read_text()
+            done += 1
+            self.left.update(left(out) or ["nothing"])
+            now, made = stands(out), len(steps.read_bytes()) if steps.is_file() else 0
+            assert 0 <= first + made - now <= SAVE_STEPS, (first, made, now)
+            self.lost.append(first + made - now)
+        self.check(out)
+        return done
+
+    def check(self, out: Path) -> None:
+        """The same files with the same contents as the undisturbed run's; what the machine and the clock say is left out."""
+        other = self.folder / "whole"
+        assert names(out) == names(other), names(out) ^ names(other)
+        for name in names(out):
+            if name.endswith((".safetensors", ".bin", ".png")) or name in ("metrics.jsonl", "checksums.json"):
+                assert (out / name).read_bytes() == (other / name).read_bytes(), name
+            elif name.endswith(".pt") and name != "state.before.pt":  # of a run killed after its last step, it is the last one
+                a, b = (torch.load(folder / name, weights_only=True) for folder in (out, other))
+                assert equal(a, b), name
+
+
+def equal(a: object, b: object) -> bool:
+    """Bit for bit, with all that is in it."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def names(out: Path) -> set[str]:
+    """All files of a run directory."""
+    return {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+
+
+def left(out: Path, target: str = "") -> list[str]:
+    """What is being written, replaced or removed in a run directory."""
+    kinds = (".new", ".old", ".gone")
+    return sorted(name for name in (os.listdir(out) if out.is_dir() else ()) if name.startswith(target or ".")
+                  and name.endswith(kinds))
+
+
+def stands(out: Path) -> int:
+    """The step that a run will go on from. Every checkpoint must be readable, and a state if there is one."""
+    for file in (*out.glob("checkpoint*/*.pt"), *out.glob("checkpoint*/*.bin")):
+        torch.load(file, weights_only=True)
+    for file in out.glob("checkpoint*/*.json"):
+        json.loads(file.read_text())
+    for name in ("state.pt", "state.before.pt"):
+        if (out / name).is_file():
+            return torch.load(out / name, weights_only=True)["at"]["step"]
+    return 0
+
+
+def trials(folder: Path, model: Path, stages: tuple[str, ...] = ("lpo", "lrm")) -> list[Trial]:
+    """Both stages on a model, with an untrained LRM and the embedded world's prompts and pairs."""
+    from lpo_fast import backbone, checkpoint
+    from lpo_fast.shapes import evaluate, world
+    made = []
+    for stage in stages:
+        (at := folder / stage).mkdir()
+        data = ["--model", str(model)]
+        if stage == "lpo":
+            lrm = checkpoint.new_lrm(model, generator=torch.Generator().manual_seed(1))
+            checkpoint.save_lrm(lrm, backbone.load_tokenizers(model, lrm.family), at / "lrm")
+            (at / "prompts.json").write_text(json.dumps(world.captions(held_out=False)[:6]))
+            data += ["--lrm", str(at / "lrm"), "--prompts", str(at / "prompts.json")]
+        else:
+            evaluate.write_pairs(at / "pairs.parquet", 12, 0, held_out=False)
+            data += ["--pairs", str(at / "pairs.parquet"), "--validation-pairs", str(at / "pairs.parquet")]
+        made.append(Trial(stage, at, data))
+    return made
+
+
+def main() -> None:
+    """The long form. The seed decides what is planned; what a kill hits is chance."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    from lpo_fast import runs
+    from lpo_fast.shapes import evaluate
+    begin, chance, folder = time.monotonic(), random.Random(options.seed), Path(tempfile.mkdtemp())
+    both = trials(folder, evaluate.PIPELINE)
+    print("undisturbed:", *(f"{trial.stage} {trial.seconds:.1f} s" for trial in both), flush=True)
+    lines, total = [], 0
+    for trial, kills in zip(both, (options.kills - options.kills // 2, options.kills // 2), strict=True):
+        done, count = 0, 0
+        while done < kills:
+            plan = [chance.random() if chance.random() < 0.4 else chance.choice(TARGETS) for _ in range(chance.randint(3, 12))]
+            done += trial.run(f"run{count}", plan[:kills - done])
+            count += 1
+            print(f"{trial.stage}: {done} kills, {count} runs, {time.monotonic() - begin:.0f} s", flush=True)
+        found = ", ".join(f"`{name}` {times}" for name, times in trial.left.most_common())
+        lost = f"{max(trial.lost)} of {SAVE_STEPS}"
+        lines.append(f"| {trial.stage} | {done} | {count} | {trial.seconds:.1f} s | {lost} | {found} |")
+        total += done
+    shutil.rmtree(folder)
+    text = "\n".join([
+        "# Killed training runs", "",
+        f"`python tests/kill.py --kills {options.kills} --seed {options.seed}`, commit {runs.commit()}, "
+        f"{time.strftime('%Y-%m-%d')}, {time.monotonic() - begin:.0f} s on {os.cpu_count()} {platform.machine()} cores.",
+        ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft", "accelerate")) + ".", "",
+        f"{total} times SIGKILL, at random moments and during writes. After each, all checkpoints and the state could be read. "
+        "Every run ended with the files of one that nobody killed and no others: metrics, weights, checkpoints, states and "
+        "pictures equal bit for bit.", "",
+        "| stage | kills | runs | undisturbed | most steps lost, of --save-steps | unfinished files at the moment of death |",
+        "|---|---|---|---|---|---|", *lines, ""])
+    print(text)
+    if options.out:
+        options.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2], sys.argv[3:])
+    else:
+        main()

@@ -121,7 +121,7 @@ class Official:
         """The guided output of one evaluation, null and text pass as one batch."""
         both = Text(torch.cat([self.null.context.repeat(len(x), 1, 1), text.context]),
                     torch.cat([self.null.pooled.repeat(len(x), 1), text.pooled]))
-        with torch.autocast(self.device.type, torch.float16, enabled=self.half and network is self.unet):
+        with torch.autocast(speed.device().type, torch.float16, enabled=self.half and network is self.unet):
             out = network(torch.cat([x, x]), torch.cat([t, t]), both.context,
                           added_cond_kwargs=backbone.added_conditions(both, self.sizes)).sample
         null, conditional = (out.float() if network is self.unet else out).chunk(2)

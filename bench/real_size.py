@@ -24,65 +24,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import random_models
 import torch
-from safetensors.torch import save_file
 
 REPO = Path(__file__).parent.parent
 PROMPT = "a photo of a red circle on a blue background"
 STAGES = [f"{family}-{what}" for family in ("sd15", "sdxl") for what in ("model", "lrm", "score", "predict", "step")]
-UNETS = {
-    "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-    "sdxl": {"sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
-             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": (5, 10, 20),
-             "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True, "addition_embed_type": "text_time",
-             "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816}}
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-          "projection_dim": 768}
-CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
-          "projection_dim": 1280, "hidden_act": "gelu"}
-VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
-       "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
-             "set_alpha_to_one": False, "steps_offset": 1}
 DEVICE = torch.device("cpu")
-BLOCK = 4_194_301  # normals that weights repeat: drawing three and a half thousand million takes minutes
-
-
-def save_random(module: torch.nn.Module, folder: Path, stem: str) -> None:
-    """Config and fp16 weights of a module on the meta device: of the scale that keeps activations, norms and biases neutral."""
-    tensors, normals = {}, torch.randn(BLOCK).half()
-    for name, tensor in module.state_dict().items():
-        if tensor.dim() < 2:
-            tensors[name] = torch.full(tensor.shape, float(name.endswith("weight")), dtype=torch.float16)
-        else:
-            std = 0.02 if "embedding.weight" in name else tensor[0].numel() ** -0.5
-            tensors[name] = (normals.repeat(-(-tensor.numel() // BLOCK))[:tensor.numel()] * std).view(tensor.shape)
-    folder.mkdir(parents=True, exist_ok=True)
-    (module.save_config if hasattr(module, "save_config") else module.config.save_pretrained)(folder)
-    save_file(tensors, folder / f"{stem}.safetensors", {"format": "pt"})
-
-
-def make_model(family: str, folder: Path) -> None:
-    """A diffusers directory. The tokenizer is the embedded world's, with 77 tokens."""
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    from lpo_fast.shapes import PIPELINE
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(PIPELINE / "tokenizer", model_max_length=77)
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "vocab_size": 49408}
-    encoders = {"": (CLIPTextModel, CLIP_L)} | ({"_2": (CLIPTextModelWithProjection, CLIP_G)} if family == "sdxl" else {})
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**UNETS[family])
-        vae = AutoencoderKL(sample_size=512, scaling_factor=0.18215 if family == "sd15" else 0.13025, **VAE)
-        texts = {suffix: cls(CLIPTextConfig(**config | ids)) for suffix, (cls, config) in encoders.items()}
-    save_random(unet, folder / "unet", "diffusion_pytorch_model")
-    save_random(vae, folder / "vae", "diffusion_pytorch_model")
-    for suffix, text in texts.items():
-        save_random(text, folder / f"text_encoder{suffix}", "model")
-        tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
-    DDIMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
 
 
 def settings(work: Path, family: str, precision: str):
@@ -100,21 +48,18 @@ def lrm(work: Path, family: str, _: str) -> dict[str, float]:
     folder = work / f"lrm_{family}"
     shutil.rmtree(folder, ignore_errors=True)
     start = time.perf_counter()
+    if family == "sdxl":
+        random_models.make_lrm(work / family, folder)
+        return {"save": time.perf_counter() - start}
     model = checkpoint.new_lrm(work / family, generator=torch.Generator().manual_seed(0))
     loaded = time.perf_counter()
-    if family == "sdxl":
-        folder.mkdir()
-        (folder / "unet").symlink_to(work.absolute() / family / "unet")
-        torch.save({"visual_projection": {"weight": model.visual_projection.weight.data}, "logit_scale": 2.6592},
-                   folder / "state_dict.pt")
-    else:
-        checkpoint.save_lrm(model, backbone.load_tokenizers(work / family, model.family), folder)
+    checkpoint.save_lrm(model, backbone.load_tokenizers(work / family, model.family), folder)
     return {"load": loaded - start, "save": time.perf_counter() - loaded}
 
 
 def latent(family: str) -> torch.Tensor:
     """One noisy latent."""
-    size = UNETS[family]["sample_size"]
+    size = random_models.UNETS[family]["sample_size"]
     return torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(0))
 
 
@@ -156,7 +101,7 @@ def step(work: Path, family: str, precision: str) -> dict[str, float]:
     start = time.perf_counter()
     code = train.main([
         "lpo", "--model", str(work / family), "--lrm", str(work / f"lrm_{family}"), "--prompts", str(work / "prompts.txt"),
-        "--out", str(out), "--mixed-precision", precision, "--batch-size", "1", "--num-steps", "2", "--stop-step", "1",
+        "--out", str(out), "--mixed-precision", precision, "--batch-size", "1", "--num-steps", "2", "--steps-used", "0:1",
         "--num-candidates", "2", "--threshold-min", "0", "--threshold-max", "0", "--train-batch-size", "1", "--epochs", "1",
         "--pictures", "0", *(["--checkpointing"] if family == "sdxl" else [])])
     seconds = json.loads((out / "timings.jsonl").read_text().splitlines()[0])
@@ -174,7 +119,7 @@ def one(stage: str, work: Path, precision: str) -> None:
     family, _, what = stage.partition("-")
     if what == "model":
         start = time.perf_counter()
-        make_model(family, work / family)
+        random_models.make(family, work / family)
         values = {"seconds": time.perf_counter() - start}
     else:
         values = {"lrm": lrm, "score": score, "predict": predict, "step": step}[what](work, family, precision)

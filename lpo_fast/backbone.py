@@ -7,6 +7,7 @@ ids, and zeros as the policy's null text. The family is read from the denoiser's
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -65,6 +66,9 @@ class Text:
     def __len__(self) -> int:
         return len(self.context)
 
+    def bring(self, prompts: Tensor) -> None:
+        """All prompts' features are where they are used (else see ``Windowed``)."""
+
     def to(self, *args, **kwargs) -> Text:
         """Device and/or dtype."""
         null = self.null and self.null.to(*args, **kwargs)
@@ -99,19 +103,58 @@ def encode(family: Family, encoders: list[nn.Module], ids: list[Tensor]) -> Text
     return Text(torch.cat(layers, -1), pooled)
 
 
+class Windowed:
+    """Text features of all prompts in the host's pinned memory; on the device those of a few, as one ``Text`` would be.
+
+    ``bring`` copies them there, into tensors whose addresses never change, as CUDA graphs need it. The copy waits for
+    nothing: it is queued behind the work that the device still has.
+    """
+
+    def __init__(self, text: Text, size: int):
+        """text: features on the host, their null text on the device; size: of the window, prompts."""
+        device = text.null.context.device
+        self.all, self.null = text, text.null
+        if device.type == "cuda":
+            self.all = replace(text, context=text.context.pin_memory(), pooled=text.pooled.pin_memory())
+        self.numbers = torch.full((size,), -1, device=device)
+        self.here = Text(*(torch.zeros(size, *x.shape[1:], dtype=x.dtype, device=device) for x in (text.context, text.pooled)))
+
+    def bring(self, prompts: Tensor) -> None:
+        """Prompt numbers on the host, int64 [up to size]: those that will be asked for next."""
+        numbers = prompts.unique()
+        for target, source in ((self.numbers, numbers), (self.here.context, self.all.context[numbers]),
+                               (self.here.pooled, self.all.pooled[numbers])):
+            source = source.pin_memory() if target.is_cuda else source
+            target[:len(numbers)].copy_(source, non_blocking=True)
+
+    def __getitem__(self, prompts: Tensor) -> Text:
+        """Features of prompts that were brought."""
+        return replace(self.here[(prompts[:, None] == self.numbers).int().argmax(1)], null=self.null)
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+
 @torch.no_grad()
 def encode_prompts(family: Family, tokenizers: list[CLIPTokenizer], encoders: list[nn.Module], prompts: list[str],
-                   *, zero_null: bool, batch: int = 64) -> Text:
-    """Text features of all prompts, in batches on the encoders' device, with the null text of a policy or an LRM."""
+                   *, zero_null: bool, batch: int = 64, dtype: torch.dtype = torch.float32,
+                   home: Callable[[int], torch.device | str] | None = None) -> Text:
+    """Text features of all prompts, in batches on the encoders' device, with the null text of a policy or an LRM.
+
+    dtype: of the context (``Text.prepared``). home: tells from the bytes of all features where they are kept.
+    """
     device = next(encoders[0].parameters()).device
-    texts = []
+    texts, kept = [], device
     for first in range(0, len(prompts), batch):
         ids = tokenize(tokenizers, prompts[first:first + batch])
-        texts.append(encode(family, encoders, [i.to(device) for i in ids]))
+        text = encode(family, encoders, [i.to(device) for i in ids]).prepared(dtype)
+        if home and not texts:
+            kept = home(sum(x.nbytes for x in (text.context, text.pooled)) * len(prompts) // len(text))
+        texts.append(text.to(kept))
     null = encode(family, encoders, [i.to(device) for i in tokenize(tokenizers, [""])])
     if zero_null:
         null = Text(torch.zeros_like(null.context), torch.zeros_like(null.pooled))
-    return replace(concatenate(texts), null=null)
+    return replace(concatenate(texts), null=null.prepared(dtype))
 
 
 def time_ids(height: int, width: int) -> Tensor:

@@ -4,6 +4,7 @@
 """
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -69,10 +70,9 @@ class LPO:
     """Classifier-free guidance, in sampling and in training."""
     num_candidates: int = 4
     """Candidates K of the next latent at every step."""
-    start_step: int = 0
-    """First step with candidates and pairs (official: divert_start_step)."""
-    stop_step: int = 0
-    """End the trajectory before this step; 0: at its end (official: divert_end_step)."""
+    steps_used: str = ""
+    """FIRST:END of the denoising steps, as 0:5: candidates and pairs from step FIRST on, the trajectory ends before END
+    (official: divert_start_step, divert_end_step); default: all. An approximation: later steps then teach nothing."""
     threshold_shape: Literal["none", "linear", "sigma", "variance"] = "sigma"
     """How the smallest difference of a valid pair grows with the timestep; none: the constant threshold_min."""
     threshold_min: float = 0.35
@@ -123,14 +123,16 @@ class LPO:
     """Precision of the networks; auto: fp16 on CUDA, fp32 on a CPU."""
     fused_norms: bool = False
     """GroupNorm fused with what stands around it, in channels-last networks; no gain is measured yet."""
-    attention: Literal["sdpa", "xformers"] = "sdpa"
-    """PyTorch's attention or xformers'."""
+    attention: Literal["sdpa", "xformers", "auto"] = "sdpa"
+    """PyTorch's attention or xformers'; auto: the faster of the two, timed on the policy at the start of the run."""
     compile: Compile = "auto"
     """Compile the sampling step and the training step: "default", "max" (searches longer), or "none"; auto: on a GPU."""
     checkpointing: bool = False
     """Activation checkpointing: less memory in training, about a third more time."""
     tf32: bool = True
     """TensorFloat-32 in what runs in fp32 on CUDA."""
+    profile: bool = False
+    """Profile the run's third prompt batch: a trace and a page below profile/ in the run directory."""
 
     save_epochs: int = 1
     """Epochs between checkpoints."""
@@ -158,6 +160,12 @@ class LPO:
     """The run's name in the tracker; default: the tracker's choice."""
 
     @property
+    def window(self) -> tuple[int, int]:
+        """First step with candidates, and the one before which the trajectory ends."""
+        first, _, end = self.steps_used.partition(":")
+        return int(first or 0), int(end or 0) or self.num_steps
+
+    @property
     def compiled(self) -> str:
         """--compile, but for sharded weights, which are gathered between the operations of a graph."""
         return "none" if self.shard else self.compile
@@ -168,7 +176,7 @@ class LPO:
         _at_least(self, 1, "epochs", "batch_size", "num_steps", "train_batch_size", "accumulate", "save_epochs", "save_steps",
                   "validation_pictures", "validate_epochs")
         _at_least(self, 2, "num_candidates")
-        _at_least(self, 0, "resolution", "max_batches", "start_step", "stop_step", "pictures", "seed", "weight_decay",
+        _at_least(self, 0, "resolution", "max_batches", "pictures", "seed", "weight_decay",
                   "adam_beta1", "learning_rate", "guidance_scale", "alpha", "threshold_min", "ema_decay", "adam_beta2",
                   "keep_checkpoints")
         _above(self, 0, "eta", "beta", "clip_eps", "max_grad_norm", "adam_epsilon")
@@ -177,11 +185,13 @@ class LPO:
             _refuse(self, "num_steps", "as many steps as training timesteps", "use at most 999")
         if self.threshold_shape != "none" and self.threshold_min > self.threshold_max:
             _refuse(self, "threshold_min", f"above --threshold-max {self.threshold_max}", "swap the two")
-        last = self.stop_step or self.num_steps
-        if last > self.num_steps:
-            _refuse(self, "stop_step", f"beyond the {self.num_steps} steps", "use at most --num-steps")
-        if self.start_step >= last:
-            _refuse(self, "start_step", f"no step is left before step {last}", "use a smaller start")
+        if not re.fullmatch(r"([0-9]{0,3}:[0-9]{0,3})?", self.steps_used):
+            _refuse(self, "steps_used", "is not FIRST:END", "use two step numbers, as 0:5, or leave it out for all")
+        first, end = self.window
+        if end > self.num_steps:
+            _refuse(self, "steps_used", f"beyond the {self.num_steps} steps", "end it at --num-steps or before")
+        if first >= end:
+            _refuse(self, "steps_used", f"no step is left before step {end}", "use a smaller FIRST")
         if not 0 <= self.preempt_exit_code <= 255:
             _refuse(self, "preempt_exit_code", "no exit code", "use 0 to 255")
         if self.lrm_guidance and min(self.lrm_guidance) < 0:

@@ -294,7 +294,7 @@ def lpo(config: LPO) -> list[str]:
     vae = built(AutoencoderKL, backbone.vae_folder(models.vae(config)))
     scheduler = preflight.read_config(model / "scheduler", "--model", "scheduler_config.json")
     sched = schedule.from_config(scheduler, config.num_steps, config.eta).to(META)
-    steps, first = config.stop_step or config.num_steps, config.start_step
+    first, steps = config.window
     judged, latent = steps - first, 4 * shape[0] * shape[1] * shape[2]
     x, t, index = empty(n, *shape), empty(n, dtype=torch.int64), empty(size, dtype=torch.int64)
     pairs = Pairs(x, x.clone(), x.clone(), t, t, empty(n, dtype=torch.bool))
@@ -312,7 +312,7 @@ def lpo(config: LPO) -> list[str]:
     with on_cuda():
         sampling = measure(lambda: sample.trajectory(
             actor.predict, score, sched, empty(1000),
-            CounterNoise(config.seed, 0, index, shape), index, guidance=config.guidance_scale, num_candidates=k, stop=1))
+            CounterNoise(config.seed, 0, index, shape), index, guidance=config.guidance_scale, num_candidates=k, window=(0, 1)))
         drawing = measure(lambda: actor.predict(empty(size, *shape), index, index))
         training = training_pass(lambda: train_lpo.evaluate(
             actor, sched, pairs, empty(n), beta=config.beta, eps=config.clip_eps,

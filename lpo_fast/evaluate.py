@@ -187,7 +187,8 @@ def draw_with(settings: Evaluate, model: str, prompts: list[str], items: list[in
     numbers = sorted({i // settings.pictures_per_prompt for wanted in missing.values() for i in wanted})
     if not numbers:
         return
-    config = LPO(model=model, num_steps=settings.steps, eta=settings.eta, mixed_precision=settings.mixed_precision)
+    config = LPO(model=model, num_steps=settings.steps, eta=settings.eta, mixed_precision=settings.mixed_precision,
+                 batch_size=settings.batch_size)
     if settings.lora:
         lora = export.read(settings.lora)
         config = replace(config, lora=settings.lora, rank=lora.rank, targets=tuple(lora.pairs))
@@ -202,7 +203,8 @@ def draw_with(settings: Evaluate, model: str, prompts: list[str], items: list[in
             part = wanted[first:first + size]
             index = torch.tensor([place[i // settings.pictures_per_prompt] for i in part])
             drawn = policy.pictures(predict, sched, Path(model), index, shape, guidance=settings.guidance,
-                                    seed=settings.seed, batch=settings.batch_size, items=torch.tensor(part))
+                                    seed=settings.seed, batch=settings.batch_size, items=torch.tensor(part),
+                                    bring=loaded.bring)
             for i, pixels in zip(part, drawn.numpy(), strict=True):
                 save(pixels, picture(out, side, i))
             bar.update(len(part))

@@ -273,7 +273,7 @@ def recorded_run(golden: Golden, family: str) -> Iterator[Check]:
     otherwise = draw.follow(policy.predict, score, sched, guidance)
     pairs, scores = sample.trajectory(policy.predict, score, sched, gap, draw, torch.arange(len(draw.initial())),
                                       guidance=guidance, num_candidates=io["candidate_noise"].shape[1],
-                                      stop=len(io["candidate_noise"]))
+                                      window=(0, len(io["candidate_noise"])))
     note = f" ({otherwise} choices recorded otherwise)" if otherwise else ""
     yield f"{family} sampling run, scores{note}", error(scores, io["scores"]), TRAJECTORY
 

@@ -29,8 +29,8 @@ SAME = {
     "train.gradient_accumulation_steps": "accumulate", "train.learning_rate": "learning_rate",
     "train.adam_beta1": "adam_beta1", "train.adam_beta2": "adam_beta2", "train.adam_weight_decay": "weight_decay",
     "train.adam_epsilon": "adam_epsilon", "train.max_grad_norm": "max_grad_norm", "train.cfg": "train_cfg",
-    "train.divert_start_step": "start_step", "train.divert_end_step": "stop_step", "train.beta": "beta",
-    "train.eps": "clip_eps", "num_validation_images": "validation_pictures", "eval_interval": "validate_epochs",
+    "train.beta": "beta", "train.eps": "clip_eps", "num_validation_images": "validation_pictures",
+    "eval_interval": "validate_epochs",
 }
 # Keys that ``settings`` works out.
 WORKED_OUT = {
@@ -39,7 +39,7 @@ WORKED_OUT = {
     "compare_func_cfg.type", "compare_func_cfg.threshold", "compare_func_cfg.dynamic_threshold",
     "compare_func_cfg.threshold_min", "compare_func_cfg.threshold_max", "dataset_cfg.type",
     "dataset_cfg.pretrained_tokenzier_path", "train.use_8bit_adam", "sample.num_inner_step", "sample.inner_start_step",
-    "validation_prompts",
+    "validation_prompts", "train.divert_start_step", "train.divert_end_step",
 }
 IDLE = {"dataloader_num_workers": "prompts are encoded once for the run", "dataloader_pin_memory": "no prompt batch is copied"}
 NAMES = {"compare_func_cfg.type": "preference_score_compare", "dataset_cfg.type": "PromptDataset"}
@@ -163,6 +163,7 @@ def settings(config: dict[str, object]) -> tuple[LPO, list[str]]:
     low, high = config.get("compare_func_cfg.threshold_min", 0.2), config.get("compare_func_cfg.threshold_max", 0.5)
     if shape is None:
         low = high = config["compare_func_cfg.threshold"]
+    first, end = (int(config.get(f"train.divert_{name}_step", 0)) for name in ("start", "end"))
     tokenizer = config.get("dataset_cfg.pretrained_tokenzier_path", CLIP_TOKENIZER)
     values = {field: config[key] for key, field in SAME.items() if key in config} | {
         "out": str(Path(config.get("logdir", "logs/lpo")) / config.get("run_name", "test")),
@@ -177,7 +178,7 @@ def settings(config: dict[str, object]) -> tuple[LPO, list[str]]:
         "optimizer": "adamw8bit" if config.get("train.use_8bit_adam") else "adamw",
         "validation_prompts": tuple(config.get("validation_prompts") or ()),
         "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "auto"),
-        "pictures": 0,
+        "pictures": 0, "steps_used": f"{first}:{end}" if first or end else "",
     }
     if values.get("guidance_scale", 5.0) <= 1:
         values["guidance_scale"] = 1.0  # official: no guidance
@@ -216,7 +217,8 @@ def render(config: LPO) -> str:
         "compare_func_cfg.threshold_min": config.threshold_min, "compare_func_cfg.threshold_max": config.threshold_max,
         "dataset_cfg.type": NAMES["dataset_cfg.type"], "train.use_8bit_adam": config.optimizer == "adamw8bit",
         "dataset_cfg.pretrained_tokenzier_path": config.lrm_tokenizer or CLIP_TOKENIZER,
-        "validation_prompts": list(config.validation_prompts)}
+        "validation_prompts": list(config.validation_prompts), "train.divert_start_step": config.window[0],
+        "train.divert_end_step": config.window[1] % config.num_steps}
     groups: dict[str, dict] = {}
     for key, value in sorted(values.items()):
         group, _, name = key.rpartition(".")

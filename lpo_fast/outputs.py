@@ -143,7 +143,8 @@ class Pictures:
         with files.writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         pixels = policies.pictures(self.policy.predict, self.sched, models.vae(self.config), prompts, self.shape,
-                                   guidance=self.config.guidance_scale, seed=self.config.seed, batch=self.config.batch_size)
+                                   guidance=self.config.guidance_scale, seed=self.config.seed, batch=self.config.batch_size,
+                                   bring=self.policy.bring)
         return [Image.fromarray(picture.numpy()) for picture in pixels]
 
     def compared(self, when: str) -> None:

@@ -2,8 +2,9 @@
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,10 +13,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from lpo_fast import backbone, checkpoint, models, runs, sample, schedule, shard, speed, surgery
-from lpo_fast.backbone import Text
+from lpo_fast import backbone, checkpoint, models, ranks, runs, sample, schedule, shard, speed, surgery
+from lpo_fast.backbone import Family, Text, Windowed
 from lpo_fast.config import LPO
-from lpo_fast.sample import CounterNoise, Predict, Score
+from lpo_fast.reward import LatentRewardModel
+from lpo_fast.sample import CounterNoise, Predict
 from lpo_fast.schedule import Schedule
 
 PICTURE_EPOCH = 0xFFFFFFFF  # pictures for reports have noise of their own
@@ -24,13 +26,13 @@ PICTURE_EPOCH = 0xFFFFFFFF  # pictures for reports have noise of their own
 class Policy:
     """The denoiser that trains and its reference: the same weights with the adapters off, or a frozen copy of them."""
 
-    def __init__(self, unet: UNet2DConditionModel, text: Text, sizes: Tensor | None, *, full: bool, precision: str = "no",
-                 compile: str = "none", sharded: bool = False):
-        self.unet, self.text, self.sizes, self.precision = unet, text, sizes, precision
+    def __init__(self, unet: UNet2DConditionModel, text: Text | Windowed, sizes: Tensor | None, *, full: bool,
+                 precision: str = "no", compile: str = "none", sharded: bool = False, attention: str = "sdpa"):
+        self.unet, self.text, self.sizes, self.precision, self.attention = unet, text, sizes, precision, attention
         self.frozen = copy.deepcopy(unet).requires_grad_(False) if full else None
         for network in (unet, self.frozen) if sharded else ():
             shard.cut(network, precision)
-        self.adapters = adapters(unet)
+        self.adapters, self.bring = adapters(unet), text.bring
         self._compiled = speed.compiled(self._evaluate, compile)
 
     def predict(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
@@ -88,14 +90,13 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
     unet = speed.layout(unet.to("cpu" if config.shard else device)).eval()  # sharded: a GPU may not hold it
     if config.fused_norms:
         surgery.fuse_norms(unet)
-    speed.attention(unet, config.attention)
+    speed.attention(unet, "sdpa" if config.attention == "auto" else config.attention)
     if config.checkpointing:
         speed.checkpointing(unet)
     family = backbone.family_of(unet.config)
     encoders = [e.to(device).eval() for e in backbone.load_text(model, family)]
     tokenizers = backbone.load_tokenizers(model, family)
-    text = backbone.encode_prompts(family, tokenizers, encoders, prompts, zero_null=family.zero_null)
-    text = text.prepared(speed.DTYPES[precision])
+    text = encoded(config, family, tokenizers, encoders, prompts, family.zero_null, precision)
     too_long = sum(len(ids) > tokenizers[0].model_max_length for ids in tokenizers[0](prompts).input_ids)
     if too_long:
         runs.say(f"{too_long} of {len(prompts)} prompts exceed {tokenizers[0].model_max_length} tokens and are cut")
@@ -109,8 +110,26 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
     sizes = None if sizes is None else sizes.to(device)
     scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
     sched = schedule.from_config(scheduler, config.num_steps, config.eta).to(device)
-    return Policy(unet, text, sizes, full=config.full, precision=precision, compile=config.compiled,
-                  sharded=config.shard), sched
+    policy = Policy(unet, text, sizes, full=config.full, precision=precision, compile=config.compiled, sharded=config.shard,
+                    attention=config.attention)
+    if config.attention == "auto":
+        x, index = torch.zeros(config.batch_size, *latent_shape(config, unet), device=device), torch.zeros(
+            config.batch_size, dtype=torch.int64, device=device)
+        policy.attention = speed.faster_attention(torch.no_grad()(partial(policy.predict, x, index, index)), unet)
+        for network in (unet, policy.frozen) if policy.frozen else (unet,):
+            speed.attention(network, policy.attention)
+    return policy, sched
+
+
+def encoded(config: LPO, family: Family, tokenizers: list[CLIPTokenizer], encoders: list[nn.Module], prompts: list[str],
+            zero_null: bool, precision: str) -> Text | Windowed:
+    """Text features of all prompts, on the device if they fit, else within reach of it."""
+    text = backbone.encode_prompts(family, tokenizers, encoders, prompts, zero_null=zero_null, dtype=speed.DTYPES[precision],
+                                   home=speed.text_home)
+    if text.context.device == text.null.context.device:
+        return text
+    runs.say(f"text features of {len(prompts)} prompts take {text.context.nbytes / 1e9:.1f} GB and stay in the host's memory")
+    return Windowed(text, config.batch_size * ranks.count())
 
 
 def latent_shape(config: LPO, unet: UNet2DConditionModel) -> tuple[int, int, int]:
@@ -119,7 +138,7 @@ def latent_shape(config: LPO, unet: UNet2DConditionModel) -> tuple[int, int, int
     return unet.config.in_channels, size, size
 
 
-def load_score(config: LPO, prompts: list[str], device: torch.device) -> Score:
+def load_score(config: LPO, prompts: list[str], device: torch.device) -> "Judge":
     """The LRM as a function of latents, timesteps and prompt numbers; its text features are computed here, once."""
     path, base = models.lrm(config), models.base(config)
     settings = {"guidance_scale": config.lrm_guidance or None, "multi_scale_cfg": config.lrm_multi_scale_cfg}
@@ -132,31 +151,40 @@ def load_score(config: LPO, prompts: list[str], device: torch.device) -> Score:
     tokenizers = backbone.load_tokenizers(path if (path / "tokenizer").is_dir() else base, lrm.family)
     if config.lrm_tokenizer:
         tokenizers = [CLIPTokenizer.from_pretrained(config.lrm_tokenizer)] * len(tokenizers)
-    text = backbone.encode_prompts(lrm.family, tokenizers, list(lrm.text_encoders), prompts, zero_null=False)
-    lrm.text_encoders = nn.ModuleList()  # never needed again
     precision = speed.precision(config.mixed_precision, "fp16")
+    text = encoded(config, lrm.family, tokenizers, list(lrm.text_encoders), prompts, False, precision)
+    lrm.text_encoders = nn.ModuleList()  # never needed again
     if precision != "no":
         lrm.unet.to(speed.DTYPES[precision])
-    text = text.prepared(speed.DTYPES[precision])
+    return Judge(lrm, text, precision)
 
-    def score(x: Tensor, t: Tensor, index: Tensor) -> Tensor:
-        with speed.autocast(precision):
-            return lrm.score(x, t, text[index])
-    return score
+
+class Judge:
+    """A reward model as a ``Score``: of latents, timesteps and prompt numbers."""
+
+    def __init__(self, lrm: LatentRewardModel, text: Text | Windowed, precision: str):
+        self.lrm, self.text, self.precision, self.bring = lrm, text, precision, text.bring
+
+    def __call__(self, x: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
+        with speed.autocast(self.precision):
+            return self.lrm.score(x, t, self.text[prompts])
 
 
 @torch.no_grad()
 def pictures(predict: Predict, sched: Schedule, model: Path, prompts: Tensor, shape: tuple[int, int, int], *,
-             guidance: float, seed: int, batch: int, items: Tensor | None = None) -> Tensor:
+             guidance: float, seed: int, batch: int, items: Tensor | None = None,
+             bring: Callable[[Tensor], None] = lambda prompts: None) -> Tensor:
     """uint8 [N, H, W, 3] pictures for prompt numbers [N], decoded by the VAE of ``model`` (or that is ``model``).
 
-    items: the numbers that key their noise (default: 0 … N−1).
+    items: the numbers that key their noise (default: 0 … N−1). bring: ``Policy.bring``.
     """
     device = sched.table.device
     vae = backbone.load_vae(model).to(device)
     items = torch.arange(len(prompts)) if items is None else items
     drawn = []
-    for index, item in zip(prompts.to(device).split(batch), items.to(device).split(batch), strict=True):
+    for index, item in zip(prompts.split(batch), items.to(device).split(batch), strict=True):
+        bring(index)
+        index = index.to(device)
         latents = sample.generate(predict, sched, CounterNoise(seed, PICTURE_EPOCH, item, shape), index, guidance=guidance)
         for part in latents.split(4):  # decoding is what takes memory
             decoded = vae.decode(part / vae.config.scaling_factor).sample

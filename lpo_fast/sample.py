@@ -71,16 +71,17 @@ def choose(predict: Predict, score: Score, sched: Schedule, gap: Tensor, x: Tens
 
 @torch.no_grad()
 def trajectory(predict: Predict, score: Score, sched: Schedule, gap: Tensor, draw: CounterNoise, prompts: Tensor, *,
-               guidance: float, num_candidates: int, start: int = 0, stop: int = 0,
+               guidance: float, num_candidates: int, window: tuple[int, int] | None = None,
                step: Callable[..., tuple[Tensor, ...]] = choose) -> tuple[Pairs, Tensor]:
     """Denoise B prompts; a pair a step. Returns the (steps · B) pairs, step-major, and the scores [steps, K, B].
 
-    gap: [N] smallest score gap of a valid pair by timestep (``select.gaps``). Before step ``start`` one unscored
-    candidate is drawn and no pair made; the trajectory ends before step ``stop`` if that is positive. All candidates
-    are scored at the current step's t. step: ``choose``, or what was compiled of it.
+    gap: [N] smallest score gap of a valid pair by timestep (``select.gaps``). window: before its first step one unscored
+    candidate is drawn and no pair made, before its second the trajectory ends (default: all steps). All candidates are
+    scored at the current step's t. step: ``choose``, or what was compiled of it.
     """
     x, steps, all_scores = draw.initial(), [], []
-    for number, (z, choice) in enumerate(draw.steps(stop if stop > 0 else len(sched.timesteps))):
+    start, stop = window or (0, len(sched.timesteps))
+    for number, (z, choice) in enumerate(draw.steps(stop)):
         t = sched.timesteps[number].repeat(len(prompts))
         if number < start:
             x = ddim_candidates(sched, x, predict(x, t, prompts), t, guidance=guidance, noise=z, candidates=1)[0]

@@ -7,6 +7,7 @@ depend on who sampled them, shuffled, and dealt out; gradients are summed.
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,21 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
 
-from lpo_fast import checkpoint, files, noise, official, outputs, preflight, ranks, runs, sample, select, shard, speed
+from lpo_fast import (
+    accounting,
+    checkpoint,
+    files,
+    noise,
+    official,
+    outputs,
+    preflight,
+    ranks,
+    runs,
+    sample,
+    select,
+    shard,
+    speed,
+)
 from lpo_fast import policy as policies
 from lpo_fast.config import LPO
 from lpo_fast.kernels.pair_loss import pair_loss
@@ -79,7 +94,7 @@ def sample_pairs(policy: Policy, score: Score, sched: Schedule, gap: Tensor, sha
     some = torch.cat([own, index[:1].expand(max(slots - len(own), len(own) == 0))])
     pairs, scores = sample.trajectory(
         policy.predict, score, sched, gap, CounterNoise(config.seed, epoch, some, shape), some, step=step,
-        guidance=config.guidance_scale, num_candidates=config.num_candidates, start=config.start_step, stop=config.stop_step)
+        guidance=config.guidance_scale, num_candidates=config.num_candidates, window=config.window)
     steps, real = len(scores), torch.arange(len(some), device=some.device) < len(own)
     times, valid, scores = ranks.gather(*(x.movedim(-1, 0)[:len(own)].contiguous() for x in (
         pairs.t.view(steps, -1), pairs.valid.view(steps, -1).int(), scores)))  # [prompts, steps] or [prompts, steps, K]
@@ -131,7 +146,8 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
     device = speed.device()
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
     policy, sched = policies.load(config, [*prompts, *config.validation_prompts], device)
-    score = wrap_score(policies.load_score(config, prompts, device))
+    judge = policies.load_score(replace(config, attention=policy.attention), prompts, device)
+    score = wrap_score(judge)
     low, high = config.threshold_min, config.threshold_max
     gap = select.gaps(sched, config.threshold_shape, low, low if config.threshold_shape == "none" else high)
     shape = policies.latent_shape(config, policy.unet)
@@ -171,6 +187,8 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
     runs.say(f"LPO on {device}, precision {policy.precision} | {len(prompts)} prompts | batches {done} to {total} | "
              f"{sum(p.numel() for p in trainable(policy.unet)):,} parameters train | {ranks.count()} processes")
     size = config.train_batch_size * config.accumulate * ranks.count()
+    meter = accounting.Meter(device, speed.DTYPES[policy.precision], lambda: work(policy, judge, sched, shape, config))
+    profiler = accounting.Profiler(out if config.profile and ranks.main() else None, "prompt batch", total - done)
     bar = tqdm(total=total, initial=done, desc="LPO", unit="batch", leave=False, disable=None if ranks.main() else True)
 
     def log(steps: list[Tensor]) -> list[dict[str, float]]:
@@ -189,8 +207,12 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
 
     with runs.stoppable() as stopped:
         while done < total and not ranks.anywhere(stopped):
+            profiler.round()
             start, trained, unread = time.perf_counter(), [], []
-            index = order(config, at["epoch"], len(prompts))[at["batch"]].to(device)
+            index = order(config, at["epoch"], len(prompts))[at["batch"]]
+            policy.bring(index)
+            judge.bring(index)
+            index = index.to(device)
             if pairs is None:  # else the run went on inside a prompt batch
                 pairs, metrics = sample_pairs(policy, score, sched, gap, shape, index, config, at["epoch"],
                                               slots=slots, step=step)
@@ -210,9 +232,10 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
             if len(pairs.t):
                 break
             pairs, seconds = None, time.perf_counter() - start
+            rate = meter.row(seconds * ranks.count(), prompts=len(index), pairs=count)
             run.time(global_step=at["step"], sampling=sampled - start, seconds=seconds,
-                     prompts_per_second=len(index) / seconds)
-            runs.say(log_line(at["step"], trained, count, seconds, len(index)))
+                     prompts_per_second=len(index) / seconds, **rate)
+            runs.say(log_line(at["step"], trained, count, seconds, len(index), rate))
             at["batch"], done = at["batch"] + 1, done + 1
             bar.update()
             if at["batch"] == batches:
@@ -221,6 +244,7 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
                     outputs.save_checkpoint(out, at["epoch"] - 1, policy.unet, optimizer, config, at["step"])
                 if config.validation_prompts and at["epoch"] % config.validate_epochs == 0:
                     run.show("validation", at["step"], draw.validation(at["epoch"] - 1))
+        profiler.round()
         save()
     bar.close()
     if done < total:
@@ -240,9 +264,22 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
     return out
 
 
-def log_line(step: int, trained: list[dict[str, float]], pairs: int, seconds: float, prompts: int) -> str:
-    """One prompt batch in one line; loss and accuracy are means over its optimizer steps."""
+def work(policy: Policy, score: Score, sched: Schedule, shape: tuple[int, int, int], config: LPO) -> dict[str, int]:
+    """Operations that a prompt's sampling and a pair's training need."""
+    x, t = torch.zeros(1, *shape, device=sched.table.device), sched.timesteps[:1]
+    pair, k, (first, last) = Pairs(x, x, x, t, t * 0, t > 0), config.num_candidates, config.window
+    with accounting.countable(policy.unet):
+        step = accounting.operations(lambda: policy.predict(x, t, t * 0))
+        judged = accounting.operations(lambda: score(x, t, t * 0))
+        trained = accounting.operations(lambda: evaluate(
+            policy, sched, pair, torch.ones(1, device=x.device), beta=config.beta, eps=config.clip_eps,
+            guidance=config.guidance_scale if config.train_cfg else 1.0).loss, trainable(policy.unet))
+    return {"prompts": last * step + (last - first) * k * judged, "pairs": trained}
+
+
+def log_line(step: int, trained: list[dict[str, float]], pairs: int, seconds: float, prompts: int, rate: dict) -> str:
+    """One prompt batch in one line; loss and accuracy are means over its optimizer steps. rate: ``accounting.Meter``'s."""
     loss_, accuracy = (sum(row[key] for row in trained) / max(len(trained), 1) for key in ("train_loss", "implicit_acc"))
     what = f"loss {loss_:.3f} | acc {accuracy:.2f}" if trained else "no valid pair"
     return (f"step {step} | {what} | pairs {pairs} | {seconds * 1e3:.0f} ms | "
-            f"{prompts / seconds:.1f} prompts/s | {runs.memory()}")
+            f"{prompts / seconds:.1f} prompts/s{accounting.text(rate)} | {runs.memory()}")

@@ -54,7 +54,7 @@ def lpo(tmp_path: Path, small_sd: Path) -> LPO:
     (tmp_path / "prompts.txt").write_text("a red circle\ntwo\n")
     return LPO(model=str(small_sd), lrm=str(small_sd.parent / "lrm"), prompts=str(tmp_path / "prompts.txt"),
                out=str(tmp_path / "runs" / "out"), num_steps=4, num_candidates=3, batch_size=2, train_batch_size=3,
-               start_step=1)
+               steps_used="1:")
 
 
 @pytest.fixture

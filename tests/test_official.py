@@ -20,7 +20,7 @@ SHARED = {
     "threshold_shape": "sigma", "prompts": "prompts/4k_training_prompts.json", "caption_key": "caption", "shuffle": True,
     "drop_last": False, "epochs": 5, "num_steps": 20, "eta": 1.0, "guidance_scale": 5.0, "num_candidates": 4,
     "accumulate": 1, "optimizer": "adamw", "adam_beta1": 0.9, "adam_beta2": 0.999, "weight_decay": 1e-4,
-    "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "train_cfg": True, "start_step": 0, "stop_step": 0, "beta": 500.0,
+    "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "train_cfg": True, "steps_used": "", "beta": 500.0,
     "clip_eps": 0.1, "validation_pictures": 2, "validate_epochs": 1, "lrm_tokenizer": "",
     "validation_prompts": ("A beautiful lake", "A photo of an astronaut riding a horse on mars", "A cat jumps on a dog"),
 }

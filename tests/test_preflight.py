@@ -178,8 +178,8 @@ def test_families_do_not_mix(bench: Bench, lpo: LPO, tiny_sdxl: Path, tiny_sd21:
 
 BAD_NUMBERS = [
     ("epochs", 0), ("batch_size", 0), ("num_steps", 0), ("num_steps", 1000), ("train_batch_size", 0), ("accumulate", 0),
-    ("save_epochs", 0), ("save_steps", 0), ("num_candidates", 1), ("max_batches", -1), ("start_step", -1),
-    ("stop_step", -1), ("pictures", -1), ("seed", -1), ("weight_decay", -0.1), ("learning_rate", -1e-5),
+    ("save_epochs", 0), ("save_steps", 0), ("num_candidates", 1), ("max_batches", -1), ("pictures", -1),
+    ("seed", -1), ("weight_decay", -0.1), ("learning_rate", -1e-5),
     ("guidance_scale", -1.0), ("alpha", -1.0), ("threshold_min", -0.1), ("eta", 0.0), ("beta", 0.0), ("clip_eps", 0.0),
     ("max_grad_norm", 0.0), ("adam_epsilon", 0.0), ("threshold_min", 1.0), ("threshold_max", 1.0), ("ema_decay", 1.0),
     ("adam_beta1", 1.0), ("adam_beta2", 1.0), ("rank", 0), ("learning_rate", float("nan")), ("eta", float("nan")),
@@ -196,9 +196,10 @@ def test_lpo_numbers(lpo: LPO, key: str, value: float) -> None:
 
 @pytest.mark.parametrize("changes, flag, message", [
     ({"threshold_min": 0.5, "threshold_max": 0.35}, "--threshold-min", "above --threshold-max 0.35"),
-    ({"stop_step": 21}, "--stop-step", "beyond the 20 steps"),
-    ({"start_step": 20}, "--start-step", "no step is left before step 20"),
-    ({"start_step": 5, "stop_step": 5}, "--start-step", "no step is left before step 5"),
+    ({"steps_used": "0:21"}, "--steps-used", "beyond the 20 steps"),
+    ({"steps_used": "20:"}, "--steps-used", "no step is left before step 20"),
+    ({"steps_used": "5:5"}, "--steps-used", "no step is left before step 5"),
+    ({"steps_used": "5"}, "--steps-used", "is not FIRST:END"), ({"steps_used": "-1:5"}, "--steps-used", "is not FIRST:END"),
     ({"full": True, "lora": "x"}, "--lora", "full fine-tuning has no LoRA"),
     ({"shard": True}, "--shard", "a LoRA is small"),
     ({"full": True, "shard": True, "compile": "max"}, "--compile", "does not go with --shard"),
@@ -212,7 +213,8 @@ def test_lpo_settings_that_contradict(lpo: LPO, changes: dict, flag: str, messag
 
 def test_settings_that_only_look_wrong(lpo: LPO) -> None:
     for changes in ({"threshold_shape": "none", "threshold_min": 0.5, "threshold_max": 0.3}, {"full": True, "rank": 0},
-                    {"start_step": 4, "stop_step": 5}, {"threshold_min": 0.4, "threshold_max": 0.4}, {"clip_eps": 5.0},
+                    {"steps_used": "4:5"}, {"steps_used": ":5"}, {"steps_used": ":"},
+                    {"threshold_min": 0.4, "threshold_max": 0.4}, {"clip_eps": 5.0},
                     {"guidance_scale": 0.0}, {"num_steps": 999},
                     {"full": True, "shard": True, "mixed_precision": "bf16", "ema_decay": 0.9}):
         preflight.lpo(replace(lpo, **changes))

@@ -43,14 +43,15 @@ class Fake:
         return self.values(x, t, prompts)
 
 
-def run(prompts: list[int], steps: int = 6, k: int = 4, threshold: float = 0.9, fake: Fake | None = None, **window):
+def run(prompts: list[int], steps: int = 6, k: int = 4, threshold: float = 0.9, fake: Fake | None = None, start: int = 0,
+        stop: int = 0):
     fake = fake or Fake()
     sched = schedule.from_config(CONFIG, steps)
     index = torch.tensor(prompts)
     draw = sample.CounterNoise(SEED, EPOCH, index, SHAPE)
     gap = select.gaps(sched, "sigma", threshold / 2, threshold)
     return sample.trajectory(fake.predict, fake.score, sched, gap, draw, index, guidance=GUIDANCE, num_candidates=k,
-                             **window)
+                             window=(start, stop or steps))
 
 
 def slow(prompt: int, steps: int = 6, k: int = 4, threshold: float = 0.9, start: int = 0, stop: int = 0) -> list[dict]:

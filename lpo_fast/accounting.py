@@ -1,0 +1,168 @@
+"""What a run computes, how fast the device could, and where the time goes: TFLOP/s in the log line, and --profile.
+
+Work is what the method needs, whatever a run computes: operations of one policy and one reference evaluation a pair, of
+sampling and of scoring, by torch's formulas, without recomputation. The log line's share is of the rate of a large matrix
+product, measured on this device in the networks' precision at the start of the run.
+"""
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.utils.flop_counter import FlopCounterMode
+
+from lpo_fast import runs
+
+ROWS = 40  # of the profile's table
+
+
+def operations(step: Callable[[], Tensor | tuple[Tensor, ...]], parameters: list[nn.Parameter] | None = None) -> int:
+    """Operations of a step (a multiplication and its addition are two); with parameters, of the gradients of the loss that it
+    returns too, which are dropped. Attention on a CPU does not count: torch has no formula for it."""
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(parameters is not None):
+        out = step()
+        if parameters is not None:
+            torch.autograd.grad(out, parameters, allow_unused=True)
+    return counter.get_total_flops()
+
+
+@contextmanager
+def countable(unet: nn.Module) -> Iterator[None]:
+    """A denoiser with attention that has a formula and activations that are computed once."""
+    processors, checkpointing = unet.attn_processors, unet.is_gradient_checkpointing
+    unet.set_attn_processor(AttnProcessor2_0())
+    if checkpointing:
+        function = next(m._gradient_checkpointing_func for m in unet.modules() if getattr(m, "gradient_checkpointing", False))
+        unet.disable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        unet.set_attn_processor(processors)
+        if checkpointing:
+            unet.enable_gradient_checkpointing(function)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a square matrix product, the best of a few: 8,192 a side on a GPU, 1,024 on a CPU."""
+    size, cuda = (8192, True) if device.type == "cuda" else (1024, False)
+    a, times = torch.randn(size, size, device=device).to(dtype), []
+    for _ in range(8):
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ a
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+class Meter:
+    """Turns work and seconds into the log line's part. work: operations of a unit (a prompt, a pair) by name."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, work: Callable[[], dict[str, int]]):
+        """work is called, and the device's rate measured, on a GPU alone; on a CPU a run does not wait for it."""
+        self.work, self.rate = {}, 0.0
+        if device.type == "cuda":
+            self.work, self.rate = work(), matrix_rate(device, dtype)
+            torch.cuda.reset_peak_memory_stats()
+
+    def row(self, seconds: float, **units: int) -> dict[str, float]:
+        """Of ``units`` of each kind in so many seconds: TFLOP/s and the share of the matrix rate; empty on a CPU."""
+        if not self.rate:
+            return {}
+        done = sum(self.work[name] * count for name, count in units.items()) / seconds
+        return {"tflops": done / 1e12, "share_of_matrix_rate": done / self.rate}
+
+
+def text(row: dict[str, float]) -> str:
+    """A Meter's row for the log line."""
+    return f" | {row['tflops']:.0f} TFLOP/s ({row['share_of_matrix_rate']:.0%})" if row else ""
+
+
+# --profile
+
+
+class Profiler:
+    """torch.profiler over one round (a prompt batch, an LRM step) after two that warm up; the rest of a run goes on as ever.
+
+    Writes profile/trace.json.gz (for chrome://tracing or Perfetto) and profile/table.md below ``out``.
+    """
+
+    def __init__(self, out: Path | None, unit: str, rounds: int):
+        """out: the run directory; None: no profile. rounds: how many this run has."""
+        self.folder, self.unit, self.left = out and out / "profile", unit, min(2, rounds - 1)
+        self.profile = None
+
+    def round(self) -> None:
+        """Called before each round and after the last."""
+        if self.folder is None:
+            return
+        if self.profile is not None:
+            self.finish()
+        elif self.left == 0:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            self.profile, self.start = torch.profiler.profile(activities=activities), time.perf_counter()
+            self.profile.start()
+        self.left -= 1
+
+    def finish(self) -> None:
+        """Stop, and write both files."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - self.start
+        self.profile.stop()
+        self.folder.mkdir(exist_ok=True)
+        self.profile.export_chrome_trace(str(self.folder / "trace.json.gz"))
+        spans = [(e.name, e.time_range.start, e.time_range.end) for e in self.profile.events()
+                 if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+        on_cpu = [(e.key, e.self_cpu_time_total, e.count) for e in self.profile.key_averages()]
+        (self.folder / "table.md").write_text(page(self.unit, seconds, spans, on_cpu), encoding="utf-8")
+        runs.say(f"profile of one {self.unit}: {self.folder / 'table.md'}")
+        self.folder = self.profile = None
+
+
+def page(unit: str, seconds: float, spans: list[tuple[str, float, float]], on_cpu: list[tuple[str, float, int]]) -> str:
+    """The profile's page. spans: what ran on the GPU, its start and end in µs; on_cpu: operators, own µs and calls."""
+    lines = [f"# Profile of one {unit}", "", f"{seconds * 1e3:,.1f} ms, profiler included, on "
+             + (torch.cuda.get_device_name() if spans else "the CPU") + ".", ""]
+    if spans:
+        busy, gaps = union(spans)
+        lines += [f"- {len(spans):,} launches (kernels, copies, fills), which a CUDA graph starts together",
+                  f"- busy {busy / 1e3:,.1f} ms; idle {sum(gaps) / 1e3:,.1f} ms between the first launch and the last",
+                  f"- gaps above 10 µs, in which it waits for the host: {sum(gap > 10 for gap in gaps):,}, the longest "
+                  f"{max(gaps, default=0.0) / 1e3:,.2f} ms, the median of all {statistics.median(gaps or [0.0]):,.1f} µs", ""]
+        times, calls = Counter(), Counter()
+        for name, start, end in spans:
+            times[name] += end - start
+            calls[name] += 1
+        rows = [(name, spent, calls[name]) for name, spent in times.items()]
+    else:
+        rows = on_cpu
+    whole = sum(spent for _, spent, _ in rows) or 1.0
+    lines += ["| ms | share | calls | " + ("kernel" if spans else "operator, own time") + " |", "|---|---|---|---|"]
+    for name, spent, count in sorted(rows, key=lambda row: -row[1])[:ROWS]:
+        shown = name.replace("|", "\\|")
+        lines.append(f"| {spent / 1e3:,.2f} | {spent / whole:.1%} | {count:,} | `{shown[:100]}` |")
+    return "\n".join(lines) + "\n"
+
+
+def union(spans: list[tuple[str, float, float]]) -> tuple[float, list[float]]:
+    """The time in which at least one of them runs, and the gaps between."""
+    busy, gaps, last = 0.0, [], None
+    for _, start, end in sorted(spans, key=lambda span: span[1]):
+        if last is not None and start > last:
+            gaps.append(start - last)
+        busy += max(0.0, end - (start if last is None else max(start, last)))
+        last = end if last is None else max(last, end)
+    return busy, gaps

@@ -234,7 +234,8 @@ def variant(folder: Path) -> str | None:
 
 def load_unet(path: Path, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
     """The denoiser below ``path``."""
-    return UNet2DConditionModel.from_pretrained(path / "unet", variant=variant(path / "unet"), torch_dtype=dtype)
+    folder = path / "unet"
+    return UNet2DConditionModel.from_pretrained(folder, variant=variant(folder), torch_dtype=dtype, use_safetensors=True)
 
 
 def load_text(path: Path, family: Family, folder: Path | None = None,
@@ -244,7 +245,8 @@ def load_text(path: Path, family: Family, folder: Path | None = None,
     encoders = []
     for name, cls in family.encoders:
         source = (folder if folder is not None and (folder / name).is_dir() else path) / name
-        how = {"variant": variant(source), "dtype": torch.float32, "output_loading_info": True}
+        how = {"variant": variant(source), "dtype": torch.float32, "output_loading_info": True, "use_safetensors": True,
+               "attn_implementation": "sdpa"}  # else a config.json may name code of the hub
         if own := part(state or {}, name):
             encoder, info = cls.from_pretrained(None, config=cls.config_class.from_pretrained(source), state_dict=own, **how)
         else:
@@ -262,7 +264,9 @@ def part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def load_tokenizers(path: Path, family: Family) -> list[CLIPTokenizer]:
-    """The family's tokenizers below ``path``."""
+    """The family's tokenizers below ``path``, or the only one, which lies there itself."""
+    if len(family.tokenizers) == 1 and not (path / family.tokenizers[0]).is_dir():
+        return [CLIPTokenizer.from_pretrained(path)]
     return [CLIPTokenizer.from_pretrained(path, subfolder=name) for name in family.tokenizers]
 
 
@@ -271,11 +275,21 @@ def vae_folder(path: Path) -> Path:
     return path / "vae" if (path / "vae").is_dir() else path
 
 
+def vae_config(path: Path) -> dict:
+    """The VAE's config.json, with diffusers' default of what old ones lack. Nothing is loaded."""
+    return {"scaling_factor": 0.18215} | json.loads((vae_folder(path) / "config.json").read_text())
+
+
 def load_vae(path: Path) -> AutoencoderKL:
     """The VAE of a pipeline, or a directory of its own; frozen, fp32."""
     folder = vae_folder(path)
-    vae = AutoencoderKL.from_pretrained(folder, variant=variant(folder), torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(folder, variant=variant(folder), torch_dtype=torch.float32, use_safetensors=True)
     return vae.requires_grad_(False).eval()
+
+
+def pixels(path: Path, unet_config: dict, resolution: int = 0) -> int:
+    """Height and width of the pictures of a denoiser whose VAE is below ``path``: ``resolution``, or 0 for its own."""
+    return resolution or unet_config["sample_size"] * pixels_per_latent(path)
 
 
 def pixels_per_latent(path: Path) -> int:

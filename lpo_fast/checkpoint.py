@@ -1,24 +1,28 @@
 """Reading and writing: LRM directories, LoRA files in the official and the diffusers form, resumable run states."""
 
 import json
+import math
 import os
+import re
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from lpo_fast import backbone, models, ranks, runs, shard
 from lpo_fast.errors import InputError
-from lpo_fast.files import damage, read_pickle, read_safetensors, replacing, save_pickle, sha256
+from lpo_fast.files import damage, parse_json, read_json, read_pickle, read_safetensors, replacing, save_pickle, sha256
 from lpo_fast.reward import LatentRewardModel
 
 LORA_OFFICIAL, LORA_DIFFUSERS = "unet_lora.pt", "pytorch_lora_weights.safetensors"
 STATE, STATE_BEFORE, STATE_SUMS = "state.pt", "state.before.pt", "state.sha256"
+NAME = re.compile(r"\^?[\w.]+")  # of modules in a LoRA's config
 
 
 # Latent reward models
@@ -29,7 +33,7 @@ def new_lrm(base: Path, *, clip: str | None = None, generator: torch.Generator, 
     """An LRM to be trained, from a diffusers model directory: W_v ~ N(0, 0.02²), logit_scale 2.6592.
 
     clip: file or directory with the ``text_projection.weight`` that W_t starts from (SD1.5: CLIP ViT-L/14's); None is
-    the identity. Families whose pooled text is projected already have no W_t. resolution: see ``size_conditions``.
+    the identity. Families whose pooled text is projected already have no W_t. resolution: of pictures, 0: the denoiser's own.
     """
     unet = backbone.load_down_mid(base / "unet")
     family = backbone.family_of(unet.config)
@@ -42,8 +46,10 @@ def new_lrm(base: Path, *, clip: str | None = None, generator: torch.Generator, 
         dim = len(text_projection)
     multi_scale = settings.get("multi_scale", True)
     visual = torch.randn(dim, sum(feature_widths(unet, multi_scale)), generator=generator) * 0.02
-    return LatentRewardModel(family, unet, encoders, visual, text_projection, torch.tensor(2.6592),
-                             sizes=size_conditions(base, family, unet, resolution), base=models.origin(base), **settings)
+    resolution = backbone.pixels(base, unet.config, resolution)
+    return LatentRewardModel(
+        family, unet, encoders, visual, text_projection, torch.tensor(2.6592), resolution=resolution, base=models.origin(base),
+        sizes=size_conditions(base, family, unet, resolution), **settings)
 
 
 def read_heads(path: Path, channels: list[int]) -> dict:
@@ -55,7 +61,8 @@ def read_heads(path: Path, channels: list[int]) -> dict:
     else:
         heads = read_pickle(path / "state_dict.pt", "--lrm")
     try:
-        float(heads["logit_scale"])
+        if not math.isfinite(heads["logit_scale"]):
+            raise ValueError(f"logit_scale {float(heads['logit_scale'])}")
         shapes = {name: tuple(heads[name]["weight"].shape) for name in heads if name.endswith("_projection")}
         outputs = {rows for rows, _ in shapes.values()}
         if "visual_projection" not in shapes or len(outputs) != 1:
@@ -75,8 +82,8 @@ def load_lrm(path: Path, base: Path | None = None, *, resolution: int = 0, **set
     """An LRM: a directory, official or ours, or a single .pt file of the official module's state.
 
     ``base`` supplies what the LRM lacks: text encoders (official, if frozen), configs (a single file). guidance_scale and
-    multi_scale_cfg are those of ``settings``, or else those that the directory records. resolution: see
-    ``size_conditions``. Raises InputError if weights are missing or widths do not fit.
+    multi_scale_cfg are those of ``settings``, or else those that the directory records. resolution: of the pictures that it
+    will score; 0: that of its training, or the denoiser's own. Raises InputError if weights are missing or widths do not fit.
     """
     if single := path.is_file():
         if base is None:
@@ -89,14 +96,27 @@ def load_lrm(path: Path, base: Path | None = None, *, resolution: int = 0, **set
     heads = read_heads(path, list(unet.config.block_out_channels))
     visual = heads["visual_projection"]["weight"]
     text = heads["text_projection"]["weight"] if "text_projection" in heads else None
-    recorded = json.loads((path / "lrm.json").read_text()) if (path / "lrm.json").is_file() else {}
-    trained_at = recorded.pop("resolution", 0)
+    recorded = {} if single else recorded_settings(path)
+    resolution = backbone.pixels(base or path, unet.config, resolution or recorded.get("resolution", 0))
     settings = {"guidance_scale": 7.5, "base": models.origin(base) if base else "", **recorded, **settings,
-                "multi_scale": visual.shape[1] == sum(feature_widths(unet, True))}
+                "resolution": resolution, "multi_scale": visual.shape[1] == sum(feature_widths(unet, True))}
     lrm = LatentRewardModel(
         family, unet, backbone.load_text(base or path, family, home, state), visual, text, heads["logit_scale"],
-        sizes=size_conditions(base or path, family, unet, resolution or trained_at), **settings)
+        sizes=size_conditions(base or path, family, unet, resolution), **settings)
     return lrm.requires_grad_(False).eval()
+
+
+def recorded_settings(path: Path) -> dict:
+    """lrm.json of an LRM directory, {} if there is none: base, guidance_scale, multi_scale_cfg, resolution, checked."""
+    file = path / "lrm.json"
+    found = read_json(file, "--lrm") if file.is_file() else {}
+    wanted = {"base": str, "guidance_scale": float | int | list, "multi_scale_cfg": bool, "resolution": int}
+    for name, value in found.items():
+        scales = value if isinstance(value, list) else [value]
+        if not isinstance(value, wanted.get(name, ())) or name == "guidance_scale" and not (scales and all(
+                type(g) in (int, float) and 0 <= g < 1e6 for g in scales)) or name == "resolution" and not 0 <= value <= 2**16:
+            raise InputError(str(file), f"{name} is {str(value)[:80]!r}", "use an LRM's own file", "--lrm")
+    return found
 
 
 def save_lrm(lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], path: Path) -> None:
@@ -120,9 +140,8 @@ def save_lrm(lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], path: Path
         if lrm.text_projection is not None:
             heads["text_projection"] = {"weight": lrm.text_projection.weight.detach().cpu()}
         save_pickle(heads, aside / "state_dict.pt")
-        settings = {"base": lrm.base, "guidance_scale": lrm.guidance_scale, "multi_scale_cfg": lrm.multi_scale_cfg}
-        if lrm.sizes is not None:
-            settings["resolution"] = int(lrm.sizes[0, 0])
+        settings = {"base": lrm.base, "guidance_scale": lrm.guidance_scale, "multi_scale_cfg": lrm.multi_scale_cfg,
+                    "resolution": lrm.resolution}
         (aside / "lrm.json").write_text(json.dumps(settings, indent=1))
 
 
@@ -141,7 +160,7 @@ def size_conditions(base: Path, family: backbone.Family, unet: nn.Module, resolu
     """Time ids [1, 6] for a resolution in pixels (0: the denoiser's own), or None for families without."""
     if not family.time_ids:
         return None
-    pixels = resolution or unet.config.sample_size * backbone.pixels_per_latent(base)
+    pixels = backbone.pixels(base, unet.config, resolution)
     return backbone.time_ids(pixels, pixels)
 
 
@@ -153,9 +172,10 @@ def read_text_projection(path: str) -> Tensor:
     if not file.is_file():
         raise InputError(path, "no CLIP checkpoint there", "give CLIP's model.safetensors or pytorch_model.bin", "--clip")
     tensors = read_safetensors(file, "--clip")[0] if file.suffix == ".safetensors" else read_pickle(file, "--clip")
-    if "text_projection.weight" not in tensors:
+    weight = tensors.get("text_projection.weight")
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise InputError(path, "has no text_projection.weight", "use a CLIP model with projections", "--clip")
-    return tensors["text_projection.weight"].float()
+    return weight.float()
 
 
 # LoRA. Files hold no alpha: alpha / rank is multiplied into B. The official form has no place for it, and diffusers
@@ -203,7 +223,8 @@ def write_lora(state: dict[str, Tensor], folder: Path) -> None:
 def read_lora(path: Path, key: str = "--lora") -> dict[str, Tensor]:
     """Adapter tensors (official names) of an official or diffusers LoRA file or its folder.
 
-    Where the file records an alpha, alpha / rank is multiplied into B.
+    What the file says of alphas, in tensors or as peft's config, is multiplied into B. Raises InputError for what is more than
+    two matrices a module.
     """
     file = Path(path)
     if file.is_dir():
@@ -213,15 +234,50 @@ def read_lora(path: Path, key: str = "--lora") -> dict[str, Tensor]:
                          key)
     if file.suffix != ".safetensors":
         state = read_pickle(file, key)
-        if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
             raise InputError(str(file), "holds something else than named tensors", f"use a {LORA_OFFICIAL}", key)
         return state
     tensors, metadata = read_safetensors(file, key)
-    alpha = json.loads(metadata.get("lora_adapter_metadata", "{}")).get("unet.lora_alpha")
-    state = convert_unet_state_dict_to_peft(tensors)
-    state = {name.removeprefix("unet."): t for name, t in state.items() if not name.endswith(".alpha")}
-    return state if alpha is None else {
-        name: t * (alpha / t.shape[1]) if name.endswith(".lora_B.weight") else t for name, t in state.items()}
+    try:
+        if any("dora_scale" in name for name in tensors):
+            raise ValueError("it is a DoRA")
+        config = lora_config(metadata)
+        if alphas := {name: tensors.pop(name) for name in list(tensors) if name.endswith(".alpha")}:
+            config = {}
+        for name, alpha in alphas.items():
+            module = name.removesuffix(".alpha")
+            up = next(up for end in ("lora_up", "lora_B", "lora.up") if (up := f"{module}.{end}.weight") in tensors)
+            tensors[up] = tensors[up] * (float(alpha) / tensors[up].shape[1])
+        tensors, _ = StableDiffusionPipeline.lora_state_dict(tensors)  # takes the names of kohya's programs too
+        state = {name.removeprefix("unet."): tensor for name, tensor in convert_unet_state_dict_to_peft(tensors).items()}
+        if scalars := [name for name, tensor in state.items() if tensor.dim() < 2]:
+            raise ValueError(f"{scalars[0]!r} is no matrix")
+        return {name: tensor * lora_scale(config, name.removesuffix(".lora_B.weight"), tensor.shape[1])
+                if config and name.endswith(".lora_B.weight") else tensor for name, tensor in state.items()}
+    except (ValueError, KeyError, AttributeError, TypeError, IndexError, RuntimeError, StopIteration, OverflowError) as error:
+        raise InputError(str(file), f"cannot be read as a LoRA ({error})", "merge it with the program that made it, or use a "
+                         f"plain {LORA_DIFFUSERS}", key) from error
+
+
+def lora_config(metadata: dict[str, str]) -> dict:
+    """peft's LoraConfig of the denoiser's adapter as diffusers records it; {} if it does not. Raises ValueError."""
+    recorded = parse_json(metadata.get("lora_adapter_metadata", "{}"))
+    found = {name.removeprefix("unet."): value for name, value in recorded.items() if name.startswith("unet.")}
+    if other := next((name for name in ("use_dora", "lora_bias", "use_qalora") if found.get(name)), None):
+        raise ValueError(f"it was trained with {other}")
+    pattern = found.get("alpha_pattern") or {}
+    for name, alpha in [("lora_alpha", found.get("lora_alpha", 1)), *pattern.items()]:
+        if type(alpha) not in (int, float) or not math.isfinite(alpha) or not NAME.fullmatch(name):  # peft takes it for a regex
+            raise ValueError(f"its alpha of {name!r} is {alpha!r}")
+    return found
+
+
+def lora_scale(config: dict, module: str, rank: int) -> float:
+    """What a module's B·A is multiplied by: alpha / rank, or alpha / √rank with use_rslora. rank_pattern adds nothing to
+    the tensors' shapes."""
+    pattern = config.get("alpha_pattern") or {}
+    alpha = pattern.get(get_pattern_key(pattern, module), config.get("lora_alpha", LoraConfig().lora_alpha))
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def load_lora(unet: UNet2DConditionModel, path: Path, key: str = "--lora") -> None:

@@ -1,8 +1,11 @@
 """What the commands share: settings from a command line, and an error of the user's as one line and exit code 2."""
 
+import io
+import re
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from contextlib import redirect_stderr
+from typing import Any, TypeVar
 
 import tyro
 
@@ -11,10 +14,24 @@ from lpo_fast.errors import InputError
 Settings = TypeVar("Settings")
 
 
+def parse(kind: Any, argv: list[str] | None, name: str, **more: Any) -> Any:
+    """Settings from a command line. What is wrong with it is one line on stderr, and ends the process with exit code 2."""
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(kind, args=sys.argv[1:] if argv is None else argv, prog=f"python -m lpo_fast.{name}",
+                            config=(tyro.conf.FlagCreatePairsOff,), **more)
+    except SystemExit as end:
+        if end.code:  # tyro's box, in Unicode or ASCII: paragraphs between rulers
+            inside = (line.strip("│| ") for line in box.getvalue().splitlines() if line[:1] not in "╭╰+")
+            text = re.sub(" +", " ", " ".join(inside))
+            print(f"error: {re.sub('[.]? (─|-){4,} ', '; ', text)}", file=sys.stderr)
+        raise
+
+
 def command(kind: type[Settings], run: Callable[[Settings], None], argv: list[str] | None, name: str) -> int:
     """Parse ``kind``, a frozen dataclass, and run; the exit code: 0, 2 for a user's error, 130 when interrupted."""
-    settings = tyro.cli(kind, args=sys.argv[1:] if argv is None else argv, prog=f"python -m lpo_fast.{name}",
-                        config=(tyro.conf.FlagCreatePairsOff,))
+    settings = parse(kind, argv, name)
     try:
         run(settings)
     except InputError as problem:

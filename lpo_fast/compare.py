@@ -79,7 +79,7 @@ def _scores(row: dict, result: dict[str, dict], side: str) -> str:
 
 def _embedded(file: Path, alt: str) -> str:
     """An <img> that holds the picture, large ones made smaller."""
-    image = Image.open(file).convert("RGB")
+    image = Image.open(file, formats=("PNG",)).convert("RGB")
     image.thumbnail((EMBED, EMBED))
     small = image.width <= SMALL
     image.save(data := io.BytesIO(), "PNG" if small else "JPEG", quality=85)

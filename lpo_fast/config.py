@@ -6,6 +6,7 @@
 import math
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from lpo_fast.errors import InputError
@@ -32,7 +33,7 @@ class LPO:
     lrm_base: str = ""
     """Diffusers directory with what the LRM's directory lacks: tokenizer, a frozen text encoder (default: the model)."""
     lrm_tokenizer: str = ""
-    """Directory of the LRM's tokenizer; default: the one in its own directory, or in its base."""
+    """The LRM's tokenizer, a directory or hub name (SDXL: with tokenizer/ and tokenizer_2/); default: its own or its base's."""
     lrm_guidance: tuple[float, ...] = ()
     """Guidance of the LRM's mid feature, as in LRM training; default: what its directory records, or 7.5."""
     lrm_multi_scale_cfg: bool | None = None
@@ -48,13 +49,14 @@ class LPO:
     dry_run: bool = False
     """The command checks everything as for a run, prints what the run would train, hold and compute, and ends."""
     resume_from: str = ""
-    """Start from a checkpoint_{epoch} directory (or the newest of a directory of them), official or ours, in a new run."""
+    """Start from a checkpoint_{epoch} directory (or the newest of a directory of them), official or ours: in a new run,
+    or in the run directory --out itself, whose later epochs are run again."""
     seed: int = 42
     """All randomness is a function of the seed, the epoch, the prompt, the step and the candidate."""
     epochs: int = 5
     """Passes over the prompts."""
     max_batches: int = 0
-    """Stop after so many prompt batches; 0: no limit."""
+    """Stop after so many prompt batches, with --resume-from counted from there; 0: no limit."""
 
     batch_size: int = 5
     """Prompts a sampling batch."""
@@ -166,6 +168,12 @@ class LPO:
         return int(first or 0), int(end or 0) or self.num_steps
 
     @property
+    def in_place(self) -> bool:
+        """Whether --resume-from names a checkpoint in the run directory itself, as official launches go on."""
+        out, source = Path(self.out).resolve(), Path(self.resume_from).resolve()
+        return bool(self.resume_from) and out in (source, source.parent)
+
+    @property
     def compiled(self) -> str:
         """--compile, but for sharded weights, which are gathered between the operations of a graph."""
         return "none" if self.shard else self.compile
@@ -173,6 +181,7 @@ class LPO:
     def check(self) -> None:
         """Raise InputError for a setting that cannot work."""
         _finite(self)
+        _names(self)
         _at_least(self, 1, "epochs", "batch_size", "num_steps", "train_batch_size", "accumulate", "save_epochs", "save_steps",
                   "validation_pictures", "validate_epochs")
         _at_least(self, 2, "num_candidates")
@@ -353,21 +362,26 @@ class LRM:
     """GroupNorm fused with what stands around it, in channels-last networks; no gain is measured yet."""
 
     eval_on_start: bool = True
-    """Validate before the first step too."""
+    """Validate before the first step too; it tells whether anything was learned, and leaves no checkpoint."""
     validate_steps: int = 100
     """Steps between validations, each of which may leave a checkpoint."""
     save_steps: int = 100
     """Steps between saved states (for --resume)."""
     save_only_if_best: bool = True
-    """Write checkpoint-gstep{N} only where no validation before was better."""
+    """Write checkpoint-gstep{N} only where no validation before was better (those after step 0 count; of equals the
+    later is written)."""
     keep_checkpoints: int = 1
     """Checkpoints kept; 0: all."""
     keep_best: bool = True
-    """Keep the best checkpoints by validation accuracy, else the newest."""
+    """Keep the best checkpoints by validation accuracy, else the newest (and the best one, if it is to be handed on)."""
     handed_on: Literal["best", "last"] = "best"
-    """Which LRM becomes checkpoint-final: the best by validation accuracy, or the last step's as official."""
+    """Which LRM becomes checkpoint-final: the best by validation accuracy (after step 0; of equals the later), or the last
+    step's as official."""
     num_workers: int = 2
-    """Processes that decode pictures."""
+    """Processes that decode pictures, beside each training process; 0: the training process itself."""
+    cache_latents: str = ""
+    """Directory that keeps what the VAE says of each picture, which then is decoded and encoded once: exact, since a step
+    samples from it anew. SD1.5 takes 64 KiB a picture in bf16 (SDXL 256), twice that in fp32; default: none is kept."""
     log_with: str = ""
     """Tracker of accelerate: tensorboard, wandb, …"""
     tracker_project: str = "reward_model"
@@ -380,6 +394,7 @@ class LRM:
     def check(self) -> None:
         """Raise InputError for a setting that cannot work."""
         _finite(self)
+        _names(self)
         _at_least(self, 1, "batch_size", "max_steps", "validate_steps", "save_steps", "accumulate", "timestep_interval")
         _at_least(self, 0, "seed", "resolution", "warmup_steps", "weight_decay", "num_workers", "learning_rate",
                   "limit_examples_per_prompt", "aux_loss_coeff", "noise_offset", "max_corrupt", "keep_checkpoints")
@@ -397,6 +412,9 @@ class LRM:
         count = len(range(1, self.largest_timestep + 1, 50))
         if self.compare_between_timestep and 2 * self.timestep_interval > count:
             _refuse(self, "timestep_interval", f"more than half of the {count} training timesteps", "use a smaller one")
+        if self.cache_latents and self.hflip:
+            _refuse(self, "cache_latents", "does not go with --hflip: a mirrored picture has other latents",
+                    "drop one of the two")
         if self.warmup_steps >= self.max_steps:
             _refuse(self, "warmup_steps", f"the run ends at step {self.max_steps}", "use fewer than --max-steps")
 
@@ -457,11 +475,30 @@ def shapes() -> Recipe:
     )
 
 
+def check_lora_flags(config: LPO, defaults: LPO) -> None:
+    """Refuse what a command line says of a LoRA where --full trains none. defaults: the settings without that line."""
+    for key in ("rank", "alpha", "targets"):
+        if config.full and getattr(config, key) != getattr(defaults, key):
+            _refuse(config, key, "full fine-tuning has no LoRA", f"drop {_flag(key)} or --full")
+
+
 def _finite(config: LPO | LRM) -> None:
     for key, value in vars(config).items():
         numbers = value if isinstance(value, tuple) else (value,)
         if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
             _refuse(config, key, "not a finite number", "use a finite number")
+
+
+def component(name: str) -> bool:
+    """Whether a name stays in its directory: one component of a path."""
+    return name not in ("", ".", "..") and not any(sign in name for sign in "/\\\0")
+
+
+def _names(config: LPO | LRM) -> None:
+    """A tracker makes directories of these names: they stay where the run is."""
+    for key in ("tracker_project", "run_name"):
+        if (name := getattr(config, key)) and not component(name):
+            _refuse(config, key, "is no name of a directory", "use a name without / and ..")
 
 
 def _flag(key: str) -> str:

@@ -15,6 +15,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lpo_fast.errors import InputError
+from lpo_fast.files import parse_json
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # not EPS, which runs Ghostscript
+LARGEST_PICTURE = 2**26  # pixels, 8,192 × 8,192: RGB of it has 200 MB
 
 
 def read_prompts(path: str, caption_key: str = "caption") -> list[str]:
@@ -30,9 +34,7 @@ def read_prompts(path: str, caption_key: str = "caption") -> list[str]:
         records = readers[file.suffix](file, caption_key)
     except UnicodeDecodeError as error:
         raise InputError(path, f"byte {error.start} is not UTF-8", "save it as UTF-8", "--prompts") from error
-    except RecursionError as error:
-        raise InputError(path, "is nested too deeply", "use a list of objects", "--prompts") from error
-    except (ValueError, csv.Error) as error:  # a number of 5,000 digits, a field of 200 kB
+    except (ValueError, csv.Error) as error:  # a key twice, a number of 5,000 digits, a field of 200 kB
         if isinstance(error, InputError):
             raise
         raise InputError(path, f"cannot be read ({error})", "mend it", "--prompts") from error
@@ -61,7 +63,7 @@ def _caption(path: str, place: str, record: object, key: str) -> str:
 
 def _json(file: Path, _: str) -> list[tuple[str, object]]:
     try:
-        records = json.loads(file.read_text(encoding="utf-8-sig"))
+        records = parse_json(file.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise InputError(str(file), f"line {error.lineno} is not JSON ({error.msg})", "mend it", "--prompts") from error
     if not isinstance(records, list):
@@ -75,9 +77,10 @@ def _jsonl(file: Path, _: str) -> list[tuple[str, object]]:
         if not line.strip():
             continue
         try:
-            records.append((f"line {number}", json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise InputError(str(file), f"line {number} is not JSON ({error.msg})", "mend it", "--prompts") from error
+            records.append((f"line {number}", parse_json(line)))
+        except ValueError as error:
+            problem = getattr(error, "msg", error)
+            raise InputError(str(file), f"line {number} is not JSON ({problem})", "mend it", "--prompts") from error
     return records
 
 
@@ -108,20 +111,20 @@ def parquet_files(path: Path, flag: str) -> list[Path]:
     return files
 
 
-def column_names(path: Path, flag: str) -> list[str]:
-    """The columns that every file has."""
+def column_names(files: list[Path], flag: str) -> list[str]:
+    """The columns that every file has, once."""
     names = []
-    for file in parquet_files(path, flag):
+    for file in files:
         try:
             names.append(pq.read_schema(file).names)
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise InputError(str(file), "is not parquet", "name a .parquet file", flag) from error
-    return [name for name in names[0] if all(name in other for other in names)]
+    return [name for name in names[0] if all(other.count(name) == 1 for other in names)]
 
 
 def require_columns(path: Path, columns: Sequence[str], flag: str) -> None:
     """Refuse parquet files that lack a column."""
-    names = column_names(path, flag)
+    names = column_names(parquet_files(path, flag), flag)
     if missing := [c for c in columns if c not in names]:
         raise InputError(str(path), f"has no column {missing[0]!r}, only {', '.join(names)}", "rename its columns", flag)
 
@@ -132,23 +135,35 @@ def read_table(path: Path, columns: Sequence[str], flag: str) -> pa.Table:
     try:
         tables = [pq.read_table(file, columns=list(columns)) for file in parquet_files(path, flag)]
         return pa.concat_tables(tables, promote_options="default")
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(str(path), f"cannot be read ({error})", "write it again", flag) from error
 
 
+def opened(file: Path | io.BytesIO) -> Image.Image:
+    """A picture, nothing but its header read. Raises ValueError if it is huge, and whatever Pillow raises for what is none."""
+    picture = Image.open(file, formats=FORMATS)
+    if picture.width * picture.height > LARGEST_PICTURE:
+        raise ValueError(f"{picture.width} × {picture.height} pixels are more than {LARGEST_PICTURE:,}")
+    return picture
+
+
 def picture(encoded: bytes) -> Image.Image:
-    """Encoded picture → RGB, upright. Raises whatever Pillow raises for what is no picture."""
-    return upright(Image.open(io.BytesIO(encoded)))
+    """Encoded picture → RGB, upright: the first frame, without transparency. Raises as ``opened`` does."""
+    return upright(opened(io.BytesIO(encoded)))
 
 
 def upright(picture: Image.Image) -> Image.Image:
     """As its EXIF orientation says, in RGB."""
+    if picture.mode.startswith("I;16"):  # which Pillow cuts off at 255
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"its pixels of 32 bits (mode {picture.mode}) have no known range")
     return ImageOps.exif_transpose(picture).convert("RGB")
 
 
 def decode(encoded: bytes, resolution: int) -> Tensor:
     """Encoded picture → fp32 [3, r, r] in [−1, 1], upright and resized to the square."""
-    return pixels(Image.open(io.BytesIO(encoded)), resolution)
+    return pixels(opened(io.BytesIO(encoded)), resolution)
 
 
 def pixels(picture: Image.Image, resolution: int) -> Tensor:
@@ -183,15 +198,15 @@ def read_scores(path: str) -> Scores:
                 raise InputError(path, f"has no column {missing[0]!r}", "use a score table", "--scores")
             keyed, rows, keys = set(KEYS) <= set(table.fieldnames or []), [], ([], [])
             for row in table:
-                rows.append([float(row[n]) for n in GAPS])
+                try:
+                    rows.append([float(row[n]) for n in GAPS])
+                except (ValueError, TypeError) as error:
+                    raise InputError(path, f"line {table.line_num}: a value is no number ({error})", "mend the table",
+                                     "--scores") from error
                 for column, name in zip(keys, KEYS if keyed else (), strict=False):
                     column.append(str(row[name]))
     except (OSError, csv.Error, UnicodeDecodeError) as error:
         raise InputError(path, "cannot be read", "name a .csv score table", "--scores") from error
-    except (ValueError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(path, f"a value is no number ({error})", "mend the table", "--scores") from error
     return Scores(path, *np.array(rows).reshape(-1, 4).T, keys if keyed else None)
 
 

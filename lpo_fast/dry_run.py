@@ -6,7 +6,6 @@ they would have on a GPU, ``Meter`` follows the bytes that live at a time and co
 are read, no GPU is needed, and no run directory is written. Sizes are those of one process.
 """
 
-import json
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -28,10 +27,12 @@ from torch.utils.flop_counter import flop_registry
 from lpo_fast import (
     backbone,
     checkpoint,
+    latents,
     launch,
     loss,
     models,
     preflight,
+    ranks,
     sample,
     schedule,
     speed,
@@ -158,7 +159,7 @@ def built(kind: type[nn.Module], folder: Path) -> nn.Module:
         if kind in (UNet2DConditionModel, AutoencoderKL):
             network = kind.from_config(kind.load_config(folder))
         else:
-            network = kind(kind.config_class.from_pretrained(folder))
+            network = kind(kind.config_class.from_pretrained(folder, attn_implementation="sdpa"))
     return network.requires_grad_(False).eval()
 
 
@@ -220,7 +221,7 @@ def scorer(config: LPO, pixels: int) -> LatentRewardModel:
     channels = list(unet.config.block_out_channels)
     heads = {name: tuple(head["weight"].shape) for name, head in checkpoint.read_heads(path, channels).items()
              if name.endswith("_projection")}
-    own = json.loads((path / "lrm.json").read_text()) if (path / "lrm.json").is_file() else {}
+    own = checkpoint.recorded_settings(path)
     guidance = config.lrm_guidance or own.get("guidance_scale", 7.5)
     stages = own.get("multi_scale_cfg", False) if config.lrm_multi_scale_cfg is None else config.lrm_multi_scale_cfg
     encoders = [built(kind, (home if (home / name).is_dir() else base) / name)
@@ -380,6 +381,7 @@ def lrm(config: LRM) -> list[str]:
     parameters = trainable(reward)
     own = min(config.batch_size, len(used["train"])) // world  # train_lrm.own_size
     n = -(-own // config.accumulate)
+    encoded_at_once = train_lrm.part_size(2 * own, pixels)
     ids = [empty(n, e.config.max_position_embeddings, dtype=torch.int64) for e in reward.text_encoders]
     x, t, label = empty(2, n, unet["in_channels"], size, size), empty(2, n, dtype=torch.int64), empty(n)
 
@@ -389,18 +391,17 @@ def lrm(config: LRM) -> list[str]:
         return loss.preference(*unit, reward.logit_scale.exp(), label, label, t[0], t.T, loss_type=config.loss_type,
                                batch_coeff=config.batch_coeff, aux_loss_coeff=config.aux_loss_coeff)
     with on_cuda():
-        with speed.autocast(precision):
-            encoding = measure(lambda: vae.encode(empty(2 * n, 3, pixels, pixels)).latent_dist)
+        encoding = measure(lambda: train_lrm.encode(vae, empty(encoded_at_once, 3, pixels, pixels), precision))
         training = training_pass(forward, parameters, config.accumulate)
     gradients, optimizers = held(reward, True), optimizer_states(parameters)
     always = {"reward model, fp32": held(reward), "VAE, fp32": held(vae),
               f"optimizer state ({config.optimizer})": optimizers[config.optimizer]}
-    base = sum(always.values())
-    between = gradients if config.accumulate > 1 else 0
-    phases = {f"encoding {2 * n} pictures": base + between + encoding.peak,
+    base = sum(always.values()) + 2 * 4 * x.numel() * own // n  # and mean and deviation of each of the step's pictures, fp32
+    phases = {f"encoding, {encoded_at_once} pictures at a time": base + encoding.peak,
               f"training, {n} pairs a pass": base + training.peak}
     evaluations = 2 * (2 if max(config.guidance_scale) > 1 else 1)
-    work = encoding.flops / n, training.flops / n
+    work = 2 * encoding.flops / encoded_at_once, training.flops / n
+    kept = latents.needed(config, used, precision) if config.cache_latents else None
     return [
         heading("LRM", reward.family, pixels, precision), "",
         *parameter_table({"denoiser (down, mid)": list(reward.unet.parameters()),
@@ -408,6 +409,7 @@ def lrm(config: LRM) -> list[str]:
                           "projections, logit scale": heads_of(reward), "VAE": list(vae.parameters())}), "",
         *memory_table(always, training.kept, gradients, phases, optimizers), "",
         f"an optimizer step: {own} pairs a process in {-(-own // n)} passes; {config.max_steps} steps",
+        *([f"--cache-latents: {kept[0]:,} pictures to come, {kept[1] / 2**30:,.2f} GiB of disk"] if kept else []),
         *table(["network evaluations", "a pair", "a step"], [
             ["VAE's encoder", 2, 2 * own],
             [f"denoiser, down and mid ({evaluations // 2} a picture)", evaluations, evaluations * own]]), "",
@@ -422,8 +424,8 @@ def processes() -> int:
 
 def heading(stage: str, family: backbone.Family, pixels: int, precision: str) -> str:
     """The first line."""
-    return (f"dry run: {stage}, {family.name}, {pixels}×{pixels} pixels, networks in {names(precision)} (on CUDA), one of "
-            f"{processes()} processes")
+    return (f"dry run: {stage}, {family.name}, {pixels}×{pixels} pixels, networks in {names(precision)} (on CUDA), "
+            f"{'' if processes() == 1 else 'one of '}{ranks.named(processes())}")
 
 
 def names(precision: str) -> str:

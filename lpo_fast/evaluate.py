@@ -7,11 +7,7 @@ Under ``torchrun`` or ``accelerate launch`` the prompts are dealt out to the ran
 import csv
 import hashlib
 import json
-import os
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -30,7 +26,8 @@ from lpo_fast.errors import InputError
 from lpo_fast.score import Scorer, check_lrm
 
 RECORD = "settings.json"
-DRAWN = ("model", "lora", "tuned", "caption_key", "seed", "steps", "guidance", "eta", "pictures_per_prompt", "mixed_precision")
+DRAWN = ("model", "vae", "resolution", "lora", "tuned", "caption_key", "seed", "steps", "guidance", "eta",
+         "pictures_per_prompt", "mixed_precision")
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,10 @@ class Evaluate:
 
     model: str = ""
     """The base: a Stable Diffusion directory in diffusers layout."""
+    vae: str = ""
+    """Another VAE: a directory or hub name; default: the base's."""
+    resolution: int = 0
+    """Height and width of the pictures in pixels; 0: the denoiser's own. The LRM scores them at that of its own training."""
     lora: str = ""
     """The tuned model as a LoRA: a run directory, checkpoint_{n}/ or file."""
     tuned: str = ""
@@ -74,36 +75,44 @@ class Evaluate:
 
 
 def check(settings: Evaluate) -> tuple[list[str], dict[str, scorers.Score]]:
-    """Refuse what cannot work; the prompts and the scorers by name."""
+    """Refuse what cannot work, before a model is downloaded or converted; all prompts and the scorers by name."""
     cli.required(settings, "model", "prompts", "out")
-    cli.within(settings, 0, float("inf"), "number", "seed")
+    cli.within(settings, 0, float("inf"), "number", "seed", "resolution")
     cli.within(settings, 1, float("inf"), "pictures_per_prompt", "batch_size")
     cli.within(settings, 1, 999, "steps")
     cli.within(settings, 0, 1e6, "guidance")
     cli.within(settings, 0, 1, "eta")
     if settings.lora and settings.tuned:
         raise InputError(settings.tuned, "--lora is given as well", "give one of them", "--tuned")
+    prompts = data.read_prompts(settings.prompts, settings.caption_key)
+    specs = dict.fromkeys(settings.scorer)
+    short = [spec.rpartition(":")[2] for spec in specs]
+    named = {s if short.count(s) == 1 and s != "lrm" else spec: spec for s, spec in zip(short, specs, strict=True)}
+    functions = {name: scorers.resolve(spec) for name, spec in named.items()}
+    if settings.lora:
+        export.read(settings.lora)
+    preflight.writable(Path(settings.out))
+    return prompts, functions
+
+
+def check_models(settings: Evaluate, prompts: list[str]) -> None:
+    """Refuse models that do not go together, and a directory of pictures of others."""
     unet = preflight.pipeline(settings.model, "--model")
+    preflight.picture(LPO(model=settings.model, vae=settings.vae, resolution=settings.resolution), unet)
     if settings.lora:
         lora = export.read(settings.lora)
         with torch.device("meta"):
             export.check_fit(lora, policy.UNet2DConditionModel.from_config(unet), settings.lora)
         lora.rank  # noqa: B018 - raises where ranks differ
     if settings.tuned:
-        with assembled(settings) as folder:
+        with export.assembled(settings.tuned, settings.model) as folder:
             other = preflight.pipeline(folder, "--tuned")
         if differ := [key for key in ("in_channels", "sample_size") if other.get(key) != unet.get(key)]:
             raise InputError(settings.tuned, f"its {differ[0]} is {other.get(differ[0])}, the base's {unet.get(differ[0])}",
                              "compare models of one latent size", "--tuned")
     if settings.lrm:
-        check_lrm(settings.lrm, lrm_base(settings))
-    prompts = data.read_prompts(settings.prompts, settings.caption_key)
-    specs = dict.fromkeys(settings.scorer)
-    short = [spec.rpartition(":")[2] for spec in specs]
-    named = {s if short.count(s) == 1 and s != "lrm" else spec: spec for s, spec in zip(short, specs, strict=True)}
-    functions = {name: scorers.resolve(spec) for name, spec in named.items()}
+        check_lrm(settings.lrm, lrm_base(settings), settings.vae)
     directory(settings, record(settings, prompts))
-    return prompts[:settings.number or None], functions
 
 
 def lrm_base(settings: Evaluate) -> str:
@@ -117,7 +126,7 @@ def record(settings: Evaluate, prompts: list[str]) -> dict[str, object]:
     """What decides what the pictures look like; pictures of another record are not gone on with."""
     kept = {key: value for key, value in asdict(settings).items() if key in DRAWN}
     weights = {}
-    for path in filter(None, (settings.model, settings.lora, settings.tuned)):
+    for path in filter(None, (settings.model, settings.vae, settings.lora, settings.tuned)):
         root = Path(path)
         folders = [root] if root.is_file() else [p for p in (root, *(root / part for part in ("unet", "vae"))) if p.is_dir()]
         files = [f for p in folders for f in ([p] if p.is_file() else p.iterdir())
@@ -143,23 +152,6 @@ def directory(settings: Evaluate, wanted: dict[str, object]) -> None:
                              "name another directory, or use its own settings", "--out")
 
 
-@contextmanager
-def assembled(settings: Evaluate) -> Iterator[str]:
-    """The tuned model as a whole directory (of links): its own parts, and the base's where it has none."""
-    tuned, base = Path(settings.tuned), Path(settings.model)
-    if not tuned.is_dir():
-        raise InputError(settings.tuned, "no such directory", "name a model, or a run with unet/", "--tuned")
-    unet = tuned if (tuned / "config.json").is_file() and not (tuned / "unet").is_dir() else tuned / "unet"
-    if not (unet / "config.json").is_file():
-        raise InputError(settings.tuned, "holds no unet/", "name a model, or a run of full fine-tuning; a LoRA with --lora",
-                         "--tuned")
-    with tempfile.TemporaryDirectory() as folder:
-        for part in base.iterdir():
-            source = unet if part.name == "unet" else tuned / part.name if (tuned / part.name).exists() else part
-            os.symlink(source.absolute(), Path(folder) / part.name)
-        yield folder
-
-
 def sides(settings: Evaluate) -> tuple[str, ...]:
     """What is drawn: base, and tuned if there is such a model."""
     return compare.SIDES if settings.lora or settings.tuned else compare.SIDES[:1]
@@ -176,7 +168,7 @@ def draw(settings: Evaluate, prompts: list[str], items: list[int]) -> None:
         draw_with(settings, settings.model, prompts, items, sides(settings))
         return
     draw_with(settings, settings.model, prompts, items, ("base",))
-    with assembled(settings) as folder:
+    with export.assembled(settings.tuned, settings.model) as folder:
         draw_with(settings, folder, prompts, items, ("tuned",))
 
 
@@ -187,14 +179,14 @@ def draw_with(settings: Evaluate, model: str, prompts: list[str], items: list[in
     numbers = sorted({i // settings.pictures_per_prompt for wanted in missing.values() for i in wanted})
     if not numbers:
         return
-    config = LPO(model=model, num_steps=settings.steps, eta=settings.eta, mixed_precision=settings.mixed_precision,
-                 batch_size=settings.batch_size)
+    config = LPO(model=model, resolution=settings.resolution, num_steps=settings.steps, eta=settings.eta,
+                 mixed_precision=settings.mixed_precision, batch_size=settings.batch_size)
     if settings.lora:
         lora = export.read(settings.lora)
         config = replace(config, lora=settings.lora, rank=lora.rank, targets=tuple(lora.pairs))
     device = PartialState().device
     loaded, sched = policy.load(config, [prompts[n] for n in numbers], device)
-    shape = (loaded.unet.config.in_channels, *[loaded.unet.config.sample_size] * 2)
+    shape = policy.latent_shape(config, loaded.unet)
     place = {number: i for i, number in enumerate(numbers)}
     for side, wanted in missing.items():
         predict = loaded.predict if side == "tuned" and settings.lora else loaded.reference
@@ -202,7 +194,7 @@ def draw_with(settings: Evaluate, model: str, prompts: list[str], items: list[in
         for first in range(0, len(wanted), size := 8 * settings.batch_size):
             part = wanted[first:first + size]
             index = torch.tensor([place[i // settings.pictures_per_prompt] for i in part])
-            drawn = policy.pictures(predict, sched, Path(model), index, shape, guidance=settings.guidance,
+            drawn = policy.pictures(predict, sched, Path(settings.vae or model), index, shape, guidance=settings.guidance,
                                     seed=settings.seed, batch=settings.batch_size, items=torch.tensor(part),
                                     bring=loaded.bring)
             for i, pixels in zip(part, drawn.numpy(), strict=True):
@@ -226,14 +218,15 @@ def score(settings: Evaluate, prompts: list[str], items: list[int], functions: d
             for i, text in zip(items, texts, strict=True)]
     reward = None
     if settings.lrm and items:
-        reward = Scorer(settings.lrm, lrm_base(settings), batch_size=size, mixed_precision=settings.mixed_precision)
+        reward = Scorer(settings.lrm, lrm_base(settings), vae=settings.vae, batch_size=size,
+                        mixed_precision=settings.mixed_precision)
     for side in sides(settings):
         files = [picture(out, side, i) for i in items]
         values = {"lrm": reward(files, texts, rows=items).tolist()} if reward else {}
         for name, function in functions.items():
             values[name] = []
             for at in (slice(i, i + size) for i in range(0, len(files), size)):
-                pictures = [Image.open(file).convert("RGB") for file in files[at]]
+                pictures = [Image.open(file, formats=("PNG",)).convert("RGB") for file in files[at]]
                 values[name] += scorers.call(function, name, pictures, texts[at])
         for name, column in values.items():
             for row, value in zip(rows, column, strict=True):
@@ -263,16 +256,17 @@ def write(settings: Evaluate, rows: list[dict], names: list[str], prompts: int) 
 
 def run(settings: Evaluate) -> None:
     """The command, on every rank."""
-    cli.required(settings, "model")
-    given = {key: getattr(settings, key) for key in ("model", "tuned") if getattr(settings, key)}
-    settings = replace(settings, **{key: str(models.locate(name, cli.flag(key))) for key, name in given.items()})
     prompts, functions = check(settings)
+    given = {key: getattr(settings, key) for key in ("model", "vae", "tuned") if getattr(settings, key)}
+    settings = replace(settings, **{key: str(models.locate(name, cli.flag(key))) for key, name in given.items()})
+    check_models(settings, prompts)
+    wanted, prompts = record(settings, prompts), prompts[:settings.number or None]
     state = PartialState(cpu=not torch.cuda.is_available())
     state.wait_for_everyone()  # all have looked at --out before the first writes there
     out = Path(settings.out)
     if state.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
-        runs.write_json(out / RECORD, record(settings, data.read_prompts(settings.prompts, settings.caption_key)))
+        runs.write_json(out / RECORD, wanted)
     each = settings.pictures_per_prompt
     items = [n * each + k for n in range(state.process_index, len(prompts), state.num_processes) for k in range(each)]
     draw(settings, prompts, items)

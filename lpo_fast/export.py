@@ -1,10 +1,15 @@
-"""python -m lpo_fast.export: a LoRA merged into its model (a whole diffusers directory), or in the form that diffusers reads.
+"""python -m lpo_fast.export: a LoRA merged into its model (a whole diffusers directory), or in the form that diffusers reads;
+or a whole directory of full fine-tuning.
 
     W' = W + B·A          for every layer that the LoRA adapts, in fp32; alpha / r is part of B
 """
 
+import os
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,18 +27,20 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 
 @dataclass(frozen=True)
 class Export:
-    """Merge a LoRA into its model, or convert it to pytorch_lora_weights.safetensors."""
+    """A whole model of a LoRA or of full fine-tuning, or a LoRA converted to pytorch_lora_weights.safetensors."""
 
     lora: str = ""
     """LoRA: a run directory, checkpoint_{n}/, unet_lora.pt or pytorch_lora_weights.safetensors."""
+    tuned: str = ""
+    """Or full fine-tuning: its run directory, checkpoint_{n}/ or unet/."""
     model: str = ""
     """The model that it was trained on: a diffusers directory (with --form lora it may be left out)."""
     out: str = ""
     """Directory to write; it must not exist, or be empty."""
     form: Literal["merged", "lora"] = "merged"
-    """merged: the whole model, with the LoRA in its weights. lora: pytorch_lora_weights.safetensors."""
+    """merged: the whole model, with what was trained in its weights. lora: pytorch_lora_weights.safetensors."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Precision of the merged denoiser as it is saved; small changes drown in bf16's rounding."""
+    """Precision of the denoiser as it is saved; small changes drown in bf16's rounding."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +90,27 @@ def merge(unet: nn.Module, lora: Lora) -> None:
         weight += (b.to(weight.device).flatten(1) @ a.to(weight.device).flatten(1)).view_as(weight)
 
 
-def save_merged(model: Path, lora: Lora, out: Path, dtype: str) -> None:
+@contextmanager
+def assembled(name: str, model: str | Path) -> Iterator[str]:
+    """A tuned model as a whole directory (of links): its own parts, and those of its base ``model`` where it has none."""
+    tuned = Path(name)
+    if not tuned.is_dir():
+        raise InputError(name, "no such directory", "name a model, or a run with unet/", "--tuned")
+    unet = tuned if (tuned / "config.json").is_file() and not (tuned / "unet").is_dir() else tuned / "unet"
+    if not (unet / "config.json").is_file():
+        raise InputError(name, "holds no unet/", "name a model, or a run of full fine-tuning; a LoRA with --lora", "--tuned")
+    with tempfile.TemporaryDirectory() as folder:
+        for part in Path(model).iterdir():
+            source = unet if part.name == "unet" else tuned / part.name if (tuned / part.name).exists() else part
+            os.symlink(source.absolute(), Path(folder) / part.name)
+        yield folder
+
+
+def save_merged(model: Path, lora: Lora | None, out: Path, dtype: str) -> None:
     """The model's directory with the LoRA in its denoiser; single-file checkpoints that lie beside its parts stay behind."""
     unet = backbone.load_unet(model)
-    merge(unet, lora)
+    if lora:
+        merge(unet, lora)
     with checkpoint.replacing(out) as aside:
         aside.mkdir()
         for part in sorted(part for part in model.iterdir() if not part.name.startswith(".")):
@@ -103,12 +127,22 @@ def save_lora(lora: Lora, out: Path) -> None:
                            for suffix, tensor in zip((A, B), pair, strict=True)}, out)
 
 
-def check(settings: Export) -> Lora:
-    """Refuse what cannot work; the LoRA."""
-    cli.required(settings, "lora", "out")
+def check(settings: Export) -> Lora | None:
+    """Refuse what cannot work; the LoRA, if it is one."""
+    cli.required(settings, "out", *([] if settings.tuned else ["lora"]))
+    if settings.tuned and (settings.lora or settings.form == "lora"):
+        raise InputError(settings.tuned, "is full fine-tuning, and no LoRA", "drop --tuned, or --lora and --form lora",
+                         "--tuned")
     unet = preflight.pipeline(settings.model, "--model") if settings.model or settings.form == "merged" else None
-    lora = read(settings.lora)
-    if unet:
+    place = Path(settings.lora)
+    if settings.lora and (place / "unet").is_dir() and not any(
+            (place / name).is_file() for name in (checkpoint.LORA_DIFFUSERS, checkpoint.LORA_OFFICIAL)):
+        raise InputError(settings.lora, "is full fine-tuning, and no LoRA", "name it with --tuned", "--lora")
+    lora = None if settings.tuned else read(settings.lora)
+    if settings.tuned:
+        with assembled(settings.tuned, models.locate(settings.model, "--model")) as folder:
+            preflight.pipeline(folder, "--tuned")
+    elif unet:
         with torch.device("meta"):
             check_fit(lora, UNet2DConditionModel.from_config(unet), settings.lora)
     out = Path(settings.out)
@@ -121,6 +155,11 @@ def check(settings: Export) -> Lora:
 def run(settings: Export) -> None:
     """The command."""
     lora, out = check(settings), Path(settings.out)
+    if settings.tuned:
+        with assembled(settings.tuned, models.locate(settings.model, "--model")) as folder:
+            save_merged(Path(folder), None, out, settings.dtype)
+        print(f"model: {out}, denoiser in {settings.dtype}")
+        return
     if settings.form == "lora":
         save_lora(lora, out)
         print(f"LoRA: {out / checkpoint.LORA_DIFFUSERS}, {len(lora.pairs)} layers")

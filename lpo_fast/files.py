@@ -1,13 +1,21 @@
 """Files: written beside their target and renamed into place, so a killed run leaves no half file; read without running code.
 
 Names that begin with a dot and end in .new (being written), .old (being replaced) or .gone (being removed) are a writer's own.
+Whatever is read may be damaged or hostile: it is refused with an InputError, and never takes much more memory than its size.
 """
 
+import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
+import stat
+import sys
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +23,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lpo_fast.errors import InputError
 
 SUMS = "checksums.json"  # of a directory: {file: SHA-256}
 RECORD = 1024  # bytes that names and records take beside a parameter and its optimizer's state
+LARGEST_CONFIG = 100_000  # bytes; the official ones have 3,000. YAML's sexagesimal numbers take time quadratic in it
+LARGEST_PICTURE = 2**28  # bytes of a picture that is named by its file
 
 
 @contextmanager
@@ -95,6 +107,41 @@ def sweep(folder: Path) -> None:
         _settle(old, folder / old.name[1:-len(".old")])
     for left in (*folder.glob(".*.new"), *folder.glob(".*.gone")):
         _remove(left)
+
+
+@contextmanager
+def once(target: Path) -> Iterator[Path | None]:
+    """A fresh path that becomes ``target`` (file or directory), or None if that is there: what is made once for all.
+
+    Of many processes one makes it and the others wait. What a killed one left is removed. Where the file system has no locks
+    each makes its own, and the first remains.
+    """
+    own = target.with_name(f"{target.name}.{platform.node()}-{os.getpid()}")
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(target.with_name(f".{target.name}.lock"), "a", encoding="utf-8")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            locked = True
+        except OSError as error:
+            print(f"warning: {target.parent} cannot be locked ({error.strerror})", file=sys.stderr)
+            locked = False
+        if target.exists():
+            yield None
+            return
+        name = glob.escape(target.name)
+        for left in (*target.parent.glob(f"{name}.*-*"), *target.parent.glob(f".{name}.*-*.new")) if locked else ():
+            _remove(left)
+        with replacing(own) as aside:
+            yield aside
+        try:
+            os.rename(own, target)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        finally:
+            _remove(own)
 
 
 def _settle(old: Path, target: Path) -> None:
@@ -192,14 +239,25 @@ def check_room(folder: Path, size: int, remedy: str) -> None:
 
 
 def read_pickle(file: Path, key: str = "", mmap: bool = False) -> dict:
-    """A .pt file, read without running code (mmap: only the tensors that are used).
+    """The dictionary in a .pt, .bin or .ckpt file, read without running code (mmap: only the tensors that are used).
 
-    Raises InputError if it is damaged or holds anything but tensors.
+    Raises InputError if it is damaged, holds anything but tensors and plain values, or claims more than the file has.
     """
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(file))
+        if zipped := zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as members:
+                if sum(member.file_size for member in members.infolist()) > file.stat().st_size:
+                    raise ValueError("it is compressed, which torch never does")  # 10 MB may become 10 GB
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+        if not isinstance(state, dict):
+            raise ValueError("it is no dictionary")
+        for leaf in tree_leaves(state):  # a stride of 0 makes terabytes of one number
+            if isinstance(leaf, Tensor) and (leaf.layout != torch.strided or leaf.nbytes > leaf.untyped_storage().nbytes()):
+                raise ValueError("a tensor is larger than what is stored of it")
+        return state
     except Exception as error:  # torch raises many kinds for damaged or hostile files
-        raise InputError(str(file), f"cannot be read safely ({type(error).__name__})",
+        reason = type(error).__name__ + (f": {error}" if type(error) is ValueError else "")
+        raise InputError(str(file), f"cannot be read safely ({reason})",
                          "use a file written by the official code or by lpo_fast", key) from error
 
 
@@ -210,3 +268,66 @@ def read_safetensors(file: Path, key: str) -> tuple[dict[str, Tensor], dict[str,
             return {name: tensors.get_tensor(name) for name in tensors.keys()}, tensors.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise InputError(str(file), f"cannot be read ({error})", "copy or download it again", key) from error
+
+
+def parse_json(text: str) -> object:
+    """JSON's value. Raises ValueError, also for keys that occur twice and for what is nested too deeply."""
+    try:
+        return json.loads(text, object_pairs_hook=_distinct)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> dict:
+    found: dict = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {name!r} occurs twice")
+        found[name] = value
+    return found
+
+
+def read_json(file: Path, key: str, remedy: str = "download it again") -> dict:
+    """The object in a .json file. Raises InputError naming it."""
+    try:
+        value = parse_json(file.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it is no object")
+        return value
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError) as error:
+        raise InputError(str(file), f"cannot be read as JSON ({error})", remedy, key) from error
+
+
+def read_config(file: Path, key: str) -> dict:
+    """The nested dictionary of a .json, .toml or .yaml file: data alone, nothing in it runs. Raises InputError naming it."""
+    try:
+        if file.stat().st_size > LARGEST_CONFIG:
+            raise ValueError(f"it has more than {LARGEST_CONFIG:,} bytes")
+        text = file.read_text(encoding="utf-8")
+        value = {".json": parse_json, ".toml": tomllib.loads}.get(file.suffix, _yaml)(text)
+        if not isinstance(value, dict):
+            raise ValueError("it is no mapping")
+        if any(isinstance(leaf, int) and abs(leaf) >= 2**63 for leaf in tree_leaves(value)):
+            raise ValueError("a number has more than 64 bits")
+        return value
+    except (ValueError, OSError, RecursionError, yaml.YAMLError) as error:  # also TOMLDecodeError, UnicodeDecodeError
+        kind = file.suffix.removeprefix(".").upper().replace("YML", "YAML") or "YAML"
+        raise InputError(str(file), f"is no {kind} ({(str(error).splitlines() or [type(error).__name__])[0]})", "mend it",
+                         key) from error
+
+
+def _yaml(text: str) -> object:
+    """YAML of plain values. Aliases are refused: a few of them, nested, name a billion values."""
+    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
+        raise ValueError("it has aliases (*name); write the values")
+    return yaml.safe_load(text)
+
+
+def read_picture(path: Path, most: int = LARGEST_PICTURE) -> bytes:
+    """A regular file's bytes. Raises ValueError for a device or a pipe, which may never end, and for more than ``most``."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode) or about.st_size > most:
+        raise ValueError(f"{path} is no file of at most {most:,} bytes")
+    return path.read_bytes()

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from lpo_fast import backbone, files
 from lpo_fast.config import LPO, LRM
@@ -36,8 +36,12 @@ MODEL = (*(f"{part}/{name}" for part in PARTS for name in PART),
          "tokenizer/*", "tokenizer_2/*", "scheduler/*", "model_index.json", "state_dict.pt", "lrm.json",
          "config.json", "diffusion_pytorch_model.safetensors")
 CLIP = ("config.json", "model.safetensors")
+TOKENIZER = ("tokenizer/*", "tokenizer_2/*", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+             "merges.txt")
 VARIANTS = ("*.fp16*", "*.non_ema*")
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(/(?P<folder>[\w./-]+))?(@(?P<revision>[\w./-]+))?")
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last: diffusers' own safety checker
+CONTEXT = "attn2.to_k.weight"  # a matrix over the text's features, as wide as those: 768, 1024 or 2048
 RESOLVED: dict[str, str] = {}  # names that were looked up in this process → ORG/NAME[/FOLDER]@COMMIT
 
 
@@ -99,19 +103,51 @@ def single_file(file: Path, flag: str) -> Path:
     folder, configs = Path(constants.HF_HOME) / "lpo_fast" / f"{file.stem}-{key}", file.with_suffix("")
     if folder.is_dir():
         return folder
-    if file.suffix == ".ckpt":
-        files.read_pickle(file, flag, mmap=True)
-    cls = StableDiffusionXLPipeline if unet_config(str(file)).get("addition_embed_type") else StableDiffusionPipeline
-    try:
-        pipeline = cls.from_single_file(str(file), config=str(configs) if configs.is_dir() else None,
-                                        local_files_only=constants.HF_HUB_OFFLINE or configs.is_dir())
-    except Exception as error:  # diffusers raises many kinds, the hub others
-        raise InputError(str(file), f"cannot be converted ({type(error).__name__}: {str(error).splitlines()[0][:160]})",
-                         f"its configs and tokenizers are not in one file: put those of its base model into {configs}/ "
-                         "(or let diffusers reach the hub)", flag) from error
-    with files.replacing(folder) as aside:
-        pipeline.save_pretrained(aside)
+    found = single_file_unet(file, flag)
+    if configs.is_dir():
+        check_index(configs, flag)
+    cls = StableDiffusionXLPipeline if found.get("addition_embed_type") else StableDiffusionPipeline
+    with files.once(folder) as aside:
+        if aside:
+            try:
+                pipeline = cls.from_single_file(str(file), config=str(configs) if configs.is_dir() else None,
+                                                local_files_only=constants.HF_HUB_OFFLINE or configs.is_dir())
+            except Exception as error:  # diffusers raises many kinds, the hub others
+                raise InputError(
+                    str(file), f"cannot be converted ({type(error).__name__}: {str(error).splitlines()[0][:160]})",
+                    f"its configs and tokenizers are not in one file: put those of its base model into {configs}/ (or let "
+                    "diffusers reach the hub)", flag) from error
+            pipeline.save_pretrained(aside)
     return folder
+
+
+def single_file_unet(file: Path, flag: str = "") -> dict:
+    """What the tensors of a checkpoint in one file tell of its denoiser's config. Raises InputError if they tell nothing."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as tensors:
+                shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys() if CONTEXT in name]
+        else:
+            state = files.read_pickle(file, flag, mmap=True)
+            shapes = [tensor.shape for name, tensor in state.get("state_dict", state).items() if CONTEXT in name]
+        if len(widths := {width for _, width in shapes}) != 1:
+            raise ValueError(f"{len(shapes)} of them, of {len(widths)} widths")
+    except (SafetensorError, OSError, AttributeError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(str(file), f"is no checkpoint of SD1.5, SD2.1 or SDXL, which are told apart by {CONTEXT} ({error})",
+                         "name a whole Stable Diffusion checkpoint, or download it again", flag) from error
+    width = widths.pop()
+    return {"cross_attention_dim": width} | ({"addition_embed_type": "text_time"} if width == 2048 else {})
+
+
+def check_index(folder: Path, flag: str) -> None:
+    """Refuse a model_index.json that names other libraries than a pipeline's own: diffusers would import what it names."""
+    index = files.read_json(folder / "model_index.json", flag) if (folder / "model_index.json").is_file() else {}
+    for name, value in index.items():
+        if isinstance(value, list) and value and value[0] not in (None, *LIBRARIES):
+            raise InputError(str(folder / "model_index.json"), f"takes its {name} from {value[0]!r}, which is imported",
+                             f"use parts of {', '.join(LIBRARIES)}", flag)
 
 
 def unet_config(name: str, revision: str = "") -> dict:
@@ -119,9 +155,7 @@ def unet_config(name: str, revision: str = "") -> dict:
     path, hub = Path(name), NAME.fullmatch(name)
     try:
         if path.is_file():
-            with safe_open(path, "pt") as tensors:
-                context = tensors.get_slice(next(n for n in sorted(tensors.keys()) if "attn2.to_k.weight" in n)).get_shape()[1]
-            return {"cross_attention_dim": context} | ({"addition_embed_type": "text_time"} if context == 2048 else {})
+            return single_file_unet(path)
         if hub and not path.exists():
             file = "/".join(filter(None, (hub["folder"], "unet/config.json")))
             path = Path(huggingface_hub.hf_hub_download(hub["repo"], file, revision=revision or hub["revision"])).parent.parent
@@ -148,6 +182,13 @@ def lrm(config: LPO) -> Path:
 def base(config: LPO) -> Path:
     """--lrm-base, or the model."""
     return locate(config.lrm_base, "--lrm-base") if config.lrm_base else model(config)
+
+
+def tokenizer(config: LPO) -> Path:
+    """--lrm-tokenizer, or the LRM with its own tokenizers, or its base."""
+    if config.lrm_tokenizer:
+        return locate(config.lrm_tokenizer, "--lrm-tokenizer", wanted=TOKENIZER)
+    return lrm(config) if (lrm(config) / "tokenizer").is_dir() else base(config)
 
 
 def clip(config: LRM) -> str | None:

@@ -1,7 +1,8 @@
 """The official LPO launch line as settings of ours: --config FILE.py [--config.a.b=value …] [our own flags].
 
-FILE.py is code and runs, as with the official script, because the command line names it. Every key of its config is taken
-over, refused by name, or (dataloader workers) said to have nothing to do here.
+FILE.py is code and runs, as with the official script, because the command line names it. FILE.toml, .yaml or .json holds the
+same keys as data (a key whose value is None is left out), and nothing runs. Every key is taken over, refused by name, or
+(dataloader workers) said to have nothing to do here.
 """
 
 import ast
@@ -10,11 +11,14 @@ import os
 import runpy
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, get_args
 
-from lpo_fast.config import LPO
+from lpo_fast import cli, files
+from lpo_fast.config import LPO, Precision, check_lora_flags, component
 from lpo_fast.errors import InputError
+from lpo_fast.official_lrm import typed
 
 # Official keys and the fields that they set, where the value is taken over as it is.
 SAME = {
@@ -42,7 +46,9 @@ WORKED_OUT = {
     "validation_prompts", "train.divert_start_step", "train.divert_end_step",
 }
 IDLE = {"dataloader_num_workers": "prompts are encoded once for the run", "dataloader_pin_memory": "no prompt batch is copied"}
+SHAPES = ("none", "linear", "sigma", "variance")
 NAMES = {"compare_func_cfg.type": "preference_score_compare", "dataset_cfg.type": "PromptDataset"}
+DATA = (".toml", ".yaml", ".yml", ".json")
 MODELS = ("sd15_preference_model_func", "sdxl_preference_model_func")
 CLIP_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # gives the ids of every Stable Diffusion 1.5's own tokenizer
 
@@ -73,12 +79,19 @@ def split(argv: list[str]) -> tuple[str, dict[str, str], list[str]]:
 
 
 def load(file: str) -> dict:
-    """What get_config() of a config file returns, as nested dicts; it may import from the current directory."""
+    """What get_config() of a .py file returns, which may import from the current directory, or, without one, its names
+    (exp_config.py, a run's record); or what a file of data holds."""
+    kind = Path(file).suffix
     if not Path(file).is_file():
         raise InputError(file, "no such file", "name an official config file", "--config")
+    if kind in DATA:
+        return files.read_config(Path(file), "--config")
+    if kind != ".py":
+        raise InputError(file, f"unknown kind {kind!r}", f"use .py, which runs, or {', '.join(DATA)}, which do not", "--config")
     sys.path.insert(0, os.getcwd())
     try:
-        config = runpy.run_path(file)["get_config"]()
+        found = runpy.run_path(file)
+        config = found["get_config"]() if "get_config" in found else {k: v for k, v in found.items() if k[:2] != "__"}
         return plain(config.to_dict() if hasattr(config, "to_dict") else config)
     except ModuleNotFoundError as error:
         remedy = ("pip install 'lpo_fast[official]'" if error.name in ("ml_collections", "absl") else
@@ -99,7 +112,7 @@ def flat(config: dict, prefix: str = "") -> dict[str, object]:
     """Nested dicts as one, with dotted keys."""
     found = {}
     for key, value in config.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 
 
@@ -140,44 +153,58 @@ def settings(config: dict[str, object]) -> tuple[LPO, list[str]]:
     for key, only in NAMES.items():
         if config.get(key, only) != only:
             raise InputError(str(config[key]), "is not known", f"use {only}", f"config.{key}")
+    config = {key: value for key, value in config.items() if value is not None}  # what a file of data leaves out
+
+    def of(key: str, kind: type, default: object) -> Any:
+        return typed(f"config.{key}", config.get(key, default), kind)
     if config.get("dynamic_beta"):
         raise InputError("True", "has no effect in the official code", "set it to False", "config.dynamic_beta")
-    if config.get("sample.num_inner_step", 0) > 0:
+    if of("sample.num_inner_step", int, 0) > 0:
         raise InputError(str(config["sample.num_inner_step"]), "has no effect in the official code", "set it to 0",
                          "config.sample.num_inner_step")
     kind = config.get("preference_model_func_cfg.type")
     if kind not in MODELS:
         raise InputError(str(kind), "is no known reward model", f"use {' or '.join(MODELS)}",
                          "config.preference_model_func_cfg.type")
-    guidance = config.get("preference_model_func_cfg.guidance_scale", 7.5)
-    multi_scale = config.get("preference_model_func_cfg.multi_scale", True)
-    heads = Path(str(config.get("preference_model_func_cfg.ft_model_path", ""))) / "state_dict.pt"
-    if heads.is_file():
-        from lpo_fast import checkpoint, preflight
-        channels = preflight.read_config(heads.parent / "unet", "--lrm")["block_out_channels"]
-        width = checkpoint.read_heads(heads.parent, channels)["visual_projection"]["weight"].shape[1]
-        if (width > channels[-1]) != multi_scale:
-            raise InputError(str(multi_scale), f"the reward model in {heads.parent} says {not multi_scale}",
-                             "set it to that", "config.preference_model_func_cfg.multi_scale")
-    shape = config.get("compare_func_cfg.dynamic_threshold")
-    low, high = config.get("compare_func_cfg.threshold_min", 0.2), config.get("compare_func_cfg.threshold_max", 0.5)
-    if shape is None:
-        low = high = config["compare_func_cfg.threshold"]
-    first, end = (int(config.get(f"train.divert_{name}_step", 0)) for name in ("start", "end"))
-    tokenizer = config.get("dataset_cfg.pretrained_tokenzier_path", CLIP_TOKENIZER)
-    values = {field: config[key] for key, field in SAME.items() if key in config} | {
-        "out": str(Path(config.get("logdir", "logs/lpo")) / config.get("run_name", "test")),
-        "keep_checkpoints": config.get("num_checkpoint_limit") or 0,
-        "attention": attention(notes) if config.get("use_xformers") else "sdpa",
-        "log_with": "wandb" if config.get("use_wandb") else "",
-        "tracker_entity": config.get("wandb_entity_name") or "",
-        "full": not config.get("use_lora", True),
-        "lrm_guidance": (float(guidance),),
-        "threshold_shape": shape or "none", "threshold_min": low, "threshold_max": high,
+    guidance = of("preference_model_func_cfg.guidance_scale", float, 7.5)
+    multi_scale = of("preference_model_func_cfg.multi_scale", bool, True)
+    lrm = Path(of("preference_model_func_cfg.ft_model_path", str, ""))
+    if (lrm.is_file() or (lrm / "state_dict.pt").is_file()) and is_multi_scale(lrm) != multi_scale:
+        raise InputError(str(multi_scale), f"the reward model in {lrm} says {not multi_scale}",
+                         "set it to that", "config.preference_model_func_cfg.multi_scale")
+    shape = of("compare_func_cfg.dynamic_threshold", str, "none")
+    if shape not in SHAPES:
+        raise InputError(shape, "no such threshold", f"use {', '.join(SHAPES)}", "config.compare_func_cfg.dynamic_threshold")
+    low, high = of("compare_func_cfg.threshold_min", float, 0.2), of("compare_func_cfg.threshold_max", float, 0.5)
+    if shape == "none":
+        low = high = of("compare_func_cfg.threshold", float, 0.3)
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "auto")
+    if precision not in get_args(Precision):
+        raise InputError(precision, "is a precision that LPO does not have", "launch with fp16, bf16 or no",
+                         "ACCELERATE_MIXED_PRECISION")
+    first, end = (of(f"train.divert_{name}_step", int, 0) for name in ("start", "end"))
+    tokenizer = of("dataset_cfg.pretrained_tokenzier_path", str, CLIP_TOKENIZER)
+    prompts = config.get("validation_prompts", ())
+    if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError(str(prompts), "is no list of text", "use a list of prompts", "config.validation_prompts")
+    name = of("run_name", str, "test")
+    if not component(name):  # the directory is the user's choice, and what is in it ours
+        raise InputError(name, "is no name of a directory in logdir", "use a name without / and .., and name the directory "
+                         "with --config.logdir", "config.run_name")
+    kinds = {field.name: type(field.default) for field in fields(LPO)} | {"lrm_multi_scale_cfg": bool}
+    values = {field: typed(f"config.{key}", config[key], kinds[field]) for key, field in SAME.items() if key in config} | {
+        "out": str(Path(of("logdir", str, "logs/lpo")) / name),
+        "keep_checkpoints": of("num_checkpoint_limit", int, 0),
+        "attention": attention(notes) if of("use_xformers", bool, False) else "sdpa",
+        "log_with": "wandb" if of("use_wandb", bool, False) else "",
+        "tracker_entity": of("wandb_entity_name", str, ""),
+        "full": not of("use_lora", bool, True),
+        "lrm_guidance": (guidance,),
+        "threshold_shape": shape, "threshold_min": low, "threshold_max": high,
         "lrm_tokenizer": "" if tokenizer == CLIP_TOKENIZER or kind == MODELS[1] else tokenizer,
-        "optimizer": "adamw8bit" if config.get("train.use_8bit_adam") else "adamw",
-        "validation_prompts": tuple(config.get("validation_prompts") or ()),
-        "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "auto"),
+        "optimizer": "adamw8bit" if of("train.use_8bit_adam", bool, False) else "adamw",
+        "validation_prompts": tuple(prompts),
+        "mixed_precision": precision,
         "pictures": 0, "steps_used": f"{first}:{end}" if first or end else "",
     }
     if values.get("guidance_scale", 5.0) <= 1:
@@ -185,33 +212,53 @@ def settings(config: dict[str, object]) -> tuple[LPO, list[str]]:
     return replace(LPO(), **values), notes
 
 
+def is_multi_scale(lrm: Path) -> bool:
+    """Whether an LRM, a directory or a single file, projects more features than its mid block gives."""
+    from lpo_fast import checkpoint, preflight
+    if not lrm.is_file():
+        channels = preflight.denoiser(lrm, "--lrm")["block_out_channels"]
+        return checkpoint.read_heads(lrm, channels)["visual_projection"]["weight"].shape[1] > channels[-1]
+    state = checkpoint.read_pickle(lrm, "--lrm", mmap=True)
+    try:
+        return state["visual_projection.weight"].shape[1] > len(state["unet.mid_block.resnets.0.conv1.weight"])
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise InputError(str(lrm), f"is no reward model ({error})", "name the single file of an LRM-XL", "--lrm") from error
+
+
 def attention(notes: list[str]) -> str:
-    """xformers where it runs; else PyTorch's memory-efficient attention, which computes the same."""
+    """xformers where it runs; else "auto", which then is PyTorch's memory-efficient attention and computes the same."""
     from lpo_fast import speed
     if not speed.xformers_problem():
         return "xformers"
     notes.append("use_xformers: xformers does not run here, PyTorch's memory-efficient attention computes the same")
-    return "sdpa"
+    return "auto"
 
 
 def parse(argv: list[str]) -> tuple[LPO, list[str]]:
     """Settings and notes of an official launch line; our own flags win over the file."""
-    import tyro
     file, changes, rest = split(argv)
     config, notes = settings(override(flat(load(file)), changes))
     if rest:
-        config = tyro.cli(LPO, args=rest, default=config, prog="python -m lpo_fast.train --config FILE.py",
-                          config=(tyro.conf.FlagCreatePairsOff,))
+        given = cli.parse(LPO, rest, "train --config FILE.py", default=config)
+        check_lora_flags(given, config)
+        config = given
     return config, notes
 
 
-def render(config: LPO) -> str:
-    """exp_config.py, as the official script writes it: a run's settings under the official keys."""
+def render(config: LPO, lrm: Any) -> str:
+    """exp_config.py, as the official script writes it: a run's settings under the official keys, of which none is left out.
+
+    lrm: the run's LatentRewardModel. Of a guidance that changes over the timesteps the record holds the first number.
+    """
     values = {key: getattr(config, field) for key, field in SAME.items()} | {
         "logdir": str(Path(config.out).parent), "run_name": Path(config.out).name,
-        "num_checkpoint_limit": config.keep_checkpoints or None, "use_xformers": config.attention == "xformers",
+        "num_checkpoint_limit": config.keep_checkpoints or None, "use_xformers": config.attention != "sdpa",
         "use_wandb": config.log_with == "wandb", "wandb_entity_name": config.tracker_entity or None,
-        "use_lora": not config.full, "preference_model_func_cfg.guidance_scale": (config.lrm_guidance or (7.5,))[0],
+        "use_lora": not config.full, "dynamic_beta": False, "dataloader_num_workers": 0, "dataloader_pin_memory": False,
+        "preference_model_func_cfg.type": MODELS[lrm.family.time_ids], "preference_model_func_cfg.multi_scale": lrm.multi_scale,
+        "preference_model_func_cfg.multi_scale_cfg": lrm.multi_scale_cfg,
+        "preference_model_func_cfg.guidance_scale": lrm.guidance_scale[0],
+        "sample.num_inner_step": 0, "sample.inner_start_step": 0,
         "compare_func_cfg.type": NAMES["compare_func_cfg.type"], "compare_func_cfg.threshold": config.threshold_min,
         "compare_func_cfg.dynamic_threshold": None if config.threshold_shape == "none" else config.threshold_shape,
         "compare_func_cfg.threshold_min": config.threshold_min, "compare_func_cfg.threshold_max": config.threshold_max,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from lpo_fast import files
 from lpo_fast.config import LRM, Columns
 from lpo_fast.errors import InputError
 
@@ -202,12 +203,10 @@ def _find(options: dict[str, str]) -> Path:
 
 def _read(file: Path) -> tuple[dict[str, Any], str]:
     """Flat keys of a YAML file, and the family by the structured config that it names."""
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
-        raise InputError(str(file), f"is no YAML ({str(error).splitlines()[0]})", "mend it", "--config-name") from error
-    names = tree.pop("defaults", None) if isinstance(tree, dict) else None
-    families = [CONFIGS[name] for name in names or () if isinstance(name, str) and name in CONFIGS]
+    tree = files.read_config(file, "--config-name")
+    names = tree.pop("defaults", None)
+    names = names if isinstance(names, list) else [names]
+    families = [CONFIGS[name] for name in names if isinstance(name, str) and name in CONFIGS]
     if len(families) != 1 or not set(map(str, names)) <= {*CONFIGS, "_self_"}:
         raise InputError(str(file), f"its defaults are {names}", f"name one of {', '.join(CONFIGS)} and _self_ there",
                          "--config-name")
@@ -224,7 +223,7 @@ def _flat(tree: dict, before: str = "") -> dict[str, Any]:
 def _value(text: str, name: str) -> Any:
     try:
         return yaml.safe_load(text) if text else ""
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(text, "cannot be read as a value", "quote it", name) from error
 
 
@@ -256,22 +255,22 @@ def _settings(values: dict[str, Any], keys: dict[str, Key]) -> LRM:
     kinds = {field.name: type(getattr(LRM(), field.name)) for field in fields(LRM)}
     for name, key in keys.items():
         if key.field.startswith("columns."):
-            columns[key.field.removeprefix("columns.")] = _typed(name, values[name], str)
+            columns[key.field.removeprefix("columns.")] = typed(name, values[name], str)
         elif key.field:
-            settings[key.field] = _typed(name, values[name], kinds[key.field])
+            settings[key.field] = typed(name, values[name], kinds[key.field])
 
-    def typed(name: str, kind: Callable) -> Any:
-        return _typed(name, values[name], kind)
+    def of(name: str, kind: Callable) -> Any:
+        return typed(name, values[name], kind)
     pairs, scores = settings["pairs"], settings["scores"]
-    if typed("dataset.from_disk", bool) and not Path(pairs).is_dir():
+    if of("dataset.from_disk", bool) and not Path(pairs).is_dir():
         raise InputError(pairs, "no such directory, and from_disk is set", "name what save_to_disk wrote",
                          "dataset.dataset_name")
-    if typed("dataset.keep_only_with_pesudo_preference", bool):
+    if of("dataset.keep_only_with_pesudo_preference", bool):
         if not scores:
             raise InputError("(none)", "the filter is on and has no score table", "name the .csv (python -m "
                              "lpo_fast.score_table makes one), or set dataset.keep_only_with_pesudo_preference=False",
                              "dataset.pseudo_preference_path")
-        strategy = typed("dataset.filter_strategy", int)
+        strategy = of("dataset.filter_strategy", int)
         if strategy not in (1, 2, 3):
             raise InputError(str(strategy), "no such strategy", "use 1, 2 or 3", "dataset.filter_strategy")
     else:
@@ -282,21 +281,21 @@ def _settings(values: dict[str, Any], keys: dict[str, Key]) -> LRM:
                          "accelerator.mixed_precision")
     if settings["loss_type"] not in ("pair", "batch", "both"):
         raise InputError(settings["loss_type"], "no such loss", "use pair, batch or both", "criterion.loss_type")
-    processes, each = int(os.environ.get("WORLD_SIZE", "1")), typed("dataset.batch_size", int)
+    processes, each = int(os.environ.get("WORLD_SIZE", "1")), of("dataset.batch_size", int)
     batch = each * processes * settings["accumulate"]
     if os.environ.get("RANK", "0") == "0":
         print(f"dataset.batch_size {each} is a process's: {batch} pairs an optimizer step = {each} × {processes} processes × "
               f"{settings['accumulate']} passes")
-    offset = typed("model.noise_offset", bool) if "model.noise_offset" in values else False
-    resume = typed("accelerator.resume_from_checkpoint", bool) and any(Path(settings["out"]).glob("state*.pt"))
+    offset = of("model.noise_offset", bool) if "model.noise_offset" in values else False
+    resume = of("accelerator.resume_from_checkpoint", bool) and any(Path(settings["out"]).glob("state*.pt"))
     log_with = values["accelerator.log_with"]
     return LRM(**settings | {
         "validation_pairs": pairs, "test_pairs": pairs, "columns": Columns(**columns), "filter_strategy": strategy,
-        "limit_examples_per_prompt": max(typed("dataset.limit_examples_per_prompt", int), 0),
-        "hflip": not typed("dataset.processor.no_hflip", bool), "guidance_scale": (typed("model.guidance_scale", float),),
-        "noise_offset": typed("model.noise_offset_coeff", float) if offset else 0.0, "mixed_precision": precision,
+        "limit_examples_per_prompt": max(of("dataset.limit_examples_per_prompt", int), 0),
+        "hflip": not of("dataset.processor.no_hflip", bool), "guidance_scale": (of("model.guidance_scale", float),),
+        "noise_offset": of("model.noise_offset_coeff", float) if offset else 0.0, "mixed_precision": precision,
         "batch_size": batch, "resume": resume, "log_with": str(log_with).lower() if log_with else "",
-        "keep_checkpoints": max(typed("accelerator.limit_num_checkpoints", int), 0)})
+        "keep_checkpoints": max(of("accelerator.limit_num_checkpoints", int), 0)})
 
 
 def render(config: LRM, family: str, processes: int) -> str:
@@ -336,7 +335,7 @@ def _word(value: Any) -> Any:
     return "NO" if value is False else value
 
 
-def _typed(name: str, value: Any, kind: Callable) -> Any:
+def typed(name: str, value: Any, kind: Callable) -> Any:
     """A value as the field's type: 1e-5 is text to YAML; null is empty text. Raises InputError naming the key."""
     try:
         if kind is bool and isinstance(value, bool):

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
-from lpo_fast import checkpoint, files, models, ranks, runs, shard, speed
+from lpo_fast import backbone, checkpoint, files, models, ranks, runs, shard, speed
 from lpo_fast import policy as policies
 from lpo_fast.config import LPO
 from lpo_fast.errors import InputError
@@ -77,24 +77,33 @@ def find_checkpoint(path: Path, full: bool) -> Path:
 
 
 def resume_from(path: Path, unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Take weights, the optimizer's state if it is there, and the step from a checkpoint; go on with the next epoch."""
+    """Take weights, the optimizer's moments if they are there, and the step from a checkpoint; go on with the next epoch.
+
+    Rate, weight decay, betas and eps stay this run's.
+    """
     full = not hasattr(unet, "peft_config")
     folder = find_checkpoint(path, full)
     for damaged in [newer for newer in checkpoints(path) if epoch_of(newer) > epoch_of(folder)]:
         runs.say(f"warning: {damaged} is damaged ({files.damage(damaged)}); the run starts from {folder.name}")
     if full:
-        checkpoint.Trained(unet).load_state_dict(UNet2DConditionModel.from_pretrained(folder / "unet").state_dict())
+        checkpoint.Trained(unet).load_state_dict(backbone.load_unet(folder).state_dict())
     else:
         checkpoint.load_lora(unet, folder / checkpoint.LORA_OFFICIAL, "--resume-from")
     if (folder / OPTIMIZER).is_file():
+        own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         try:
             shard.load(optimizer, checkpoint.read_pickle(folder / OPTIMIZER, "--resume-from", mmap=ranks.count() > 1))
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
             raise InputError(str(folder / OPTIMIZER), f"is another optimizer's ({error})", "use the --optimizer that wrote it",
                              "--resume-from") from error
-    step = folder / STEP
-    return {"epoch": epoch_of(folder) + 1,
-            "step": json.loads(step.read_text())["global_step"] if step.is_file() else 0}
+        for group, settings in zip(optimizer.param_groups, own, strict=True):
+            group.update(settings)
+    step = 0
+    if (folder / STEP).is_file():
+        step = files.read_json(folder / STEP, "--resume-from").get("global_step")
+        if type(step) is not int or not 0 <= step < 2**53:
+            raise InputError(str(folder / STEP), "has no global_step", "copy the checkpoint again", "--resume-from")
+    return {"epoch": epoch_of(folder) + 1, "step": step}
 
 
 def check_room(out: Path, unet: UNet2DConditionModel, config: LPO, batches: int, shape: tuple[int, int, int]) -> None:

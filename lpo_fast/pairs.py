@@ -1,7 +1,9 @@
 """Preference pairs for the LRM: which of them are used, and their pictures, which are read one by one and never held."""
 
+import itertools
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,7 +14,10 @@ from lpo_fast import data, ranks
 from lpo_fast.config import LRM, Columns
 from lpo_fast.data import Scores
 from lpo_fast.errors import InputError
-from lpo_fast.sources import Source, open_source
+from lpo_fast.sources import Source, flag_of, open_source
+
+if TYPE_CHECKING:
+    from lpo_fast.latents import Cache
 
 OPTIONAL = ("label_0", "label_1", "are_different", "has_label", "num_example_per_prompt", "image_0_uid", "image_1_uid")
 LOOKED_AT = 16  # rows whose pictures are tried before a run starts
@@ -63,15 +68,26 @@ def read(path: str, flag: str = "--pairs", columns: Columns | None = None, split
     if "are_different" in values:
         different = np.array([bool(value) for value in values["are_different"]], bool)
     uids = (values["image_0_uid"], values["image_1_uid"]) if {"image_0_uid", "image_1_uid"} <= values.keys() else None
+    for key in itertools.chain(*(uids or ())):
+        if isinstance(key, list | dict):
+            raise InputError(path, f"a picture's key is {key!r}", "use text or numbers", flag)
     rows = np.arange(len(captions))
     return Pairs(source, columns, captions, labels, _counts(values, captions, path, flag), different, judged, uids, rows,
                  np.stack([np.stack([rows, np.full_like(rows, side)], 1) for side in (0, 1)], 1), np.zeros(len(rows), bool))
 
 
+def _numbers(values: list) -> np.ndarray:
+    """fp32 [N]. Raises TypeError or ValueError for what are no numbers."""
+    numbers = np.array(values, np.float32)
+    if numbers.ndim != 1:
+        raise ValueError("it is a list")
+    return numbers
+
+
 def _labels(values: dict[str, list], judged: np.ndarray, path: str, flag: str) -> np.ndarray:
     """fp32 [N, 2] of the label columns; one that is not used follows from the other, both: the first picture won."""
     try:
-        given = {side: np.array(values[f"label_{side}"], np.float32) for side in (0, 1) if f"label_{side}" in values}
+        given = {side: _numbers(values[f"label_{side}"]) for side in (0, 1) if f"label_{side}" in values}
     except (TypeError, ValueError) as error:
         raise InputError(path, f"a label is no number ({error})", "use 1/0, 0/1 or 0.5/0.5", flag) from error
     first = given.get(0, 1 - given.get(1, np.zeros(len(judged), np.float32)))
@@ -90,12 +106,12 @@ def _counts(values: dict[str, list], captions: list[str], path: str, flag: str) 
         counted = Counter(captions)
         return np.array([counted[caption] for caption in captions], np.int64)
     try:
-        counts = np.array(values["num_example_per_prompt"], np.float32)
+        counts = _numbers(values["num_example_per_prompt"])
     except (TypeError, ValueError) as error:
         raise InputError(path, f"a number of pairs of a prompt is no number ({error})", "mend it, or drop the column with "
                          "--columns.num-example-per-prompt ''", flag) from error
-    if not (counts >= 1).all():
-        raise InputError(path, f"row {int((~(counts >= 1)).argmax())}: num_example_per_prompt is below 1", "mend it, or drop "
+    if not (good := (counts >= 1) & (counts < 2**31)).all():
+        raise InputError(path, f"row {int((~good).argmax())}: num_example_per_prompt is below 1 or huge", "mend it, or drop "
                          "the column with --columns.num-example-per-prompt ''", flag)
     return counts.astype(np.int64)
 
@@ -175,7 +191,7 @@ def match(scores: Scores, pairs: Pairs) -> np.ndarray:
 
     Pairs of equal keys take the table's rows of these keys in turn. Raises InputError if the table cannot be theirs.
     """
-    count, path = len(pairs.captions), pairs.source.path
+    count = len(pairs.captions)
     if scores.keys is not None and pairs.uids is not None:
         found = defaultdict(list)
         for row, key in enumerate(zip(*scores.keys, strict=True)):
@@ -188,9 +204,9 @@ def match(scores: Scores, pairs: Pairs) -> np.ndarray:
             turn[key] += 1
         if (place < 0).any():
             raise InputError(scores.path, f"has no row for {int((place < 0).sum())} of the {count} pairs, the first of them "
-                             f"row {int((place < 0).argmax())}", "use the table made from these pairs", "--scores")
+                             f"row {int((place < 0).argmax())} (from 0)", "use the table made from these pairs", "--scores")
     elif len(scores.different) != count:
-        raise InputError(path, f"holds {count} pairs, the score table has {len(scores.different)} rows",
+        raise InputError(scores.path, f"has {len(scores.different)} rows, {pairs.source.path} {count} pairs",
                          "use the table made from these pairs", "--scores")
     else:
         place = np.arange(count)
@@ -198,16 +214,19 @@ def match(scores: Scores, pairs: Pairs) -> np.ndarray:
     wrong = np.flatnonzero(pairs.judged & (won != (scores.different[place] == 1)))
     if len(wrong):
         raise InputError(scores.path, f"different_flag is not what the labels say in {len(wrong)} of {count} pairs, the first: "
-                         f"rows {', '.join(map(str, wrong[:5]))}", "use the table made from these pairs, in their order",
-                         "--scores")
+                         f"rows {', '.join(map(str, wrong[:5]))} (from 0)", "use the table made from these pairs, in their "
+                         "order", "--scores")
     return place
 
 
 class PairDataset(Dataset):
-    """The pairs as items; each decodes its pictures to [3, r, r] in [−1, 1]. Pictures stay on disk until then."""
+    """The pairs as items; each decodes its pictures to [3, r, r] in [−1, 1]. Pictures stay on disk until then.
 
-    def __init__(self, pairs: Pairs, resolution: int):
-        self.pairs, self.resolution = pairs, resolution
+    cache: of their latents (``latents.Cache``); a pair whose pictures are both in it is not decoded.
+    """
+
+    def __init__(self, pairs: Pairs, resolution: int, cache: "Cache | None" = None):
+        self.pairs, self.resolution, self.cache = pairs, resolution, cache
         self.pictures = [pairs.source.pictures(spec) for spec in (pairs.columns.jpg_0, pairs.columns.jpg_1)]
 
     def __len__(self) -> int:
@@ -215,16 +234,29 @@ class PairDataset(Dataset):
 
     def __getitem__(self, i: int) -> dict:
         """row: int, the pair's key; caption: str; pixels: fp32 [2, 3, r, r]; labels: fp32 [2]; count: int, pairs of that
-        caption; compare: bool; corrupt: bool, if a picture does not decode, whose pixels then are 0."""
+        caption; compare: bool; corrupt: bool, if a picture does not decode, whose pixels then are 0.
+
+        With a cache: numbers: int64 [2], its pictures' there; cached: bool, whether nothing is to be encoded; moments
+        [2, 2C, h, w] if so, in place of pixels (0 for a corrupt pair); damaged: int, entries that are.
+        """
         pairs, row = self.pairs, int(self.pairs.rows[i])
-        compare = bool(pairs.compare[i])
-        try:
-            pixels, corrupt = self.decode(pairs.pictures[i]), False
-        except Exception:  # Pillow raises many kinds for what is no picture
-            pixels, corrupt = torch.zeros(2, 3, self.resolution, self.resolution), True
-        return {"row": row + len(pairs.captions) * compare, "caption": pairs.captions[row], "pixels": pixels,
+        places, compare = pairs.pictures[i], bool(pairs.compare[i])
+        item = {"row": row + len(pairs.captions) * compare, "caption": pairs.captions[row],
                 "labels": torch.from_numpy(pairs.labels[row]), "count": int(pairs.counts[row]), "compare": compare,
-                "corrupt": corrupt}
+                "corrupt": False}
+        if self.cache is not None:
+            numbers = places @ np.array([2, 1])
+            moments, damaged = self.cache.read(numbers)
+            item |= {"numbers": torch.from_numpy(numbers), "cached": moments is not None, "damaged": damaged}
+            if moments is not None:
+                return item | {"moments": moments}
+        try:
+            return item | {"pixels": self.decode(places)}
+        except Exception:  # Pillow raises many kinds for what is no picture
+            if self.cache is not None:
+                blank = torch.zeros(2, *self.cache.shape, dtype=self.cache.dtype)
+                return item | {"moments": blank, "cached": True, "corrupt": True}
+            return item | {"pixels": torch.zeros(2, 3, self.resolution, self.resolution), "corrupt": True}
 
     def decode(self, places: np.ndarray) -> Tensor:
         """fp32 [2, 3, r, r] of two pictures, given as (row, side)."""
@@ -233,27 +265,36 @@ class PairDataset(Dataset):
 
 def check_pictures(pairs: Pairs) -> None:
     """Refuse a table none of whose first rows has two pictures; nothing is converted or written."""
-    problem = None
-    for row, (first, second) in enumerate(pairs.source.first(LOOKED_AT, pairs.columns.jpg_0, pairs.columns.jpg_1)):
+    problem, names = None, {key: getattr(pairs.columns, key) for key in ("jpg_0", "jpg_1")}
+    for row, cells in enumerate(pairs.source.first(LOOKED_AT, *names.values())):
         try:
-            data.decode(pairs.source.encoded(first), 8)
-            data.decode(pairs.source.encoded(second), 8)
+            for key, cell in zip(names, cells, strict=True):  # noqa: B007 - which of them it was
+                data.decode(pairs.source.encoded(cell), 8)
             return
         except Exception as error:
-            problem = problem or InputError(
-                pairs.source.path, f"a picture of row {row} does not decode ({type(error).__name__}: {error})",
-                "store encoded JPEG or PNG", pairs.source.flag)
+            what = f"a picture of row {row} does not decode ({type(error).__name__}: {error})"
+            if names[key] == key:
+                found = InputError(pairs.source.path, what, "store encoded JPEG or PNG", pairs.source.flag)
+            else:
+                found = InputError(names[key], f"{what} in {pairs.source.path}", "name a column of encoded pictures or of "
+                                   "their files", flag_of(key))
+            problem = problem or found
     raise problem or InputError(pairs.source.path, "holds no pair", "add pairs", pairs.source.flag)
 
 
 def collate(items: list[dict]) -> dict:
     """A batch: rows int64 [B], captions, pixels [2, B, 3, r, r], labels [2, B], counts int64 [B], compare and corrupt
-    bool [B]."""
-    return {"rows": torch.tensor([item["row"] for item in items]), "captions": [item["caption"] for item in items],
-            "pixels": torch.stack([item["pixels"] for item in items], 1),
-            "labels": torch.stack([item["labels"] for item in items], 1),
-            "counts": torch.tensor([item["count"] for item in items]),
-            **{key: torch.tensor([item[key] for item in items]) for key in ("compare", "corrupt")}}
+    bool [B]. With a cache also cached bool [B], numbers int64 [2, B], damaged (an int) and moments [2, B, 2C, h, w]; pixels and
+    moments are left out if no pair has them, and are 0 for a pair that has the other."""
+    batch = {"rows": torch.tensor([item["row"] for item in items]), "captions": [item["caption"] for item in items],
+             "counts": torch.tensor([item["count"] for item in items])}
+    for key in ("compare", "corrupt", "cached"):
+        if key in items[0]:
+            batch[key] = torch.tensor([item[key] for item in items])
+    for key in ("labels", "numbers", "pixels", "moments"):
+        if (one := next((item[key] for item in items if key in item), None)) is not None:
+            batch[key] = torch.stack([item[key] if key in item else torch.zeros_like(one) for item in items], 1)
+    return batch | ({"damaged": sum(item["damaged"] for item in items)} if "cached" in batch else {})
 
 
 class Corrupt:
@@ -269,8 +310,9 @@ class Corrupt:
 
     def share(self) -> None:
         """Note those of the other processes. Raises InputError naming the table and the first rows."""
-        rows = torch.tensor(sorted(self.rows), dtype=torch.int64, device=ranks.state().device)
-        self.rows = set(ranks.gather(rows)[0].tolist())
+        if ranks.count() > 1:
+            rows = torch.tensor(sorted(self.rows), dtype=torch.int64, device=ranks.state().device)
+            self.rows = set(ranks.gather(rows)[0].tolist())
         if len(self.rows) > self.limit:
             first = ", ".join(map(str, sorted(self.rows)[:5]))
             raise InputError(self.pairs.source.path, f"pictures of {len(self.rows)} pairs do not decode, the first: rows "

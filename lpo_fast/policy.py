@@ -82,7 +82,10 @@ def trainable(unet: nn.Module) -> list[nn.Parameter]:
 
 
 def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy, Schedule]:
-    """The policy with a LoRA attached (or all weights trainable), its text features and its sampler's schedule."""
+    """The policy with a LoRA attached (or all weights trainable), its text features and its sampler's schedule.
+
+    prompts: those that train, then --validation-prompts.
+    """
     model = models.model(config)
     precision = speed.precision(config.mixed_precision, "fp16")
     # Frozen weights are never in memory in more than the precision of the network.
@@ -97,9 +100,10 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
     encoders = [e.to(device).eval() for e in backbone.load_text(model, family)]
     tokenizers = backbone.load_tokenizers(model, family)
     text = encoded(config, family, tokenizers, encoders, prompts, family.zero_null, precision)
-    too_long = sum(len(ids) > tokenizers[0].model_max_length for ids in tokenizers[0](prompts).input_ids)
+    own = prompts[:len(prompts) - len(config.validation_prompts)]
+    too_long = sum(len(ids) > tokenizers[0].model_max_length for ids in tokenizers[0](own).input_ids)
     if too_long:
-        runs.say(f"{too_long} of {len(prompts)} prompts exceed {tokenizers[0].model_max_length} tokens and are cut")
+        runs.say(f"{too_long} of {len(own)} prompts exceed {tokenizers[0].model_max_length} tokens and are cut")
     if not config.full:
         checkpoint.add_lora(unet, config.rank, config.alpha or config.rank, config.targets, config.seed)
         for parameter in trainable(unet):
@@ -140,17 +144,16 @@ def latent_shape(config: LPO, unet: UNet2DConditionModel) -> tuple[int, int, int
 
 def load_score(config: LPO, prompts: list[str], device: torch.device) -> "Judge":
     """The LRM as a function of latents, timesteps and prompt numbers; its text features are computed here, once."""
-    path, base = models.lrm(config), models.base(config)
+    path, base, model = models.lrm(config), models.base(config), models.model(config)
+    size = backbone.pixels(model, json.loads((model / "unet" / "config.json").read_text()), config.resolution)
     settings = {"guidance_scale": config.lrm_guidance or None, "multi_scale_cfg": config.lrm_multi_scale_cfg}
-    lrm = checkpoint.load_lrm(path, base, resolution=config.resolution,
+    lrm = checkpoint.load_lrm(path, base, resolution=size,  # of the latents that it scores, whatever it was trained at
                               **{k: v for k, v in settings.items() if v is not None}).to(device)
     speed.layout(lrm.unet)
     if config.fused_norms:
         surgery.fuse_norms(lrm.unet)
     speed.attention(lrm.unet, config.attention)
-    tokenizers = backbone.load_tokenizers(path if (path / "tokenizer").is_dir() else base, lrm.family)
-    if config.lrm_tokenizer:
-        tokenizers = [CLIPTokenizer.from_pretrained(config.lrm_tokenizer)] * len(tokenizers)
+    tokenizers = backbone.load_tokenizers(models.tokenizer(config), lrm.family)
     precision = speed.precision(config.mixed_precision, "fp16")
     text = encoded(config, lrm.family, tokenizers, list(lrm.text_encoders), prompts, False, precision)
     lrm.text_encoders = nn.ModuleList()  # never needed again

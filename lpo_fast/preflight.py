@@ -1,16 +1,19 @@
-"""Whatever can be refused is refused here, before a model is loaded or a file written: paths, parts, widths, records."""
+"""Whatever can be refused is refused here, before a model is loaded or a file written: paths, parts, widths, records.
 
-import json
+What needs no model comes first: a model may have to be downloaded or converted.
+"""
+
 import os
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, ConfigMixin, UNet2DConditionModel
+from torch.utils._pytree import tree_leaves
 
-from lpo_fast import backbone, checkpoint, data, models, outputs, pairs, speed
-from lpo_fast.config import LPO, LRM
+from lpo_fast import backbone, checkpoint, data, files, latents, models, outputs, pairs, runs, schedule, speed
+from lpo_fast.config import LPO, LRM, component
 from lpo_fast.errors import InputError
 from lpo_fast.pairs import Pairs
 
@@ -18,7 +21,7 @@ TRACKERS = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
 # Settings that a resumed run may change.
 MAY_CHANGE = {"out", "resume", "epochs", "max_batches", "save_epochs", "save_steps", "keep_checkpoints", "preempt_exit_code",
               "pictures", "log_with", "tracker_project", "tracker_entity", "run_name", "num_workers", "cache_dir",
-              "max_corrupt", "shard", "dry_run"}
+              "cache_latents", "max_corrupt", "shard", "dry_run", "resume_from"}  # the state holds what came from a checkpoint
 
 
 def lpo(config: LPO) -> list[str]:
@@ -29,6 +32,16 @@ def lpo(config: LPO) -> list[str]:
     if config.shard and speed.precision(config.mixed_precision, "fp16") == "fp16":
         raise InputError(config.mixed_precision, "means fp16 here, whose scaled loss does not go with --shard",
                          "use bf16, or drop --shard", "--mixed-precision")
+    prompts = data.read_prompts(config.prompts, config.caption_key)
+    if config.lora:
+        checkpoint.read_lora(Path(config.lora))
+    if config.resume_from:
+        start = outputs.find_checkpoint(Path(config.resume_from), config.full)
+        if (done := outputs.epoch_of(start) + 1) >= config.epochs:
+            raise InputError(config.resume_from, f"{start.name} has finished epoch {done - 1}", f"use --epochs above {done}",
+                             "--resume-from")
+    directory(config)
+    reward_place(config)
     unet = pipeline(config.model, "--model", config.revision)
     picture(config, unet)
     lrm = reward_model(config)
@@ -39,16 +52,12 @@ def lpo(config: LPO) -> list[str]:
     if unet["in_channels"] != lrm["in_channels"]:
         raise InputError(config.lrm, f"scores latents of {lrm['in_channels']} channels, the model makes "
                          f"{unet['in_channels']}", "use an LRM trained for this kind of model", "--lrm")
-    if config.lrm_tokenizer and not Path(config.lrm_tokenizer).is_dir():
-        raise InputError(config.lrm_tokenizer, "no such directory", "name a tokenizer's directory", "--lrm-tokenizer")
-    prompts = data.read_prompts(config.prompts, config.caption_key)
+    buildable(lrm, config.lrm, "--lrm")
+    if config.lrm_tokenizer:
+        tokenizer(config, backbone.family_of(lrm))
     if not config.full:
         targets(unet, config.targets)
-    if config.lora:
-        checkpoint.read_lora(Path(config.lora))
-    if config.resume_from:
-        outputs.find_checkpoint(Path(config.resume_from), config.full)
-    directory(config)
+    same_models(config)
     return prompts
 
 
@@ -56,6 +65,10 @@ def lrm(config: LRM) -> dict[str, Pairs]:
     """Check an LRM run; the pairs that it uses for "train" and, where asked for, "validation" and "test"."""
     config.check()
     speed.check_optimizer(config.optimizer)
+    directory(config)
+    if config.cache_latents:
+        writable(Path(config.cache_latents), "--cache-latents")
+    used = training_pairs(config)
     picture(config, pipeline(config.model, "--model", config.revision))
     if config.clip:
         width = checkpoint.read_text_projection(models.clip(config)).shape[1]
@@ -63,6 +76,14 @@ def lrm(config: LRM) -> dict[str, Pairs]:
         if width != wanted:
             raise InputError(config.clip, f"projects {width} features, the model's text encoder gives {wanted}",
                              "use the CLIP that the model was made with", "--clip")
+    if config.cache_latents:
+        latents.check_space(config, used)
+    same_models(config)
+    return used
+
+
+def training_pairs(config: LRM) -> dict[str, Pairs]:
+    """The pairs of each use, enough of them for all processes."""
     scores, used = data.read_scores(config.scores) if config.scores else None, {}
     for use, path, flag, split in (("train", config.pairs, "--pairs", config.train_split),
                                    ("validation", config.validation_pairs, "--validation-pairs", config.validation_split),
@@ -71,6 +92,10 @@ def lrm(config: LRM) -> dict[str, Pairs]:
             table = pairs.read(path, flag, config.columns, split, config.cache_dir)
             pairs.check_pictures(table)
             used[use] = pairs.choose(table, config, scores, training=use == "train")
+    for use in used:
+        if use != "train" and used[use].source.identity() & used["train"].source.identity():
+            runs.say(f"warning: --{use}-pairs has rows of --pairs ({config.pairs}): its accuracy says little of other pairs"
+                     + (", and chooses the best LRM" if use == "validation" else ""))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if len(used["train"]) < processes:
         raise InputError(str(processes), f"processes, but there are {len(used['train'])} pairs to train on",
@@ -78,7 +103,6 @@ def lrm(config: LRM) -> dict[str, Pairs]:
     if config.batch_size % (config.accumulate * processes):
         raise InputError(str(config.batch_size), f"pairs are not dealt out evenly to {processes} processes and "
                          f"{config.accumulate} passes", f"use a multiple of {config.accumulate * processes}", "--batch-size")
-    directory(config)
     return used
 
 
@@ -94,14 +118,50 @@ def targets(unet: dict, names: tuple[str, ...]) -> None:
 
 def read_config(folder: Path, flag: str, name: str = "config.json") -> dict:
     """A model's config.json."""
-    file = folder / name
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return files.read_json(folder / name, flag)
     except FileNotFoundError as error:
         raise InputError(str(folder.parent), f"{folder.name}/{name} is missing",
                          "name the top directory of a whole download", flag) from error
-    except (TypeError, ValueError, OSError) as error:
-        raise InputError(str(file), "cannot be read as JSON", "download it again", flag) from error
+
+
+def whole(config: dict, key: str, folder: Path, flag: str, most: int = 2**20) -> int:
+    """A whole number, or a list of at most 16, in a model's config.json; huge ones would be built for hours."""
+    value = config.get(key)
+    numbers = tree_leaves(value)
+    if not 1 <= len(numbers) <= 16 or not all(type(n) is int and 1 <= n <= most for n in numbers):
+        raise InputError(str(folder / "config.json"), f"{key} is {str(value)[:80]!r}", "download it again", flag)
+    return value
+
+
+def denoiser(path: Path, flag: str) -> dict:
+    """The U-Net config below ``path``, its numbers checked."""
+    folder, unet = path / "unet", read_config(path / "unet", flag)
+    if missing := [key for key in ("in_channels", "cross_attention_dim", "block_out_channels") if key not in unet]:
+        raise InputError(str(path), f"unet/config.json has no {missing[0]}", "name a Stable Diffusion directory", flag)
+    for key in ("in_channels", "cross_attention_dim", "block_out_channels"):
+        whole(unet, key, folder, flag)
+    for key in ("layers_per_block", "transformer_layers_per_block"):
+        whole({key: 1} | unet, key, folder, flag, most=100)
+    return unet
+
+
+def buildable(config: dict, name: str, flag: str, part: str = "unet", kind: type = UNet2DConditionModel) -> None:
+    """Refuse the config of a part of a model that cannot be built; ``kind`` is its class, which no file chooses."""
+    folder = Path(name) / part
+    for key, most in (("num_hidden_layers", 100), ("num_train_timesteps", 10_000)):
+        whole({key: 1} | config, key, folder, flag, most)
+    try:
+        with torch.device("cpu" if part == "scheduler" else "meta"):
+            if part == "scheduler":
+                schedule.from_config(config, 1)
+            elif issubclass(kind, ConfigMixin):
+                kind.from_config(config)
+            else:
+                kind(kind.config_class.from_dict(config, attn_implementation="sdpa"))
+    except Exception as error:  # diffusers raises many kinds
+        raise InputError(name, f"its {part}/ cannot be built from its config ({type(error).__name__}: "
+                         f"{(str(error).splitlines() or [''])[0][:160]})", "download it again", flag) from error
 
 
 def picture(config: LPO | LRM, unet: dict) -> None:
@@ -110,6 +170,9 @@ def picture(config: LPO | LRM, unet: dict) -> None:
         path = models.vae(config)
         if not path.is_dir():
             raise InputError(config.vae, "no such directory", "name a VAE's directory or hub name", "--vae")
+        if not (backbone.vae_folder(path) / "config.json").is_file():
+            raise InputError(config.vae, "holds no VAE: config.json is missing", "name a VAE's directory or a whole pipeline",
+                             "--vae")
         channels = read_config(backbone.vae_folder(path), "--vae").get("latent_channels")
         if channels != unet["in_channels"]:
             raise InputError(config.vae, f"makes latents of {channels} channels, the denoiser takes {unet['in_channels']}",
@@ -126,6 +189,11 @@ def weights(path: Path, folder: Path, flag: str) -> None:
     if not backbone.weight_files(folder):
         raise InputError(str(path), f"{folder.name}/ holds no .safetensors", "download these weights, or convert them: "
                          "DiffusionPipeline.from_pretrained(NAME).save_pretrained(DIR)", flag)
+    for index in folder.glob("*.safetensors.index.json"):
+        for name in {str(name) for name in tree_leaves(files.read_json(index, flag).get("weight_map"))}:
+            if not name.endswith(".safetensors") or not component(name) or not (folder / name).is_file():
+                raise InputError(str(index), f"names the shard {name[:160]!r}, which is not beside it", "download it again",
+                                 flag)
 
 
 def pipeline(model: str, flag: str, revision: str = "") -> dict:
@@ -136,55 +204,81 @@ def pipeline(model: str, flag: str, revision: str = "") -> dict:
     if not path.is_dir():
         raise InputError(model, "is no model" if path.exists() else "no such directory", "name a Stable Diffusion directory "
                          "in diffusers layout, a hub name, or a .safetensors checkpoint", flag)
-    unet = read_config(path / "unet", flag)
+    unet = denoiser(path, flag)
     family = backbone.family_of(unet)
     for part in ("unet", "vae", *(name for name, _ in family.encoders)):
         read_config(path / part, flag)
         weights(path, path / part, flag)
-    read_config(path / "scheduler", flag, "scheduler_config.json")
+    scheduler = read_config(path / "scheduler", flag, "scheduler_config.json")
     for part in family.tokenizers:
         if not (path / part).is_dir() or not any((path / part).iterdir()):
             raise InputError(model, f"is no whole pipeline: {part}/ is missing", "download all of it", flag)
-    if missing := [key for key in ("in_channels", "cross_attention_dim", "block_out_channels") if key not in unet]:
-        raise InputError(model, f"unet/config.json has no {missing[0]}", "name a Stable Diffusion directory", flag)
-    widths = [read_config(path / name, flag)["hidden_size"] for name, _ in family.encoders]
+    widths = [whole(read_config(path / name, flag), "hidden_size", path / name, flag) for name, _ in family.encoders]
     if sum(widths) != unet["cross_attention_dim"]:
         raise InputError(model, f"its text encoders give {sum(widths)} features, its denoiser takes "
                          f"{unet['cross_attention_dim']}", "use parts that belong together", flag)
+    whole(vae := read_config(path / "vae", flag), "block_out_channels", path / "vae", flag)
+    buildable(unet, model, flag)
+    buildable(vae, model, flag, "vae", AutoencoderKL)
+    buildable(scheduler, model, flag, "scheduler")
+    for name, kind in family.encoders:
+        buildable(read_config(path / name, flag), model, flag, name, kind)
     return unet
 
 
-def reward_model(config: LPO) -> dict:
-    """The U-Net config of the LRM, whose widths fit together."""
+def reward_place(config: LPO) -> Path:
+    """Where the LRM lies."""
     if not config.lrm:
         raise InputError("(none)", "is required", "train one with `python -m lpo_fast.train lrm`, or use casiatao/LRM", "--lrm")
     path = models.lrm(config)
     if not path.exists() or path.is_file() and path.suffix not in (".pt", ".pth", ".bin"):
         raise InputError(config.lrm, "is no model" if path.exists() else "no such directory",
                          "train one with `python -m lpo_fast.train lrm`, or download casiatao/LRM", "--lrm")
+    return path
+
+
+def reward_model(config: LPO) -> dict:
+    """The U-Net config of the LRM, whose widths fit together."""
+    path = reward_place(config)
     if config.lrm_base:
         pipeline(config.lrm_base, "--lrm-base")
     base = models.base(config)
-    unet = read_config(base / "unet", "--lrm-base") if path.is_file() else reward_directory(path)
+    unet = denoiser(base, "--lrm-base") if path.is_file() else reward_directory(path)
     heads = checkpoint.read_heads(path, unet["block_out_channels"])
-    own = path.is_file() or config.lrm_base or (path / "tokenizer").is_dir()
+    own = path.is_file() or config.lrm_base or config.lrm_tokenizer or (path / "tokenizer").is_dir()
     if not own and unet["cross_attention_dim"] != read_config(base / "unet", "--model")["cross_attention_dim"]:
         raise InputError(config.lrm, "has no tokenizer, and the model's is another family's",
-                         "name the diffusers directory that the LRM was made from with --lrm-base", "--lrm")
+                         "name the diffusers directory that it was made from with --lrm-base, or its --lrm-tokenizer", "--lrm")
     if "text_projection" in heads:
         source = path if (path / "text_encoder").is_dir() else base
-        width = read_config(source / "text_encoder", "--lrm")["hidden_size"]
+        width = whole(read_config(source / "text_encoder", "--lrm"), "hidden_size", source / "text_encoder", "--lrm")
         if heads["text_projection"]["weight"].shape[1] != width:
             raise InputError(config.lrm, f"its text projection takes {heads['text_projection']['weight'].shape[1]} "
                              f"features, its text encoder gives {width}", "name the LRM's own --lrm-base", "--lrm")
     return unet
 
 
+def tokenizer(config: LPO, family: backbone.Family) -> None:
+    """--lrm-tokenizer must hold the tokenizers of the LRM's family."""
+    path = models.tokenizer(config)
+    if not path.is_dir():
+        raise InputError(config.lrm_tokenizer, "no such directory", "name a tokenizer's directory or hub name",
+                         "--lrm-tokenizer")
+    own = [path] if len(family.tokenizers) == 1 and not (path / family.tokenizers[0]).is_dir() else [
+        path / name for name in family.tokenizers]
+    for folder in own:
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            wanted = " and ".join(f"{name}/" for name in family.tokenizers)
+            raise InputError(config.lrm_tokenizer, f"{folder.name}/ holds no tokenizer; an LRM of the {family.name} family "
+                             f"has {len(family.tokenizers)}", f"name a directory with {wanted}", "--lrm-tokenizer")
+
+
 def reward_directory(path: Path) -> dict:
     """The U-Net config of an LRM directory, the parts of which are there."""
     if (path / "checkpoint-final").is_dir():
         raise InputError(str(path), "is the run directory", f"name {path / 'checkpoint-final'}", "--lrm")
-    unet = read_config(path / "unet", "--lrm")
+    unet = denoiser(path, "--lrm")
+    checkpoint.recorded_settings(path)
     for part in (part for part in ("unet", "text_encoder", "text_encoder_2") if (path / part).is_dir()):
         weights(path, path / part, "--lrm")
     if not (path / "state_dict.pt").is_file():
@@ -193,7 +287,8 @@ def reward_directory(path: Path) -> dict:
 
 
 def directory(config: LPO | LRM) -> None:
-    """Refuse a run directory that cannot be written, that holds a run, or (to resume) whose run had other settings.
+    """Refuse a run directory that cannot be written, that holds a run or another run's checkpoints (but for that which
+    --resume-from goes on from), or (to resume) whose run had other settings.
 
     What begins with a dot is no content: a killed run's lock and unfinished files. With --resume and without a saved state
     the run starts from the beginning, as the one that was killed before it.
@@ -202,18 +297,22 @@ def directory(config: LPO | LRM) -> None:
     writable(out)
     if config.log_with and config.log_with not in TRACKERS:
         raise InputError(config.log_with, "no such tracker", f"use {', '.join(TRACKERS)}", "--log-with")
+    if isinstance(config, LPO) and config.in_place:
+        start = outputs.find_checkpoint(Path(config.resume_from), config.full)
+        if (last := outputs.checkpoints(out)[-1]) != start and not last.samefile(start):
+            raise InputError(config.out, f"holds later checkpoints than {start.name}, up to {last.name}", "go on from the "
+                             "last one, remove the later ones, or choose another directory", "--out")
+        return
     states = checkpoint.states(out)
     if out.is_dir() and not (out / "config.json").is_file() and not all(path.name.startswith(".") for path in out.iterdir()):
         raise InputError(config.out, "holds something else than a run", "choose a directory of its own", "--out")
     if not config.resume and states:
         raise InputError(config.out, "holds a run already", "choose another directory, or go on with --resume", "--out")
+    if not config.resume and (found := sorted(path.name for path in out.glob("checkpoint[_-]*"))):
+        raise InputError(config.out, f"holds {found[0]} of another run", "choose another directory, or remove its checkpoints",
+                         "--out")
     if not config.resume or not states:
         return
-    environment = read_config(out, "--out", "environment.json") if (out / "environment.json").is_file() else {}
-    for name, commit in environment.get("models", {}).items():
-        if models.RESOLVED.get(name, commit) != commit:
-            raise InputError(models.RESOLVED[name], f"{name} has changed: the run in {config.out} used {commit}",
-                             "name that commit (--revision, or NAME@COMMIT)", "--out")
     before = read_config(out, "--out")
     for key, value in asdict(config).items():
         value = list(value) if isinstance(value, tuple) else value
@@ -222,10 +321,22 @@ def directory(config: LPO | LRM) -> None:
                              "resume with its own settings", f"--{key.replace('_', '-')}")
 
 
-def writable(out: Path) -> None:
+def same_models(config: LPO | LRM) -> None:
+    """A resumed run's models on the hub must be of the commits that it began with."""
+    out = Path(config.out)
+    if not config.resume or not checkpoint.states(out) or not (out / "environment.json").is_file():
+        return
+    environment = read_config(out, "--out", "environment.json")
+    for name, commit in environment.get("models", {}).items():
+        if models.RESOLVED.get(name, commit) != commit:
+            raise InputError(models.RESOLVED[name], f"{name} has changed: the run in {config.out} used {commit}",
+                             "name that commit (--revision, or NAME@COMMIT)", "--out")
+
+
+def writable(out: Path, flag: str = "--out") -> None:
     """Refuse a directory that cannot be made or written."""
     existing = out.absolute()
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(str(out), "cannot be written", "choose a directory of your own", "--out")
+        raise InputError(str(out), "cannot be written", "choose a directory of your own", flag)

@@ -44,6 +44,11 @@ def main() -> bool:
     return state().is_main_process if PartialState._shared_state else os.environ.get("RANK", "0") == "0"
 
 
+def named(processes: int) -> str:
+    """So many processes, in words."""
+    return "1 process" if processes == 1 else f"{processes} processes"
+
+
 def count() -> int:
     """How many processes there are."""
     return state().num_processes
@@ -76,14 +81,21 @@ def anywhere(flag: object) -> bool:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Σ over the processes, in place, in messages of about BUCKET elements; parameters without a gradient count as 0.
+    """Σ over the processes, in place, in messages of about BUCKET elements.
+
+    A parameter without a gradient counts as 0, but keeps none if it has none in any process: a zero would let weight decay
+    act on it.
 
     Those of a sharded network are left out: FSDP sums them in the backward pass.
     """
     if count() == 1:
         return
     bucket: list[Tensor] = []
-    for parameter in (p for p in parameters if not isinstance(p, DTensor)):
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]
+    if not parameters:
+        return
+    reached = total(torch.tensor([float(p.grad is not None) for p in parameters], device=state().device)).tolist()
+    for parameter in (p for p, times in zip(parameters, reached, strict=True) if times):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if bucket and (bucket[0].dtype != parameter.dtype or sum(grad.numel() for grad in bucket) >= BUCKET):
@@ -92,6 +104,13 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         bucket.append(parameter.grad)
     if bucket:
         _sum_together(bucket)
+
+
+def share(tensors: Iterable[Tensor]) -> None:
+    """Values of the main process for all, in place."""
+    for tensor in tensors if count() > 1 else ():
+        with _together():
+            dist.broadcast(tensor.data, 0)
 
 
 def _sum_together(grads: list[Tensor]) -> None:

@@ -226,8 +226,8 @@ def pictures(folder: Path) -> str:
 def embedded(file: Path, size: int) -> str:
     """A picture as the start of an <img> tag, at most ``size`` pixels wide and high; "" if it is none."""
     try:
-        image = Image.open(io.BytesIO(file.read_bytes())).convert("RGB")
-    except (OSError, ValueError, SyntaxError):  # missing, or cut off while it was written
+        image = Image.open(file, formats=("PNG",)).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # missing, or cut off while it was written
         return ""
     image.thumbnail((size, size))
     image.save(data := io.BytesIO(), "PNG")

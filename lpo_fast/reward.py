@@ -35,15 +35,16 @@ class LatentRewardModel(nn.Module):
     guidance_scale: g of the mid feature, one number or several over the timesteps (``guidance_table``); where none is above
     1 the null pass is not run. multi_scale: pool every down block too.
     multi_scale_cfg: guide the down features as well (SDXL leaves its first stage alone, as the official code does).
-    sizes: SDXL's time ids [1, 6]. base: the model that it was made from, as lrm.json records it.
+    sizes: SDXL's time ids [1, 6]. base: the model that it was made from, resolution: the pixels of the pictures that it scores,
+    as lrm.json records them.
     """
 
     def __init__(self, family: Family, unet: nn.Module, text_encoders: Sequence[nn.Module],
                  visual_projection: Tensor, text_projection: Tensor | None, logit_scale: Tensor, *,
                  multi_scale: bool = True, multi_scale_cfg: bool = False, guidance_scale: float | Sequence[float] = 7.5,
-                 sizes: Tensor | None = None, base: str = ""):
+                 sizes: Tensor | None = None, base: str = "", resolution: int = 0):
         super().__init__()
-        self.base = base
+        self.base, self.resolution = base, resolution
         self.family, self.unet, self.text_encoders = family, unet, nn.ModuleList(text_encoders)
         self.visual_projection = linear(visual_projection)
         self.text_projection = None if text_projection is None else linear(text_projection)

@@ -10,11 +10,12 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +34,9 @@ from lpo_fast.errors import InputError
 
 LOCK = ".lock"
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "xformers")
+SECRET = re.compile(r"token(?!iz)|secret|password|passwd|api_?key|credential", re.I)
+CREDENTIALS = (re.compile(r"\b()hf_[A-Za-z0-9]{16,}"), re.compile(r"(\w://)[^/@\s]+(?=@)"),  # user:password@host
+               re.compile(r"(-[\w.-]*(?:token|secret|password|passwd|api[_-]?key)(?:=|\s+))[^\s-]\S*", re.I))
 
 
 @contextmanager
@@ -138,6 +142,12 @@ class Run:
             self.metrics.truncate(size)
             self.metrics.seek(size)
 
+    def truncate_to_epoch(self, epoch: int) -> None:
+        """Drop metrics of this epoch and later ones, which are run again."""
+        lines = (self.out / "metrics.jsonl").read_bytes().splitlines(keepends=True) if ranks.main() else []
+        whole = [line for line in lines if line.endswith(b"\n")]  # a killed run's last one may not be
+        self.truncate(sum(len(line) for line in whole if json.loads(line)["epoch"] < epoch))
+
     @property
     def size(self) -> int:
         """Bytes of metrics so far, all of which are on the disk."""
@@ -168,10 +178,23 @@ def environment() -> dict[str, object]:
         except PackageNotFoundError:
             versions[package] = None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"command": " ".join(sys.orig_argv),
+    return {"command": redacted(" ".join(sys.orig_argv)),
             "date": time.strftime("%Y-%m-%d %H:%M:%S"), "commit": commit(), "python": platform.python_version(),
             **versions, "models": dict(models.RESOLVED),
             "gpu": gpu, "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+
+
+def redacted(text: str) -> str:
+    """Without credentials: tokens by their form, passwords in URLs, values of secret-looking options and variables.
+
+    What a run records is shown around: report.html, trackers.
+    """
+    for name, value in os.environ.items():
+        if SECRET.search(name) and len(value) >= 8:
+            text = text.replace(value, "***")
+    for form in CREDENTIALS:
+        text = form.sub(r"\1***", text)
+    return text
 
 
 def commit() -> str | None:
@@ -194,7 +217,7 @@ def _tracker(config: LPO | LRM) -> Accelerator | None:
     wandb = {key: value for key, value in (("name", config.run_name), ("entity", config.tracker_entity)) if value}
     try:
         accelerator = Accelerator(log_with=name, project_dir=out)
-        accelerator.init_trackers(config.tracker_project, config={k: str(v) for k, v in asdict(config).items()},
+        accelerator.init_trackers(config.tracker_project, config={k: redacted(str(v)) for k, v in asdict(config).items()},
                                   init_kwargs={"wandb": wandb} if name == "wandb" else {})
         if not accelerator.trackers:
             raise RuntimeError("its package is not installed")
@@ -203,6 +226,46 @@ def _tracker(config: LPO | LRM) -> Accelerator | None:
         print(f"warning: --log-with {name}: {error}; metrics are written to {out / 'metrics.jsonl'} alone",
               file=sys.stderr)
         return None
+
+
+class Clock:
+    """Wall time between laps, and how much of it a loop stood waiting for its data loader with so many worker processes."""
+
+    def __init__(self, workers: int):
+        self.workers, self.seconds, self.idle = workers, 0.0, 0.0
+        self.start()
+        cores, local = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if workers * local > cores:
+            say(f"warning: --num-workers {workers} in {local} processes here, which have {cores} cores: use at most "
+                f"{cores // local}")
+
+    def start(self) -> None:
+        """A lap begins."""
+        self.since, self.waited = time.perf_counter(), 0.0
+
+    def fetched(self, loader: Iterable) -> Iterator:
+        """What the loader yields."""
+        batches = iter(loader)
+        while True:
+            before = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - before
+            if batch is None:
+                return
+            yield batch
+
+    def lap(self) -> tuple[float, float]:
+        """Seconds since the last lap, and those of them spent waiting."""
+        seconds, waited = time.perf_counter() - self.since, self.waited
+        self.seconds, self.idle = self.seconds + seconds, self.idle + waited
+        self.start()
+        return seconds, waited
+
+    def advise(self) -> None:
+        """Say at the end what would help if a tenth of all laps was spent waiting."""
+        if self.idle > 0.1 * self.seconds:
+            say(f"the loop waited for pictures in {self.idle / self.seconds:.0%} of its time: --cache-latents DIR, or more "
+                f"--num-workers than {self.workers}, would help")
 
 
 def say(line: str) -> None:

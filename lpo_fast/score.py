@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from lpo_fast import backbone, checkpoint, cli, data, models, noise, preflight, schedule, speed, tables
+from lpo_fast import backbone, checkpoint, cli, data, files, models, noise, preflight, schedule, speed, tables
 from lpo_fast.config import LPO, Precision
 from lpo_fast.errors import InputError
 from lpo_fast.tables import KINDS, Picture
@@ -40,6 +40,10 @@ class Score:
     """Latent reward model: a directory written by `lrm` or by the official code."""
     lrm_base: str = ""
     """Diffusers directory with what the LRM's directory lacks: VAE, scheduler, and tokenizer of an official one."""
+    vae: str = ""
+    """Another VAE: a directory or hub name; default: the base's."""
+    resolution: int = 0
+    """Height and width in pixels at which pictures are scored; 0: those of the LRM's training."""
     prompt: str = ""
     """The prompt of the pictures."""
     table: str = ""
@@ -68,20 +72,21 @@ class Scorer:
     """A latent reward model as a function of pictures and prompts.
 
     lrm: its directory, or hub name. base: a diffusers directory of its family, for the VAE and whatever else that directory
-    lacks; "": the one that the LRM's directory names. Raises InputError if the two do not belong together.
+    lacks; "": the one that the LRM's directory names. vae: another one. resolution: of the pictures that it is given, which are
+    resized to it; 0: that of its training. Raises InputError if these do not belong together.
     """
 
-    def __init__(self, lrm: str | os.PathLike, base: str | os.PathLike = "", *, batch_size: int = 8, seed: int = 0,
-                 mixed_precision: Precision = "auto"):
-        path, base = models.locate(str(lrm), "--lrm"), check_lrm(str(lrm), str(base))
+    def __init__(self, lrm: str | os.PathLike, base: str | os.PathLike = "", *, vae: str = "", resolution: int = 0,
+                 batch_size: int = 8, seed: int = 0, mixed_precision: Precision = "auto"):
+        path, base = models.locate(str(lrm), "--lrm"), check_lrm(str(lrm), str(base), vae, resolution)
         self.device, self.batch_size, self.seed = speed.device(), batch_size, seed
         self.precision = speed.precision(mixed_precision, "fp16")
-        self.lrm = checkpoint.load_lrm(path, base).to(self.device)
+        self.lrm = checkpoint.load_lrm(path, base, resolution=resolution).to(self.device)
         self.tokenizers = backbone.load_tokenizers(path if (path / "tokenizer").is_dir() else base, self.lrm.family)
-        self.vae = backbone.load_vae(base).to(self.device)
+        self.vae = backbone.load_vae(models.locate(vae, "--vae") if vae else base).to(self.device)
         scheduler = json.loads((base / "scheduler" / "scheduler_config.json").read_text())
         self.sched = schedule.from_config(scheduler, 20).to(self.device)
-        self.resolution = self.lrm.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.resolution = self.lrm.resolution
 
     def __call__(self, pictures: Sequence[Picture], prompts: Sequence[str] | str, *, timestep: int = 1, draws: int = 1,
                  rows: Sequence[int] | None = None) -> Tensor:
@@ -133,14 +138,14 @@ def pixels(picture: Picture, row: int, resolution: int) -> Tensor:
     try:
         if isinstance(picture, Image.Image):
             return data.pixels(picture, resolution)
-        return data.decode(picture if isinstance(picture, bytes) else Path(picture).read_bytes(), resolution)
+        return data.decode(picture if isinstance(picture, bytes) else files.read_picture(Path(picture)), resolution)
     except Exception as error:  # Pillow raises many kinds for what is no picture
         name = str(picture) if isinstance(picture, str | os.PathLike) else f"picture {row}"
         raise InputError(name, f"row {row} does not decode as a picture ({type(error).__name__})", "mend or drop it") from error
 
 
-def check_lrm(lrm: str, base: str) -> Path:
-    """The base directory of an LRM: the given one or the one that it names. Raises InputError unless they fit."""
+def check_lrm(lrm: str, base: str, vae: str = "", resolution: int = 0) -> Path:
+    """The base directory of an LRM: the given one or the one that it names. Raises InputError unless all fit."""
     path = models.locate(lrm, "--lrm")
     if not base and (path / "lrm.json").is_file():
         base = preflight.read_config(path, "--lrm", "lrm.json").get("base") or ""
@@ -153,6 +158,8 @@ def check_lrm(lrm: str, base: str) -> Path:
     if families[0] != families[1] or own["in_channels"] != unet["in_channels"]:
         raise InputError(lrm, f"scores {families[0].name} latents, {base} makes {families[1].name} latents",
                          "name the diffusers directory that it was made from", "--lrm-base")
+    preflight.picture(LPO(model=base, vae=vae, resolution=resolution), unet)
+    preflight.buildable(own, lrm, "--lrm")
     return models.locate(base, "--lrm-base")
 
 
@@ -161,7 +168,7 @@ def check(settings: Score) -> None:
     cli.required(settings, "lrm")
     cli.within(settings, 0, 999, "timestep")
     cli.within(settings, 1, float("inf"), "draws", "batch_size")
-    cli.within(settings, 0, float("inf"), "seed")
+    cli.within(settings, 0, float("inf"), "seed", "resolution")
     if bool(settings.pictures) == bool(settings.table):
         raise InputError(settings.table or "(none)", "give pictures or a table, not both or neither", "see --help", "--table")
     if settings.pictures:
@@ -181,7 +188,7 @@ def check_pictures(pictures: Sequence[Picture]) -> None:
     for row, picture in enumerate(pictures):
         if not isinstance(picture, bytes):
             try:
-                Image.open(picture).close()
+                data.opened(Path(picture)).close()
             except FileNotFoundError as error:
                 raise InputError(str(picture), "no such picture", "name a picture file") from error
             except Exception as error:  # Pillow raises many kinds
@@ -197,8 +204,8 @@ def run(settings: Score) -> None:
     if settings.table and not settings.out.endswith(".parquet") and any(isinstance(picture, bytes) for picture in pictures):
         raise InputError(settings.out, "cannot hold the pictures' bytes", "name a .parquet file", "--out")
     check_pictures(pictures[:LOOKED_AT] if settings.table else pictures)
-    scorer = Scorer(settings.lrm, settings.lrm_base, batch_size=settings.batch_size, seed=settings.seed,
-                    mixed_precision=settings.mixed_precision)
+    scorer = Scorer(settings.lrm, settings.lrm_base, vae=settings.vae, resolution=settings.resolution,
+                    batch_size=settings.batch_size, seed=settings.seed, mixed_precision=settings.mixed_precision)
     scores = scorer(pictures, prompts, timestep=settings.timestep, draws=settings.draws)
     if settings.table:
         tables.write(rows, scores, Path(settings.out), settings.score_key)

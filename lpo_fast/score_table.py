@@ -16,11 +16,10 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from lpo_fast import data, pairs
+from lpo_fast import cli, data, pairs
 from lpo_fast.config import Columns
 from lpo_fast.errors import InputError
 from lpo_fast.pairs import PairDataset, Pairs
@@ -162,7 +161,8 @@ def gaps(name: str, given: str, scorer: Scorer, pictures: list, table: Pairs, ro
                          f"--{name}")
     if not np.isfinite(scores).all():
         row = rows[int((~np.isfinite(scores)).argmax()) % len(rows)]
-        raise InputError(given, f"a score of row {row} is not finite", "mend the scorer; what is done is kept", f"--{name}")
+        raise InputError(given, f"a score of row {row} (from 0) is not finite", "mend the scorer; what is done is kept",
+                         f"--{name}")
     first, second = scores.reshape(2, -1)
     sign = np.sign(table.labels[rows, 0] - table.labels[rows, 1])
     gap = np.where(sign == 0, np.abs(first - second), sign * (first - second))
@@ -171,7 +171,7 @@ def gaps(name: str, given: str, scorer: Scorer, pictures: list, table: Pairs, ro
 
 def main(argv: list[str] | None = None) -> int:
     """The command; 0, or 2 for a user's error, 130 if interrupted (the same command goes on)."""
-    config = tyro.cli(ScoreTable, args=argv, prog="python -m lpo_fast.score_table", config=(tyro.conf.FlagCreatePairsOff,))
+    config = cli.parse(ScoreTable, argv, "score_table")
     try:
         print(f"score table: {make(config)}")
     except InputError as problem:

@@ -95,8 +95,13 @@ def located(name: str, part: str) -> Path:
 @cache
 def clip(name: str) -> tuple[CLIPModel, CLIPProcessor]:
     """A ready scorer's CLIP, fp32, loaded once."""
-    model = CLIPModel.from_pretrained(located(name, "model"), dtype=torch.float32, local_files_only=True)
-    processor = CLIPProcessor.from_pretrained(located(name, "processor"), local_files_only=True)
+    folder = located(name, "model")
+    try:  # a pytorch_model.bin is read with weights_only
+        model = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa")
+        processor = CLIPProcessor.from_pretrained(located(name, "processor"), local_files_only=True)
+    except Exception as error:  # transformers raises many kinds
+        raise InputError(str(folder), f"cannot be read safely as CLIP ({type(error).__name__})", "download it again",
+                         "--scorer") from error
     return model.requires_grad_(False).eval().to(speed.device()), processor
 
 

@@ -1,11 +1,14 @@
 """Where pairs lie: .parquet files, a directory of datasets' save_to_disk, or a hub data set; columns by name or name[i].
 
 Small columns are read at once. Pictures are read one by one from memory-mapped Arrow files, so that host memory stays
-flat and worker processes share them; parquet, which has no random access, is converted to such files once, in the cache.
+flat and worker processes share them; parquet, which has no random access, is converted to such files once, in the cache of
+datasets (below lpo_fast/).
 """
 
+import hashlib
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lpo_fast.data import parquet_files
+from lpo_fast.data import column_names, parquet_files
 from lpo_fast.errors import InputError
+from lpo_fast.files import once, read_picture
 
 SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}.*\.parquet")  # split-00000-of-00655-….parquet, as on the hub
+NAMED = re.compile(r"((train|validation|valid|val|dev|test)(_\w+)?)(-.*)?\.parquet")
+READ = 100  # pictures in memory while parquet is converted
+FOOTER = 2**16  # bytes at a parquet file's end
 HUB = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 Place = tuple[str, int | None]  # a column, and the element of its lists
 
@@ -55,7 +62,7 @@ class Source:
         name, index = self.require(spec, key)
         try:
             return _element(self.read(name), index).to_pylist()
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:  # also bytes that are not UTF-8
             raise InputError(spec, f"cannot be read from {self.path} ({error})", "name a column that has it in every row",
                              flag_of(key)) from error
 
@@ -65,7 +72,7 @@ class Source:
             cell = cell.get("bytes") or cell.get("path")
         if isinstance(cell, str):
             folder = Path(self.path) if Path(self.path).is_dir() else Path(self.path).parent
-            return (folder / cell).read_bytes()
+            return read_picture(folder / cell)
         if not isinstance(cell, bytes):
             raise ValueError(f"a picture is {type(cell).__name__}, not bytes")
         return cell
@@ -74,6 +81,14 @@ class Source:
         """The pictures of a column by row."""
         name, index = self.require(spec, "jpg_0")
         return Pictures(self.open(name), index, self.encoded)
+
+    def identity(self) -> set[object]:
+        """What its rows are read from: two sources with a common element have rows in common."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Another one if the table's files are others or were written again: see ``_version``."""
+        raise NotImplementedError
 
     def read(self, name: str) -> pa.ChunkedArray:
         """A small column."""
@@ -108,37 +123,66 @@ class Parquet(Source):
     """One or several .parquet files with the same columns."""
 
     def __init__(self, path: str, flag: str, files: list[Path], cache_dir: str):
-        self.files, self.cache_dir, names = files, cache_dir, []
-        for file in files:
-            try:
-                names.append(pq.read_schema(file).names)
-            except (pa.ArrowInvalid, OSError) as error:
-                raise InputError(str(file), "is not parquet", "name a .parquet file", flag) from error
-        super().__init__(path, flag, [name for name in names[0] if all(name in other for other in names)])
+        self.files, self.cache_dir = files, cache_dir
+        super().__init__(path, flag, column_names(files, flag))
+
+    def fingerprint(self) -> str:
+        return _fingerprint(self.files)
 
     def read(self, name: str) -> pa.ChunkedArray:
         tables = [pq.read_table(file, columns=[name]) for file in self.files]
         return pa.concat_tables(tables, promote_options="default")[name]
 
+    def identity(self) -> set[object]:
+        return {file.resolve() for file in self.files}
+
     def open(self, name: str) -> Any:
         import datasets
         try:
-            files = [str(file) for file in self.files]
-            return datasets.Dataset.from_parquet(files, cache_dir=self.cache_dir or None, columns=[name]).with_format("arrow")
+            home = Path(self.cache_dir or datasets.config.HF_DATASETS_CACHE) / "lpo_fast"
+            key = hashlib.sha256(repr([name, [(str(file.resolve()), *_version(file)) for file in self.files]]).encode())
+            with once(home / f"{key.hexdigest()[:16]}.arrow") as aside:
+                if aside:
+                    self.convert(name, aside)
+            dataset = datasets.Dataset.from_file(str(home / f"{key.hexdigest()[:16]}.arrow")).with_format("arrow")
+            if len(dataset) != (rows := sum(pq.read_metadata(file).num_rows for file in self.files)):
+                raise ValueError(f"{home}/{key.hexdigest()[:16]}.arrow has {len(dataset)} rows, not {rows}: remove it")
+            return dataset
         except Exception as error:  # datasets wraps whatever its readers raise
             raise InputError(self.path, f"cannot be converted to Arrow ({type(error).__name__}: {_line(error)})",
                              "write it again, or choose a --cache-dir with room", self.flag) from error
+
+    def convert(self, name: str, target: Path) -> None:
+        """A column as an Arrow file. Its metadata stay behind, which would have datasets decode pictures."""
+        schema = pa.unify_schemas([pa.schema([pq.read_schema(file).field(name)]) for file in self.files],
+                                  promote_options="permissive").remove_metadata()
+        with pa.OSFile(str(target), "wb") as out, pa.ipc.new_stream(out, schema) as stream:
+            for file in self.files:
+                for batch in pq.ParquetFile(file).iter_batches(batch_size=READ, columns=[name]):
+                    stream.write_table(pa.table(batch).cast(schema))
 
     def first(self, count: int, *specs: str) -> Iterator[list]:
         places = [self.require(spec, "jpg_0") for spec in specs]
         names, left = list(dict.fromkeys(name for name, _ in places)), count
         for file in self.files:
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=1, columns=names):
-                if left and len(batch):
-                    left -= 1
-                    yield [_cell(batch.column(name)[0], index) for name, index in places]
-                if not left:
-                    return
+            try:
+                for batch in pq.ParquetFile(file).iter_batches(batch_size=1, columns=names):
+                    if left and len(batch):
+                        left -= 1
+                        yield [_cell(batch.column(name)[0], index) for name, index in places]
+                    if not left:
+                        return
+            except (pa.ArrowException, OSError, ValueError) as error:
+                raise InputError(str(file), f"cannot be read ({_line(error)})", "write it again", self.flag) from error
+
+
+def _version(file: Path) -> tuple[object, ...]:
+    """What changes with a parquet or Arrow file's content: size, time, and its last bytes (parquet's say where each column
+    lies)."""
+    about = file.stat()
+    with open(file, "rb") as f:
+        f.seek(-min(FOOTER, about.st_size), os.SEEK_END)
+        return about.st_size, about.st_mtime_ns, f.read()
 
 
 class Stored(Source):
@@ -147,6 +191,12 @@ class Stored(Source):
     def __init__(self, path: str, flag: str, dataset: Any):
         self.dataset = dataset.with_format("arrow")
         super().__init__(path, flag, list(dataset.column_names))
+
+    def identity(self) -> set[object]:
+        return {self.dataset._fingerprint}
+
+    def fingerprint(self) -> str:
+        return _fingerprint((file["filename"] for file in self.dataset.cache_files), self.dataset._fingerprint)
 
     def read(self, name: str) -> pa.ChunkedArray:
         return self.open(name)[:].column(0)
@@ -166,6 +216,10 @@ def _cell(cell: pa.Scalar, index: int | None) -> Any:
         return (cell if index is None else cell[index]).as_py()
     except (IndexError, TypeError):
         return None
+
+
+def _fingerprint(files: Iterable[str | Path], of: str = "") -> str:
+    return hashlib.sha256(repr([of, *((Path(file).name, *_version(Path(file))) for file in files)]).encode()).hexdigest()
 
 
 def _line(error: Exception) -> str:
@@ -202,18 +256,32 @@ def _load(path: str, flag: str, split: str, load: Callable[[], Any]) -> Any:
 
 
 def _of_split(path: str, flag: str, split: str) -> list[Path]:
-    """The files of a directory (or its data/), those of one split if they are named as on the hub."""
+    """The files of a directory (or its data/): those of one split if they are named SPLIT.parquet or SPLIT-….parquet."""
     folder = Path(path)
     if folder.is_dir() and not list(folder.glob("*.parquet")) and (folder / "data").is_dir():
         folder = folder / "data"
     files = parquet_files(folder, flag)
-    splits = [found[1] if (found := SHARD.fullmatch(file.name)) else "" for file in files]
-    if not all(splits) or not split or not folder.is_dir():
+    if not folder.is_dir() or not split:
         return files
-    if split not in splits:
-        raise InputError(split, f"no split of {path}, which has {', '.join(sorted(set(splits)))}", "name one of these",
+    splits = {file: _split(file.name, split) for file in files}
+    if not any(splits.values()):
+        return files
+    names = ", ".join(sorted(set(splits.values()) - {""}))
+    if stray := [file.name for file in files if not splits[file]]:
+        raise InputError(path, f"some of its files are named for splits ({names}), others are not: {', '.join(stray[:5])}",
+                         "keep them in separate directories, or name one file", flag)
+    if split not in splits.values():
+        raise InputError(split, f"no split of {path}, which has {names}", "name one of these",
                          _split_flag(flag))
-    return [file for file, name in zip(files, splits, strict=True) if name == split]
+    return [file for file in files if splits[file] == split]
+
+
+def _split(name: str, split: str) -> str:
+    """The split that a file is named for: the one that is asked for, one of a shard on the hub, or a usual one; else ""."""
+    if name == f"{split}.parquet" or name.startswith(f"{split}-"):
+        return split
+    found = SHARD.fullmatch(name) or NAMED.fullmatch(name)
+    return found[1] if found else ""
 
 
 def _split_flag(flag: str) -> str:

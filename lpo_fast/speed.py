@@ -175,6 +175,12 @@ def compiled(function: Callable, setting: str, *, graphs: bool = False) -> Calla
     return call
 
 
+def unread() -> int:
+    """Steps whose metrics a loop leaves on the device for a while: on a GPU the last one's, which are read when the next one is
+    queued behind it, so that reading leaves no gap; elsewhere none."""
+    return int(torch.cuda.is_available())
+
+
 def learning_rate(warmup: str, warmup_steps: int, max_steps: int) -> Callable[[int], float]:
     """Factor of the peak rate at optimizer step k = 0, 1, …: warm-up, then linear decay to 0 at max_steps."""
     def factor(k: int) -> float:

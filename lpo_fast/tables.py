@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lpo_fast import checkpoint
 from lpo_fast.errors import InputError
+from lpo_fast.files import parse_json
 
 Picture = Image.Image | str | os.PathLike | bytes
 Rows = pa.Table | list[dict]
@@ -65,10 +66,12 @@ def _csv(file: Path) -> list[dict]:
 
 def _jsonl(file: Path) -> list[dict]:
     lines = file.read_text(encoding="utf-8-sig").split("\n")
-    try:
-        rows = {number: json.loads(line) for number, line in enumerate(lines, 1) if line.strip()}
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    rows = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            rows |= {number: parse_json(line)} if line.strip() else {}
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
     if bad := next((number for number, row in rows.items() if not isinstance(row, dict)), None):
         raise ValueError(f"line {bad} is no object")
     return list(rows.values())
@@ -82,9 +85,12 @@ def _picture(value: object, row: int, table: Path) -> Picture:
         return value
     if not isinstance(value, str) or not value:
         raise InputError(str(table), f"row {row}: the picture is {value!r}", "give a path or encoded bytes", "--table")
-    found = next((path for path in (table.parent / value, Path(value)) if path.is_file()), None)
+    try:
+        found = next((path for path in (table.parent / value, Path(value)) if path.is_file()), None)
+    except OSError:  # a name of 5,000 letters
+        found = None
     if found is None:
-        raise InputError(str(table), f"row {row}: no such picture: {value}", "mend the path", "--table")
+        raise InputError(str(table), f"row {row}: no such picture: {value[:160]!r}", "mend the path", "--table")
     return found
 
 

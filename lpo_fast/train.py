@@ -15,7 +15,7 @@ from typing import Annotated
 
 import tyro
 
-from lpo_fast import config, official, official_lrm
+from lpo_fast import cli, config, official, official_lrm
 from lpo_fast.config import LPO, LRM, Demo
 from lpo_fast.errors import InputError, PeerError
 
@@ -73,8 +73,11 @@ def parse(argv: list[str]) -> Demo | LRM | LPO:
               | Annotated[LPO, tyro.conf.subcommand("lpo", default=defaults.lpo)])
     if not argv or argv[0].startswith("--") and argv[0] != "--help":
         argv = ["demo", *argv]
-    return tyro.cli(stages, args=argv, prog="python -m lpo_fast.train", config=(tyro.conf.FlagCreatePairsOff,),
-                    description="Latent reward models and latent preference optimization for Stable Diffusion.")
+    settings = cli.parse(stages, argv, "train",
+                         description="Latent reward models and latent preference optimization for Stable Diffusion.")
+    if isinstance(settings, LPO):
+        config.check_lora_flags(settings, defaults.lpo)
+    return settings
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ With many processes a prompt batch is batch_size prompts of each. Valid pairs of
 depend on who sampled them, shuffled, and dealt out; gradients are summed.
 """
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +32,9 @@ from lpo_fast import (
     speed,
 )
 from lpo_fast import policy as policies
+from lpo_fast.backbone import Windowed
 from lpo_fast.config import LPO
+from lpo_fast.errors import InputError
 from lpo_fast.kernels.pair_loss import pair_loss
 from lpo_fast.loss import METRICS, StepDPO
 from lpo_fast.policy import Policy, trainable
@@ -118,11 +121,13 @@ def batch_metrics(pairs: Pairs, scores: Tensor) -> dict[str, object]:
             "valid_by_timestep": valid.view(steps, size).sum(1).tolist(), "pairs_possible": len(t)}
 
 
-def order(config: LPO, epoch: int, prompts: int) -> list[Tensor]:
-    """The prompt batches of an epoch, for all processes together: a function of the seed and the epoch."""
+def order(config: LPO, epoch: int, prompts: int, done: int = 0) -> list[Tensor]:
+    """The prompt batches of an epoch, for all processes together, that are left after ``done`` prompts. The order of the
+    prompts is a function of the seed and the epoch; only how it is cut into batches depends on the number of processes."""
     size = config.batch_size * ranks.count()
     numbers = noise.permutation(config.seed, epoch, 0, prompts) if config.shuffle else torch.arange(prompts)
-    return list(numbers[:prompts // size * size or prompts if config.drop_last else prompts].split(size))
+    left = prompts - done
+    return list(numbers[done:][:left // size * size or left if config.drop_last else left].split(size))
 
 
 def shuffled(pairs: Pairs, config: LPO, epoch: int, batch: int) -> Pairs:
@@ -144,7 +149,7 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
 
 def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]) -> Path:
     device = speed.device()
-    torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     policy, sched = policies.load(config, [*prompts, *config.validation_prompts], device)
     judge = policies.load_score(replace(config, attention=policy.attention), prompts, device)
     score = wrap_score(judge)
@@ -155,41 +160,50 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
         config.optimizer, policy.unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
         betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
     scaler = torch.amp.GradScaler(device.type, enabled=policy.precision == "fp16")
+    batches = len(order(config, 0, len(prompts)))
+    at, index, pairs = {"epoch": 0, "batch": 0, "prompts": 0, "done": 0, "step": 0}, None, None  # in the epoch: batch, prompts
+    if config.resume_from:
+        at |= outputs.resume_from(Path(config.resume_from), policy.unet, optimizer)
+        at["done"] = at["epoch"] * batches
     ema = EMAModel(trainable(policy.unet), decay=config.ema_decay) if config.ema_decay else None
 
-    out, batches = Path(config.out), len(order(config, 0, len(prompts)))
+    out = Path(config.out)
     if ranks.main():
         outputs.check_room(out, policy.unet, config, batches, shape)
     resumed = config.resume and bool(checkpoint.states(out))  # else it was killed before its first state
-    run, draw = runs.Run(config, resumed), outputs.Pictures(config, policy, sched, prompts, shape)
+    run, draw = runs.Run(config, resumed or config.in_place), outputs.Pictures(config, policy, sched, prompts, shape)
     if ranks.main():
         with files.writing(out):
-            (out / "exp_config.py").write_text(official.render(config), encoding="utf-8")
+            (out / "exp_config.py").write_text(official.render(config, judge.lrm), encoding="utf-8")
     parts = {"weights": checkpoint.Trained(policy.unet), "optimizer": optimizer, "scaler": scaler, "ema": ema}
-    at, pairs = {"epoch": 0, "batch": 0, "step": 0}, None
     if resumed:
         at = checkpoint.load_state(out / checkpoint.STATE, parts)
         run.truncate(at.pop("metrics"))
-        left = at.pop("pairs")
+        index, left = at.pop("index"), at.pop("pairs")
         pairs = left and Pairs(*(x.to(device) for x in left))
+        if pairs and isinstance(policy.text, Windowed) and len(index) > config.batch_size * ranks.count():
+            raise InputError(str(ranks.count()), f"processes hold the text of too few prompts for the {len(index)} of the "
+                             "batch that is half done", "resume with at least as many as before", "WORLD_SIZE")
         if ema:
             ema.to(device)
-    elif config.resume_from:
-        at = at | outputs.resume_from(Path(config.resume_from), policy.unet, optimizer)
-    else:
+    elif config.in_place:
+        run.truncate_to_epoch(at["epoch"])
+    elif not config.resume_from:
         draw.compared("before")
     step = speed.compiled(sample.choose, config.compiled, graphs=True)
     slots = min(config.batch_size, -(-len(prompts) // ranks.count()))
-    total = min(config.epochs * batches, config.max_batches or config.epochs * batches)
-    done = at["epoch"] * batches + at["batch"]
+    size = config.batch_size * ranks.count()
+    left = (config.epochs - at["epoch"]) * batches - (at["prompts"] - (0 if index is None else len(index))) // size
+    first = at.setdefault("start", at["done"])
+    total = min(at["done"] + left, first + config.max_batches if config.max_batches else at["done"] + left)
     if config.resume and not resumed:
         runs.say(f"{out} holds no saved state: the run starts from the beginning")
-    runs.say(f"LPO on {device}, precision {policy.precision} | {len(prompts)} prompts | batches {done} to {total} | "
-             f"{sum(p.numel() for p in trainable(policy.unet)):,} parameters train | {ranks.count()} processes")
-    size = config.train_batch_size * config.accumulate * ranks.count()
+    runs.say(f"LPO on {device}, precision {policy.precision} | {len(prompts)} prompts | {at['done']} of {total} batches done | "
+             f"{sum(p.numel() for p in trainable(policy.unet)):,} parameters train | {ranks.named(ranks.count())}")
+    pooled = config.train_batch_size * config.accumulate * ranks.count()
     meter = accounting.Meter(device, speed.DTYPES[policy.precision], lambda: work(policy, judge, sched, shape, config))
-    profiler = accounting.Profiler(out if config.profile and ranks.main() else None, "prompt batch", total - done)
-    bar = tqdm(total=total, initial=done, desc="LPO", unit="batch", leave=False, disable=None if ranks.main() else True)
+    profiler = accounting.Profiler(out if config.profile and ranks.main() else None, "prompt batch", total - at["done"])
+    bar = tqdm(total=total, initial=at["done"], desc="LPO", unit="batch", leave=False, disable=None if ranks.main() else True)
 
     def log(steps: list[Tensor]) -> list[dict[str, float]]:
         """Rows of the latest optimizer steps, read from the device at once."""
@@ -200,28 +214,36 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
         steps.clear()
         return made
 
+    def more() -> bool:
+        return at["epoch"] < config.epochs and at["done"] < (config.max_batches or math.inf)
+
     def save() -> None:
         """The state that --resume goes on from; pairs that are still to be trained on are part of it."""
         left = None if pairs is None else [x.cpu() for x in pairs]
-        checkpoint.save_state(out / checkpoint.STATE, at | {"metrics": run.size, "pairs": left}, parts)
+        here = {"metrics": run.size, "index": None if pairs is None else index.cpu(), "pairs": left}
+        checkpoint.save_state(out / checkpoint.STATE, at | here, parts)
 
+    if config.in_place:
+        save()  # in place of the state that goes on elsewhere
     with runs.stoppable() as stopped:
-        while done < total and not ranks.anywhere(stopped):
+        while more() and not ranks.anywhere(stopped):
             profiler.round()
             start, trained, unread = time.perf_counter(), [], []
-            index = order(config, at["epoch"], len(prompts))[at["batch"]]
+            if pairs is None:  # else the run went on inside a prompt batch
+                index = order(config, at["epoch"], len(prompts), at["prompts"])[0]
+                at["prompts"] += len(index)
             policy.bring(index)
             judge.bring(index)
             index = index.to(device)
-            if pairs is None:  # else the run went on inside a prompt batch
+            if pairs is None:
                 pairs, metrics = sample_pairs(policy, score, sched, gap, shape, index, config, at["epoch"],
                                               slots=slots, step=step)
                 pairs = shuffled(pairs, config, at["epoch"], at["batch"])
                 run.log("batch", at["step"], epoch=at["epoch"], **metrics)
             sampled, count = time.perf_counter(), len(pairs.t)
             while len(pairs.t) and not ranks.anywhere(stopped):
-                unread.append(train_step(policy, sched, pairs.take(slice(size)), optimizer, scaler, config))
-                pairs = pairs.take(slice(size, None))
+                unread.append(train_step(policy, sched, pairs.take(slice(pooled)), optimizer, scaler, config))
+                pairs = pairs.take(slice(pooled, None))
                 if ema and unread[-1][-1].isfinite():  # else the scaler skipped the step
                     ema.step(trainable(policy.unet))
                 at["step"] += 1
@@ -236,10 +258,10 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
             run.time(global_step=at["step"], sampling=sampled - start, seconds=seconds,
                      prompts_per_second=len(index) / seconds, **rate)
             runs.say(log_line(at["step"], trained, count, seconds, len(index), rate))
-            at["batch"], done = at["batch"] + 1, done + 1
+            at |= {"batch": at["batch"] + 1, "done": at["done"] + 1}
             bar.update()
-            if at["batch"] == batches:
-                at = at | {"epoch": at["epoch"] + 1, "batch": 0}
+            if len(prompts) - at["prompts"] < (size if config.drop_last else 1):
+                at |= {"epoch": at["epoch"] + 1, "batch": 0, "prompts": 0}
                 if at["epoch"] % config.save_epochs == 0:
                     outputs.save_checkpoint(out, at["epoch"] - 1, policy.unet, optimizer, config, at["step"])
                 if config.validation_prompts and at["epoch"] % config.validate_epochs == 0:
@@ -247,7 +269,7 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
         profiler.round()
         save()
     bar.close()
-    if done < total:
+    if more():
         run.close()
         ranks.wait()  # a launcher ends all processes soon after the first
         runs.say(f"stopped after step {at['step']}; go on with --resume")

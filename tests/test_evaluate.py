@@ -91,6 +91,19 @@ def by_hand(model: Path, lora: Path | None, prompts: list[str], items: list[int]
     return np.stack(drawn)
 
 
+def test_another_size_and_vae(argv, tmp_path, tiny_sd, tiny_lrm, capsys):
+    torch.manual_seed(5)
+    AutoencoderKL.from_config(AutoencoderKL.load_config(tiny_sd / "vae")).save_pretrained(tmp_path / "vae")
+    assert evaluate.main(with_(argv, number=2, resolution=32, lrm=tiny_lrm, lrm_base=tiny_sd)) == 0
+    first = pixels(tmp_path / "out", "tuned")
+    assert {picture.shape for picture in first.values()} == {(32, 32, 3)}
+    assert evaluate.main(with_(argv, number=2, resolution=32, vae=tmp_path / "vae")) == 2  # other pictures lie there
+    assert "drawn with other vae" in capsys.readouterr().err
+    assert evaluate.main(with_(argv, number=2, resolution=32, vae=tmp_path / "vae", out=tmp_path / "other")) == 0
+    assert np.abs(pixels(tmp_path / "other", "tuned")["00000.png"] - first["00000.png"]).max() > 5
+    assert evaluate.main(with_(argv, resolution=24)) == 2 and "no multiple of 16" in capsys.readouterr().err
+
+
 def test_the_whole_command(argv, tmp_path, tiny_sd, tiny_lrm, capsys):
     scorers = ["--scorer", "test_evaluate:brightness", "--scorer", "test_evaluate:ties"]
     assert evaluate.main([*with_(argv, lrm=tiny_lrm), *scorers]) == 0
@@ -287,3 +300,16 @@ def test_models_of_other_latents_are_not_compared(argv, tmp_path, tiny_sd, copie
     file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": 16}))
     assert evaluate.main(with_(argv, lora=None, tuned=other)) == 2
     assert "its sample_size is 16, the base's 8" in capsys.readouterr().err
+
+
+def test_scores_are_keyed_by_the_picture_s_number(tmp_path, tiny_sd, tiny_lrm, monkeypatch):
+    """However pictures are dealt out to processes; each is scored for its own prompt."""
+    asked = []
+
+    def reward(files, texts, rows):
+        asked.append((texts, rows))
+        return torch.tensor([float(row) for row in rows])
+    monkeypatch.setattr(evaluate, "Scorer", lambda *_, **__: reward)
+    settings = evaluate.Evaluate(model=str(tiny_sd), lrm=str(tiny_lrm), out=str(tmp_path), pictures_per_prompt=2)
+    rows = evaluate.score(settings, ["a", "b"], [1, 2], {})
+    assert asked == [(["a", "b"], [1, 2])] and [row["base lrm"] for row in rows] == [1.0, 2.0]

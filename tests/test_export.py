@@ -74,6 +74,26 @@ def test_a_whole_directory_with_other_parts_unchanged(tiny_sd, tmp_path, copied)
     assert StableDiffusionPipeline.from_pretrained(tmp_path / "merged", safety_checker=None).unet is not None
 
 
+@pytest.mark.parametrize("place", ["", "unet"])
+def test_full_fine_tuning_becomes_a_whole_directory(tiny_sd, tmp_path, place, capsys):
+    unet = UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet")
+    with torch.no_grad():
+        unet.conv_in.bias += 1
+    unet.save_pretrained(tmp_path / "run" / "unet")
+    (tmp_path / "run" / "config.json").write_text("{}")
+    argv = ["--model", str(tiny_sd), "--out", str(tmp_path / "whole")]
+    assert export.main([*argv, "--lora", str(tmp_path / "run")]) == 2 and "name it with --tuned" in capsys.readouterr().err
+    for wrong in (["--lora", "x"], ["--form", "lora"]):
+        assert export.main([*argv, "--tuned", str(tmp_path / "run"), *wrong]) == 2
+    assert export.main([*argv, "--tuned", str(tmp_path / "run" / place)]) == 0
+    files = {str(f.relative_to(tmp_path / "whole")) for f in (tmp_path / "whole").rglob("*") if f.is_file()}
+    assert files == {str(f.relative_to(tiny_sd)) for f in tiny_sd.rglob("*") if f.is_file()}
+    assert not any(f.is_symlink() for f in (tmp_path / "whole").rglob("*"))
+    whole = StableDiffusionPipeline.from_pretrained(tmp_path / "whole", safety_checker=None)
+    assert torch.equal(whole.unet.conv_in.bias, unet.conv_in.bias)
+    preflight.pipeline(str(tmp_path / "whole"), "--model")
+
+
 @pytest.mark.parametrize("targets", [TARGETS, ("conv1", "proj_in", "to_q")])
 def test_merged_weights_are_peft_s(tiny_sd, tmp_path, targets):
     unet = adapted(tiny_sd, 3, 5, targets)
@@ -159,7 +179,7 @@ def bad(tiny_sd, tmp_path) -> dict[str, str]:
     (["--lora", "{dir}/good", "--model", "{sd}", "--out", "{dir}/full"], "--out {dir}/full: is not empty"),
     (["--lora", "{dir}/good", "--model", "{sd}", "--out", "{dir}/half.pt/o"], "cannot be written"),
     *[(["--lora", f"{{dir}}/{name}", "--model", "{sd}", "--out", "{dir}/o"], message) for name, message in [
-        ("half.pt", "is no adapter"), ("dora.pt", "is no adapter"), ("none.pt", "is no adapter"), ("list.pt", "something else"),
+        ("half.pt", "is no adapter"), ("dora.pt", "is no adapter"), ("none.pt", "is no adapter"), ("list.pt", "no dictionary"),
         ("wide.pt", "which is ("), ("other.pt", "which is absent"), ("text.safetensors", "is no adapter"),
         ("damaged.safetensors", "cannot be read")]],
 ])

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
-from lpo_fast import backbone, checkpoint, models, policy, train_lpo, train_lrm
+from lpo_fast import backbone, checkpoint, models, policy, preflight, train_lpo, train_lrm
 from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
 from lpo_fast.shapes import evaluate
@@ -68,6 +68,43 @@ def test_the_reward_model_reads_its_own_tokens(settings: LPO, tiny_sd: Path, tin
         policy.load_score(lrm, PROMPTS, torch.device("cpu"))
         assert torch.equal(seen[0], expected["lrm"])
         assert seen[1].tolist() == [[561, 562, *[562] * 14]]  # ""
+    config = replace(config, lrm=str(bare), lrm_tokenizer=str(tiny_sd / "tokenizer"))
+    for tokenizer in (tiny_sd / "tokenizer", tiny_sd):
+        seen.clear()
+        preflight.lpo(replace(config, lrm_tokenizer=str(tokenizer)))
+        policy.load_score(replace(config, lrm_tokenizer=str(tokenizer)), PROMPTS, torch.device("cpu"))
+        assert torch.equal(seen[0], expected["lrm"])
+
+
+def test_a_tokenizer_by_hub_name(settings: LPO, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(models, "download", lambda repo, *rest: asked.append((repo, rest[2])) or tiny_sd / "tokenizer")
+    config = replace(settings, lrm_tokenizer="org/tokenizer")
+    preflight.lpo(config)
+    policy.load_score(config, PROMPTS, torch.device("cpu"))
+    assert set(asked) == {("org/tokenizer", models.TOKENIZER)}
+
+
+def test_an_lrm_of_two_tokenizers(settings: LPO, tiny_sdxl: Path, lrm_xl: Path) -> None:
+    config = replace(settings, model=str(tiny_sdxl), lrm=str(lrm_xl), lrm_tokenizer=str(tiny_sdxl))
+    preflight.lpo(config)
+    policy.load_score(config, PROMPTS, torch.device("cpu"))
+    with pytest.raises(InputError, match="an LRM of the sdxl family has 2") as caught:
+        preflight.lpo(replace(config, lrm_tokenizer=str(tiny_sdxl / "tokenizer")))
+    assert caught.value.key == "--lrm-tokenizer"
+
+
+@pytest.mark.parametrize("resolution, pixels", [(0, 16), (32, 32)])
+def test_the_reward_model_is_told_the_size_of_what_it_scores(settings: LPO, tiny_sdxl: Path, tmp_path: Path, resolution: int,
+                                                             pixels: int) -> None:
+    """Whatever it was trained at."""
+    lrm = checkpoint.new_lrm(tiny_sdxl, generator=torch.Generator(), resolution=64)
+    checkpoint.save_lrm(lrm, backbone.load_tokenizers(tiny_sdxl, lrm.family), tmp_path / "lrm")
+    config = replace(settings, model=str(tiny_sdxl), lrm=str(tmp_path / "lrm"), resolution=resolution)
+    model, _ = policy.load(config, PROMPTS, torch.device("cpu"))
+    judge = policy.load_score(config, PROMPTS, torch.device("cpu"))
+    assert judge.lrm.sizes.tolist() == model.sizes.tolist() == [[pixels, pixels, 0, 0, pixels, pixels]]
+    assert policy.latent_shape(config, model.unet)[1] == pixels // 2
 
 
 def test_resolution_moves_shapes_and_sizes(settings: LPO, tiny_sdxl: Path, lrm_xl: Path) -> None:
@@ -95,8 +132,9 @@ def test_another_vae_decodes_and_encodes(settings: LPO, tiny_sd: Path, tmp_path:
     config = LRM(model=str(tiny_sd), vae=str(tmp_path / "vae"))
     encoder = train_lrm.Encoder(tiny_sd, lrm, 0, "no", models.vae(config))
     pixels = torch.rand(2, 1, 3, 16, 16)
-    expected = vae.encode(pixels.flatten(0, 1)).latent_dist.mean.unflatten(0, (2, 1))
-    assert torch.allclose(encoder.posterior(pixels)[0], expected, atol=1e-6)
+    expected = vae.encode(pixels.flatten(0, 1)).latent_dist
+    for made, of in zip(encoder.posterior({"pixels": pixels}), (expected.mean, expected.std), strict=True):
+        assert torch.allclose(made, of.unflatten(0, (2, 1)), atol=1e-6)
 
 
 def test_lrm_training_at_another_resolution(tiny_sdxl: Path, tmp_path: Path) -> None:

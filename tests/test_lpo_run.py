@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from lpo_fast import checkpoint, config, noise, outputs, report, train_lpo
+from lpo_fast.errors import InputError
 from lpo_fast.shapes import world
+
+NAME = "conv_in.weight"
 
 
 @pytest.fixture
@@ -81,6 +85,26 @@ def test_full_fine_tuning_goes_on_from_a_checkpoint(settings, tmp_path) -> None:
     assert rows[1] == rows[0][-len(rows[1]):] and 0 < len(rows[1]) < len(rows[0])
 
 
+def test_max_batches_count_from_the_checkpoint(settings, monkeypatch, tmp_path) -> None:
+    """Also where that run was stopped and resumed."""
+    first = train_lpo.train(replace(settings, epochs=1, num_steps=2, out=str(tmp_path / "first")))
+    settings = replace(settings, epochs=5, num_steps=2, max_batches=2, resume_from=str(first))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train_lpo.train(settings)
+    run = train_lpo.train(replace(settings, resume=True, resume_from=""))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows if row["kind"] == "batch"] == [1, 1]
+
+
+def test_a_checkpoint_after_the_last_epoch_is_refused(settings, tmp_path) -> None:
+    first = train_lpo.train(replace(settings, epochs=2, num_steps=2, out=str(tmp_path / "first")))
+    with pytest.raises(InputError, match="checkpoint_1 has finished epoch 1; use --epochs above 2") as caught:
+        train_lpo.train(replace(settings, epochs=2, resume_from=str(first)))
+    assert caught.value.key == "--resume-from" and not Path(settings.out).exists()
+
+
 def test_validation_pictures(settings, tmp_path) -> None:
     out = train_lpo.train(replace(settings, epochs=2, num_steps=2, validation_prompts=("a red circle", "<b>&"),
                                   validation_pictures=3, log_with="tensorboard"))
@@ -108,3 +132,86 @@ def test_order_of_the_prompts() -> None:
     assert [len(part) for part in train_lpo.order(config.LPO(batch_size=40, drop_last=True), 0, 10)] == [10]  # never none
     whole = torch.cat(train_lpo.order(config.LPO(batch_size=4), 1, 10))
     assert torch.equal(whole, noise.permutation(42, 1, 0, 10))
+
+
+def test_a_run_from_a_checkpoint_has_settings_of_its_own(settings, tmp_path) -> None:
+    """The optimizer's moments come from the checkpoint; rate, weight decay, betas and eps do not."""
+    first = train_lpo.train(replace(settings, num_steps=2))
+    own = {"learning_rate": 1e-3, "weight_decay": 0.5, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6}
+    second = train_lpo.train(replace(settings, num_steps=2, epochs=2, out=str(tmp_path / "on"), resume_from=str(first), **own))
+    before, after = (torch.load(folder / outputs.OPTIMIZER) for folder in (first / "checkpoint_0", second / "checkpoint_1"))
+    group = after["param_groups"][0]
+    assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (1e-3, 0.5, (0.8, 0.9), 1e-6)
+    assert after["state"][0]["step"] > before["state"][0]["step"] > 0
+    assert {json.loads(line).get("lr", 1e-3) for line in (second / "metrics.jsonl").read_text().splitlines()} == {1e-3}
+
+
+def test_the_average_that_is_exported(settings, monkeypatch, tmp_path) -> None:
+    """w ← d·w + (1 − d)·w_k by hand, with diffusers' warm-up: d is 0 at step k = 0, then min(decay, (1 + k)/(10 + k)).
+    Of a run without a step it is what the run started from, be that a checkpoint."""
+    real, seen = train_lpo.train_step, []
+
+    def train_step(policy, *rest):
+        weights = checkpoint.Trained(policy.unet)
+        seen[:] = seen or [{name: x.clone() for name, x in weights.state_dict().items()}]
+        row = real(policy, *rest)
+        seen.append({name: x.clone() for name, x in weights.state_dict().items()})
+        return row
+    monkeypatch.setattr(train_lpo, "train_step", train_step)
+    settings = replace(settings, num_steps=3, learning_rate=1e-3, ema_decay=0.22, full=True)
+
+    def exported(**changes) -> torch.Tensor:
+        return load_file(train_lpo.train(replace(settings, **changes)) / "unet" / "diffusion_pytorch_model.safetensors")[NAME]
+
+    ours, average = exported(epochs=1), seen[0][NAME]
+    for k, weights in enumerate(seen[1:]):
+        d = min(0.22, (1 + k) / (10 + k)) if k else 0.0
+        average = d * average + (1 - d) * weights[NAME]
+    last = seen[-1][NAME]
+    assert len(seen) > 3 and (ours - average).abs().max() < 1e-6 and (ours - last).abs().max() > 1e-5
+    assert torch.equal(exported(epochs=1, out=str(tmp_path / "on"), resume_from=settings.out), last)
+
+
+def test_a_directory_with_another_run_s_checkpoints_is_refused(settings) -> None:
+    """One that was killed before its first state: --keep-checkpoints would take the new run's for the old ones."""
+    out = train_lpo.train(replace(settings, num_steps=2, epochs=2))
+    (out / checkpoint.STATE).unlink()
+    with pytest.raises(InputError, match="holds checkpoint_0 of another run"):
+        train_lpo.train(replace(settings, num_steps=2, keep_checkpoints=1))
+    assert [path.name for path in outputs.checkpoints(out)] == ["checkpoint_0", "checkpoint_1"]
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_a_run_goes_on_in_its_own_directory(settings, official, tmp_path) -> None:
+    """From its newest checkpoint, as official launches do: what came after it is run again, with the same outcome."""
+    settings = replace(settings, num_steps=2)
+    whole = train_lpo.train(replace(settings, epochs=3, out=str(tmp_path / "whole")))
+    train_lpo.train(replace(settings, epochs=3, max_batches=4))  # killed in the second epoch
+    if official:  # writes no files of ours
+        for name in ("config.json", "metrics.jsonl", checkpoint.STATE):
+            (tmp_path / "run" / name).unlink()
+    source = tmp_path / "run" if official else tmp_path / "run" / "checkpoint_0"
+    out = train_lpo.train(replace(settings, epochs=2, resume_from=str(source)))
+    train_lpo.train(replace(settings, epochs=3, resume=True))  # of the run that went on
+    lines = [(folder / "metrics.jsonl").read_bytes() for folder in (whole, out)]
+    assert lines[0].endswith(lines[1]) if official else lines[0] == lines[1]
+    first, second = (checkpoint.read_lora(folder) for folder in (whole, out))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(InputError, match="holds later checkpoints than checkpoint_0, up to checkpoint_2"):
+        train_lpo.train(replace(settings, epochs=3, resume_from=str(out / "checkpoint_0")))
+
+
+def test_tf32_can_be_turned_off_everywhere(settings, monkeypatch) -> None:
+    backends, seen = (torch.backends.cuda.matmul, torch.backends.cudnn), []
+    before = [backend.allow_tf32 for backend in backends]
+
+    def load(*_) -> None:
+        seen.append([backend.allow_tf32 for backend in backends])
+        raise KeyError
+    monkeypatch.setattr(train_lpo.policies, "load", load)
+    for on in (True, False, True):
+        with pytest.raises(KeyError):
+            train_lpo.train(replace(settings, tf32=on))
+    for backend, value in zip(backends, before, strict=True):
+        backend.allow_tf32 = value
+    assert seen == [[True, True], [False, False], [True, True]]

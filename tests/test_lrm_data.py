@@ -54,11 +54,14 @@ def test_one_timestep() -> None:
 
 
 def test_mirrored() -> None:
+    def mirrored(rows: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        flips = train_lrm.flips(LRM(hflip=True), 2, rows)
+        return train_lrm.mirrored(pixels.flatten(0, 1), flips.flatten()).view_as(pixels)
     pixels = torch.randn(2, 400, 3, 4, 4)
-    made = train_lrm.mirrored(LRM(hflip=True), 2, torch.arange(400), pixels)
+    made = mirrored(torch.arange(400), pixels)
     kept, flipped = ((made == other).all(-1).all(-1).all(-1) for other in (pixels, pixels.flip(-1)))
     assert (kept ^ flipped).all() and 0.4 < flipped[0].float().mean() < 0.6 and not torch.equal(flipped[0], flipped[1])
-    alone = train_lrm.mirrored(LRM(hflip=True), 2, torch.tensor([7]), pixels[:, 7:8])
+    alone = mirrored(torch.tensor([7]), pixels[:, 7:8])
     assert torch.equal(alone, made[:, 7:8])
 
 
@@ -103,10 +106,10 @@ def test_a_corrupt_pair_is_as_if_it_were_not_in_the_batch(settings: LRM, tmp_pat
             for name, p in lrm.named_parameters():
                 p.data.copy_(start[name])
             optimizer = torch.optim.SGD([p for p in lrm.parameters() if p.requires_grad], lr=0.0)
-            results.append(train_lrm.train_step(lrm, encoder, made, 0, optimizer, options))
+            results.append(train_lrm.train_step(lrm, encoder, made, 0, optimizer, options).tolist())
         assert results[0] == pytest.approx(results[1], rel=1e-4)
     every = batch | {"corrupt": torch.ones(4, dtype=torch.bool)}
-    assert train_lrm.train_step(lrm, encoder, every, 0, optimizer, settings)["loss"] == 0
+    assert train_lrm.train_step(lrm, encoder, every, 0, optimizer, settings)[0] == 0
 
 
 def test_corrupt_pairs_are_counted_and_may_stop_the_run(settings: LRM, tmp_path: Path, capsys) -> None:
@@ -143,11 +146,13 @@ def test_resume_is_exact_with_every_option(settings: LRM, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("options, kept, final", [
-    ({}, [2], 2), ({"save_only_if_best": False}, [2], 2), ({"save_only_if_best": False, "keep_best": False}, [3], 3),
+    ({}, [2], 2), ({"save_only_if_best": False}, [2], 2), ({"save_only_if_best": False, "keep_best": False}, [2, 3], 2),
     ({"save_only_if_best": False, "keep_checkpoints": 2}, [1, 2], 2), ({"keep_checkpoints": 0}, [1, 2], 2),
-    ({"handed_on": "last"}, [2], 3), ({"save_only_if_best": False, "keep_checkpoints": 0}, [1, 2, 3], 2),
+    ({"handed_on": "last"}, [2], 3),
+    ({"save_only_if_best": False, "keep_best": False, "handed_on": "last"}, [3], 3),
+    ({"save_only_if_best": False, "keep_checkpoints": 0}, [1, 2, 3], 2),
 ])
-def test_checkpoints(settings: LRM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict, kept: list,
+def test_checkpoints(settings: LRM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, options: dict, kept: list,
                      final: int) -> None:
     """Validation accuracies 0.5 before the first step, then 0.6, 0.8, 0.55."""
     found = iter([0.5, 0.6, 0.8, 0.55, 0.9])
@@ -156,4 +161,49 @@ def test_checkpoints(settings: LRM, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sorted(int(p.name.removeprefix("checkpoint-gstep")) for p in out.glob("checkpoint-gstep*")) == kept
     stage = json.loads((out / train_lrm.FINAL / "training_stage.json").read_text())
     assert stage["global_step"] == final == rows(out, "validation")[-1]["checkpoint"]
+    assert "learned nothing" not in capsys.readouterr().out
     assert stage.keys() == {"epoch", "step", "global_step", "step_loss", "lr", "metrics"} and np.isfinite(stage["step_loss"])
+
+
+@pytest.mark.parametrize("accuracies, useless", [([0.6, 0.4, 0.6, 0.5], True), ([0.6, 0.4, 0.61, 0.5], False)])
+def test_a_reward_model_that_learned_nothing(settings: LRM, monkeypatch, capsys, accuracies: list, useless: bool) -> None:
+    """Validation accuracies before the first step, then after each of three."""
+    found = iter([*accuracies, 0.9])
+    monkeypatch.setattr(train_lrm, "validate", lambda *args: {"accuracy": next(found), "accuracy_by_timestep": {}, "n": 1})
+    train_lrm.train(replace(settings, validation_pairs=settings.pairs))
+    assert ("(best 0.600) is above the one before the first step (0.600): this reward model has learned nothing" in
+            capsys.readouterr().out) is useless
+def test_checkpoints_go_only_when_no_state_names_them(settings: LRM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the validation of step 2 and before its state: what the state of step 1 names is there."""
+    found = iter([0.6, 0.8])
+    monkeypatch.setattr(train_lrm, "validate", lambda *args: {"accuracy": next(found), "accuracy_by_timestep": {}, "n": 1})
+    save, out = checkpoint.save_state, Path(settings.out)
+
+    def killed(file: Path, at: dict, parts: dict) -> None:
+        if at["step"] == 2:
+            raise KeyError
+        save(file, at, parts)
+    monkeypatch.setattr(checkpoint, "save_state", killed)
+    with pytest.raises(KeyError):
+        train_lrm.train(replace(settings, validation_pairs=settings.pairs, eval_on_start=False))
+    named = torch.load(out / checkpoint.STATE)["at"]["checkpoints"]
+    assert [step for step, _ in named] == [1] and (out / train_lrm.CHECKPOINT.format(1) / "state_dict.pt").is_file()
+
+
+def test_no_validation_pair_decodes(settings: LRM, tmp_path: Path) -> None:
+    held = table(tmp_path / "held.parquet", ["a", "b"], jpg_1=[BLUE, b"?"], has_label=[False, True])  # row 0 is not used
+    with pytest.raises(InputError, match="--validation-pairs .*held.parquet: has no pair whose pictures decode"):
+        train_lrm.train(replace(settings, validation_pairs=str(held)))
+
+
+def test_the_handed_on_model_is_the_one_that_is_judged(settings: LRM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best one's weights are brought back into memory."""
+    found, seen = iter([0.6, 0.8, 0.55, 0.9]), []
+
+    def validate(lrm, *args) -> dict:
+        seen.append({name: x.clone() for name, x in lrm.state_dict().items()})
+        return {"accuracy": next(found), "accuracy_by_timestep": {}, "n": 1}
+    monkeypatch.setattr(train_lrm, "validate", validate)
+    final = weights(train_lrm.train(replace(settings, validation_pairs=settings.pairs, eval_on_start=False)))
+    assert all(torch.equal(x, seen[1][name]) and torch.equal(x, seen[3][name]) for name, x in final.items())
+    assert not torch.equal(seen[2]["visual_projection.weight"], seen[3]["visual_projection.weight"])

@@ -3,6 +3,8 @@
 import fnmatch
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ import torch
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
-from lpo_fast import backbone, checkpoint, config, models, preflight, train, train_lpo
+from lpo_fast import backbone, checkpoint, config, files, models, preflight, train, train_lpo
 from lpo_fast.config import LPO
 from lpo_fast.errors import InputError
 
@@ -166,7 +168,11 @@ def test_what_is_known_before_a_model_is_located(hub: Hub, tiny_sd: Path, tiny_s
     for width, kind in ((768, {}), (1024, {}), (2048, {"addition_embed_type": "text_time"})):
         save_file({"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(4, width)},
                   tmp_path / "one.safetensors")
-        assert models.unet_config(str(tmp_path / "one.safetensors")) == {"cross_attention_dim": width} | kind
+        torch.save({"state_dict": load_file(tmp_path / "one.safetensors"), "global_step": 1}, tmp_path / "one.ckpt")
+        torch.save(load_file(tmp_path / "one.safetensors"), tmp_path / "bare.ckpt")
+        for name in ("one.safetensors", "one.ckpt", "bare.ckpt"):
+            assert models.unet_config(str(tmp_path / name)) == {"cross_attention_dim": width} | kind
+            assert train.recipe(["lpo", "--model", str(tmp_path / name)]).lpo.rank == (64 if kind else 4)
 
 
 def test_the_recipe_follows_the_model_that_is_named(tiny_sd: Path, tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +250,7 @@ def test_a_single_file_is_converted_once(tiny_sd: Path, tmp_path: Path, suffix: 
     save_file(state, file) if suffix == ".safetensors" else torch.save({"state_dict": state}, file)
     with pytest.raises(InputError, match="cannot be converted") as caught:
         models.locate(str(file), "--model")
-    assert str(tmp_path / "tuned") in caught.value.remedy and not (tmp_path / "home").exists()
+    assert str(tmp_path / "tuned") in caught.value.remedy and not list((tmp_path / "home").rglob("[!.]*.*"))
     shutil.copytree(tiny_sd, tmp_path / "tuned", ignore=shutil.ignore_patterns("*.safetensors"))
     folder = models.locate(str(file), "--model")
     assert folder.parent == tmp_path / "home" / "lpo_fast"
@@ -254,6 +260,61 @@ def test_a_single_file_is_converted_once(tiny_sd: Path, tmp_path: Path, suffix: 
         assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in second)
     made = (folder / "model_index.json").stat().st_mtime_ns
     assert models.locate(str(file), "--model") == folder and (folder / "model_index.json").stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize("tensors", [{"a": (2, 3)}, {"x.attn2.to_k.weight": (3,)}, {"x.attn2.to_k.weight": (3, 768),
+                                                                                  "y.attn2.to_k.weight": (3, 1024)}])
+def test_a_single_file_of_no_known_family(tmp_path: Path, tensors: dict, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models.constants, "HF_HOME", str(tmp_path / "home"))
+    state, file = {name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / f"one{suffix}"
+    save_file(state, file) if suffix == ".safetensors" else torch.save({"state_dict": state}, file)
+    assert models.unet_config(str(file)) == {}
+    with pytest.raises(InputError, match="is no checkpoint of SD1.5, SD2.1 or SDXL") as caught:
+        models.locate(str(file), "--lrm-base")
+    assert caught.value.key == "--lrm-base" and not (tmp_path / "home").exists()
+
+
+def test_two_processes_convert_a_single_file_once(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second waits for the first, and takes what that made; what a killed one left goes."""
+    monkeypatch.setattr(models.constants, "HF_HOME", str(tmp_path / "home"))
+    save_file({"x.attn2.to_k.weight": torch.zeros(4, 768)}, tmp_path / "one.safetensors")
+    made = []
+
+    class Slow:
+        def save_pretrained(self, folder: Path) -> None:
+            made.append(folder)
+            for part in ("unet", "vae"):
+                shutil.copytree(tiny_sd / part, folder / part)
+                time.sleep(0.3)
+    monkeypatch.setattr(models.StableDiffusionPipeline, "from_single_file", lambda *_, **__: Slow())
+    with ThreadPoolExecutor(3) as pool:
+        folders = set(pool.map(lambda _: models.locate(str(tmp_path / "one.safetensors"), "--model"), range(3)))
+    (folder,) = folders
+    assert len(made) == 1 and {part.name for part in folder.iterdir()} == {"unet", "vae"}
+    assert {p.name for p in folder.parent.iterdir()} == {folder.name, f".{folder.name}.lock"}
+
+
+def test_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    target, other = tmp_path / "it.arrow", tmp_path / "it.arrow2.x-1"
+    other.write_text("not ours")
+    for left in (".it.arrow.node-77.new", "it.arrow.node-78"):
+        (tmp_path / left).mkdir()
+    with pytest.raises(KeyboardInterrupt), files.once(target) as aside:
+        aside.write_text("half")
+        raise KeyboardInterrupt
+    assert {p.name for p in tmp_path.iterdir()} == {other.name, ".it.arrow.lock"}
+    with files.once(target) as aside:
+        aside.write_text("whole")
+    with files.once(target) as aside:
+        assert aside is None and target.read_text() == "whole"
+    monkeypatch.setattr(files.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
+    with files.once(tmp_path / "folder") as aside:  # another process is faster
+        aside.mkdir()
+        shutil.copytree(tmp_path, tmp_path / "folder", ignore=lambda *_: [p.name for p in tmp_path.iterdir() if p != target])
+    assert "cannot be locked (No locks available)" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["it.arrow"]
+    assert {p.name for p in tmp_path.iterdir()} == {other.name, ".it.arrow.lock", "it.arrow", "folder", ".folder.lock"}
 
 
 def test_a_pickle_that_would_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,12 @@ import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lpo_fast import checkpoint, config, official, outputs, train
+from lpo_fast import backbone, checkpoint, config, official, outputs, train
 from lpo_fast.config import LPO
 from lpo_fast.errors import InputError
 from lpo_fast.shapes import world
@@ -53,7 +54,7 @@ def test_every_key_of_the_official_configs(name: str) -> None:
     recipe = {"sd15": config.sd15, "sd21": config.sd21, "sdxl": config.sdxl}[name]().lpo
     same = asdict(recipe).keys() - EXPECTED[name].keys() - {"pictures", "attention"}
     assert {key: found[key] for key in same} == {key: asdict(recipe)[key] for key in same}  # the rest is our recipe's
-    assert settings.attention in ("sdpa", "xformers") and [n.split()[0] for n in notes if "nothing to do" in n] == [
+    assert settings.attention in ("auto", "xformers") and [n.split()[0] for n in notes if "nothing to do" in n] == [
         "dataloader_num_workers", "dataloader_pin_memory"]
 
 
@@ -82,6 +83,11 @@ def test_a_constant_threshold_and_the_launchers_precision(monkeypatch: pytest.Mo
     flat = official.flat(official.load("configs/sd15.py")) | {"compare_func_cfg.dynamic_threshold": None}
     settings, _ = official.settings(flat)
     assert (settings.threshold_shape, settings.threshold_min, settings.mixed_precision) == ("none", 0.3, "bf16")
+    del flat["compare_func_cfg.threshold"]
+    assert official.settings(flat)[0].threshold_min == 0.3
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(InputError, match="fp8: is a precision that LPO does not have"):
+        official.settings(flat)
 
 
 @pytest.mark.parametrize("argv, flag, message", [
@@ -105,7 +111,7 @@ def test_refusals_name_the_key(argv: list[str], flag: str, message: str, capsys:
 
 
 @pytest.mark.parametrize("code, message", [
-    ("import nonesuch", "imports nonesuch, which is not there"), ("x = 1", "get_config() fails (KeyError"),
+    ("import nonesuch", "imports nonesuch, which is not there"), ("x = 1", "is a key that the official code does not have"),
     ("def get_config(): return {'speed': 1}", "is a key that the official code does not have; drop it, or did you mean seed"),
     ("def get_config(): return 1 / 0", "ZeroDivisionError"),
 ])
@@ -120,6 +126,16 @@ def test_a_reward_model_of_another_kind_is_refused(tiny_lrm: Path) -> None:
     assert official.parse(argv)[0].lrm == str(tiny_lrm)
     with pytest.raises(InputError, match="says True; set it to that"):
         official.parse([*argv, "--config.preference_model_func_cfg.multi_scale=False"])
+
+
+def test_a_reward_model_in_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    argv = ["--config", "configs/sdxl.py", f"--config.preference_model_func_cfg.ft_model_path={tmp_path / 'lrm.pt'}"]
+    for width, multi_scale in ((8, False), (20, True)):
+        torch.save({"visual_projection.weight": torch.zeros(4, width),
+                    "unet.mid_block.resnets.0.conv1.weight": torch.zeros(8, 8, 3, 3)}, tmp_path / "lrm.pt")
+        official.parse([*argv, f"--config.preference_model_func_cfg.multi_scale={multi_scale}"])
+        with pytest.raises(InputError, match=f"says {multi_scale}; set it to that"):
+            official.parse([*argv, f"--config.preference_model_func_cfg.multi_scale={not multi_scale}"])
 
 
 def test_a_run_from_an_official_launch_line(tiny_sd: Path, tiny_lrm: Path, tmp_path: Path, capsys) -> None:
@@ -162,4 +178,18 @@ def test_checkpoints_are_found_and_limited(tmp_path: Path) -> None:
     for nothing in (tmp_path / "nowhere", tmp_path / "checkpoint_2" / "checkpoint_"):
         with pytest.raises(InputError, match="no checkpoint_{epoch} directory there"):
             outputs.find_checkpoint(nothing, full=False)
-    assert "lora_rank = 7\n" in official.render(replace(LPO(), rank=7))
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_record_is_a_config_of_the_same_run(name: str, tmp_path: Path) -> None:
+    settings, _ = official.parse(["--config", f"configs/{name}.py"])
+    lrm = SimpleNamespace(family=backbone.SDXL if name == "sdxl" else backbone.SD, multi_scale=True, multi_scale_cfg=False,
+                          guidance_scale=(7.5,))
+    for case in (settings, replace(settings, rank=7, full=True, threshold_shape="none", threshold_max=0.45, threshold_min=0.45,
+                                   steps_used="0:5", optimizer="adamw8bit", keep_checkpoints=3, out="a/b", run_name="b")):
+        (tmp_path / "exp_config.py").write_text(official.render(case, lrm))
+        record = official.flat(official.load(str(tmp_path / "exp_config.py")))
+        assert record.keys() == official.SAME.keys() | official.WORKED_OUT | official.IDLE.keys()
+        assert official.settings(record)[0] == case
+        assert official.parse(["--config", str(tmp_path / "exp_config.py"), "--config.train.beta=7"])[0].beta == 7
+    assert record["lora_rank"] == 7 and record["use_xformers"]

@@ -34,7 +34,7 @@ SHIPPED = {
                  "step_sdxl_variable-t_lr1e-5_step-8000_multiscale_cfg7.5_filter2_time951"),
 }
 NOT_OFFICIAL = {"revision", "compile", "resolution", "optimizer", "fused_norms", "max_corrupt", "handed_on", "tracker_entity",
-                "out", "dry_run"}
+                "out", "dry_run", "cache_latents"}
 
 
 def parse(*overrides: str, name: str = "step_sd15", folder: str = HERE) -> LRM:
@@ -172,8 +172,9 @@ def test_where_the_file_is_looked_for(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("text, message", [
-    ("defaults: [", "is no YAML"), ("- a", "its defaults are None"), ("defaults: [clip]", "its defaults are"),
-    ("defaults: [step_sd_config, {model: x}]", "its defaults are"), ("\xff", "its defaults are None"),
+    ("defaults: [", "is no YAML"), ("- a", "it is no mapping"), ("a: 1", "its defaults are"),
+        ("defaults: [clip]", "its defaults are"),
+    ("defaults: [step_sd_config, {model: x}]", "its defaults are"), ("\xff", "it is no mapping"),
 ])
 def test_files_that_are_no_official_configuration(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "c.yaml").write_text(text)

@@ -85,6 +85,66 @@ def test_a_directory_as_on_the_hub_has_splits(tmp_path: Path, folder: str) -> No
     assert caught.value.key == "--validation-split" and caught.value.value == "test"
 
 
+@pytest.mark.parametrize("names", [("train", "validation_unique"), ("train-a", "train-b", "validation_unique-00000-of-00001"),
+                                   ("train", "test")])
+def test_files_are_named_for_splits(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        table(tmp_path / f"{name}.parquet", [name])
+    assert pairs.read(str(tmp_path), split="train").captions == [name for name in names if name.startswith("train")]
+    assert pairs.read(str(tmp_path), split=names[-1].partition("-")[0]).captions == [names[-1]]
+
+
+@pytest.mark.parametrize("names, stray", [
+    (("train", "more"), "more.parquet"), (("validation-00000-of-00001", "x"), "x.parquet"),
+])
+def test_a_stray_file_among_splits(tmp_path: Path, names: tuple[str, str], stray: str) -> None:
+    for name in names:
+        table(tmp_path / f"{name}.parquet", [name])
+    for split in ("train", "validation"):
+        with pytest.raises(InputError, match=f"named for splits .*, others are not: {stray}"):
+            pairs.read(str(tmp_path), split=split)
+    assert len(pairs.read(str(tmp_path))) == 2  # no split is asked for
+
+
+def test_a_directory_without_the_split(tmp_path: Path) -> None:
+    table(tmp_path / "train.parquet", ["a"])
+    with pytest.raises(InputError, match="--validation-split validation_unique: no split of .*, which has train"):
+        pairs.read(str(tmp_path), "--validation-pairs", split="validation_unique")
+
+
+def test_names_with_the_signs_of_patterns(tmp_path: Path) -> None:
+    """[1] and * are no patterns: it is this file that is read."""
+    for folder, colour in (("set[1]", RED), ("set1", GREEN), ("set*", BLUE)):
+        (tmp_path / folder).mkdir()
+        table(tmp_path / folder / "p.parquet", ["a"], jpg_0=[colour])
+    assert [colours(dataset(tmp_path / f / "p.parquet")[0])[0] for f in ("set[1]", "set1", "set*")] == ["r", "g", "b"]
+
+
+def test_a_file_changed_within_its_time_is_read_anew(tmp_path: Path) -> None:
+    for colour, name in ((RED, "r"), (GREEN, "g"), (BLUE, "b")):
+        file = table(tmp_path / "p.parquet", ["a"], jpg_0=[colour])
+        os.utime(file, (1, 1))
+        assert colours(dataset(file)[0])[0] == name
+
+
+def test_a_conversion_that_lost_rows(tmp_path: Path) -> None:
+    file = table(tmp_path / "p.parquet", ["a", "b"])
+    pairs.read(str(file), cache_dir=str(tmp_path / "c")).source.open("jpg_0")
+    (made,) = (tmp_path / "c" / "lpo_fast").glob("[!.]*.arrow")
+    column = pa.ipc.open_stream(made.read_bytes()).read_all()
+    with pa.OSFile(str(made), "wb") as out, pa.ipc.new_stream(out, column.schema) as stream:
+        stream.write_table(column[:1])
+    with pytest.raises(InputError, match="has 1 rows, not 2: remove it"):
+        pairs.read(str(file), cache_dir=str(tmp_path / "c")).source.open("jpg_0")
+
+
+def test_many_files_in_their_order(tmp_path: Path) -> None:
+    for i in range(12):
+        table(tmp_path / f"p{i}.parquet", [str(i)], jpg_0=[(RED, GREEN, BLUE)[i % 3]])
+    made = dataset(tmp_path)
+    assert all(colours(made[i])[0] == "rgb"[int(made.pairs.captions[i]) % 3] for i in range(12))
+
+
 def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
     assert colours(dataset(table(tmp_path / "p.parquet", ["a"]))[0]) == "rb"
     table(tmp_path / "p.parquet", ["a"], jpg_0=[GREEN])
@@ -262,6 +322,14 @@ def test_a_table_without_any_picture_is_refused_at_once(tmp_path: Path) -> None:
         assert caught.value.key == "--test-pairs"
 
 
+@pytest.mark.parametrize("key", ["jpg_0", "jpg_1"])
+def test_a_named_column_without_pictures_is_refused_by_its_flag(key: str, tmp_path: Path) -> None:
+    path = table(tmp_path / "p.parquet", ["a", "b"])
+    with pytest.raises(InputError, match="a picture of row 0 does not decode .* in .*p.parquet; name a column") as caught:
+        pairs.check_pictures(pairs.read(str(path), columns=Columns(**{key: "caption"})))
+    assert (caught.value.key, caught.value.value) == (f"--columns.{key.replace('_', '-')}", "caption")
+
+
 def test_the_count_of_broken_pictures_stops_a_run(tmp_path: Path) -> None:
     made = dataset(table(tmp_path / "p.parquet", list("abcdefgh"), jpg_0=[RED, b"", RED, b"", RED, b"", RED, RED]))
     corrupt = pairs.Corrupt(made.pairs, 2)
@@ -407,10 +475,10 @@ def test_scores_by_position(tmp_path: Path) -> None:
     assert used(path, scores(tmp_path / "s.csv", good)).rows.tolist() == [0, 2]
     assert used(path, scores(tmp_path / "s.csv", good), filter_strategy=0).rows.tolist() == [0, 1, 2]
     for rows in (good[:2], good * 2):
-        with pytest.raises(InputError, match=f"holds 3 pairs, the score table has {len(rows)} rows") as caught:
+        with pytest.raises(InputError, match=f"t.csv: has {len(rows)} rows, .*p.parquet 3 pairs") as caught:
             used(path, scores(tmp_path / "t.csv", rows))
         assert caught.value.key == "--scores"
-    with pytest.raises(InputError, match="different_flag is not what the labels say in 2 of 3 pairs, the first: rows 0, 2"):
+    with pytest.raises(InputError, match="different_flag is not what the labels say in 2 of 3 pairs, the first: rows 0, 2 "):
         used(path, scores(tmp_path / "t.csv", good[::-1]))
     with pytest.raises(InputError, match="the filter keeps none of its 3 rows"):
         used(path, scores(tmp_path / "t.csv", [(1, -9, 1, 1), (1, -9, 1, 1), (0, 9, 9, 9)]))
@@ -421,7 +489,7 @@ def test_scores_by_key(tmp_path: Path) -> None:
     path = table(tmp_path / "p.parquet", ["a", "b", "c"], image_0_uid=["x", "y", "x"], image_1_uid=["y", "z", "w"])
     rows = [("w", "x", 0, 0, 0, 0), ("q", "q", 1, 1, 1, 1), ("y", "x", 1, -9, 1, 1), ("y", "z", 1, 1, 1, 1)]
     assert used(path, scores(tmp_path / "s.csv", rows, KEYED)).rows.tolist() == [1, 2]
-    with pytest.raises(InputError, match="has no row for 2 of the 3 pairs, the first of them row 0") as caught:
+    with pytest.raises(InputError, match="has no row for 2 of the 3 pairs, the first of them row 0 .from 0.") as caught:
         used(path, scores(tmp_path / "s.csv", [rows[0], rows[1]], KEYED))
     assert caught.value.key == "--scores"
     with pytest.raises(InputError, match="different_flag is not what the labels say in 1 of 3 pairs"):

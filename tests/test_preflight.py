@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from test_data import BLUE, HEADER, RED, scores, table
 
-from lpo_fast import backbone, checkpoint, config, files, preflight, speed, train_lpo, train_lrm
+from lpo_fast import backbone, checkpoint, config, evaluate, files, models, preflight, speed, train_lpo, train_lrm
 from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
 
@@ -117,6 +117,33 @@ def test_good_settings_pass_and_write_nothing(bench: Bench, lpo: LPO, lrm: LRM) 
     assert not (bench.tmp / "runs").exists()
 
 
+@pytest.mark.parametrize("use, end", [("validation", "and chooses the best LRM"), ("test", "says little of other pairs")])
+def test_a_warning_where_training_pairs_are_held_out(bench: Bench, lrm: LRM, use: str, end: str, capsys) -> None:
+    (bench.tmp / "link.parquet").symlink_to(lrm.pairs)
+    preflight.lrm(replace(lrm, **{f"{use}_pairs": str(bench.tmp / "link.parquet")}))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"warning: --{use}-pairs has rows of --pairs (") and line.endswith(end)
+    preflight.lrm(replace(lrm, **{f"{use}_pairs": bench.pairs("others.parquet")}))
+    assert not capsys.readouterr().out
+
+
+def test_a_model_is_located_last(bench: Bench, lpo: LPO, lrm: LRM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have to be downloaded or converted: other settings are refused before."""
+    monkeypatch.setattr(models, "model", lambda config: pytest.fail("located"))
+    monkeypatch.setattr(models, "single_file", lambda *_: pytest.fail("converted"))
+    one = {"model": bench.file("one.safetensors", "x")}
+    for changes in ({"prompts": "no.txt"}, {"lora": "/no/where"}, {"resume_from": "/no/where"}, {"lrm": "/no/where"},
+                    {"out": bench.file("a_file")}, {"log_with": "nothing"}):
+        with pytest.raises(InputError):
+            preflight.lpo(replace(lpo, **one | changes))
+    for changes in ({"pairs": "/no/where"}, {"scores": "/no/where"}, {"validation_pairs": "/no/where"}, {"batch_size": 3,
+                    "accumulate": 2}, {"out": bench.file("a_file")}):
+        with pytest.raises(InputError):
+            preflight.lrm(replace(lrm, **one | changes))
+    with pytest.raises(InputError):
+        evaluate.run(evaluate.Evaluate(prompts="/no/where", **one))
+
+
 def test_sdxl_passes(bench: Bench, lpo: LPO, lrm: LRM, tiny_sdxl: Path) -> None:
     model = checkpoint.new_lrm(tiny_sdxl, generator=torch.Generator())
     checkpoint.save_lrm(model, backbone.load_tokenizers(tiny_sdxl, model.family), bench.tmp / "lrm_xl")
@@ -153,6 +180,12 @@ def test_a_vae_of_another_family(bench: Bench, lpo: LPO) -> None:
         (Path(vae) / "config.json").write_text((bench.sd / "vae" / "config.json").read_text())
         files._remove(Path(vae) / part)
         refused(train_lpo.train, replace(lpo, vae=vae), "--vae", message)
+
+
+def test_a_directory_without_a_vae_is_named_as_it_was_typed(bench: Bench, lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bench.sd)
+    problem = refused(train_lpo.train, replace(lpo, vae="tokenizer"), "--vae", "holds no VAE")
+    assert problem.value == "tokenizer" and "a VAE's directory or a whole pipeline" in problem.remedy
 
 
 @pytest.mark.parametrize("name, package", [("adamw8bit", "bitsandbytes"), ("paged_adamw8bit", "bitsandbytes"),
@@ -244,7 +277,7 @@ PIPELINES = [
     (lambda b: str(b.tmp / "nowhere"), "no such directory"),
     (lambda b: b.file("file.txt"), "is no model"),
     (lambda b: "no/such-model", "not in the Hugging Face cache, and HF_HUB_OFFLINE is set"),
-    (lambda b: b.file("bad.safetensors", "bad"), "cannot be converted"),
+    (lambda b: b.file("bad.safetensors", "bad"), "is no checkpoint of"),
     (lambda b: b.file("bad.ckpt", "bad"), "cannot be read safely"),
     (lambda b: str(b.tmp), "unet/config.json is missing"),
     (lambda b: str(b.sd / "unet"), "unet/config.json is missing"),
@@ -361,7 +394,7 @@ def test_score_table(bench: Bench, lrm: LRM) -> None:
     keep = (1, 1, 1, 1)
     refused(train_lrm.train, replace(lrm, scores=str(bench.tmp / "nowhere.csv")), "--scores", "cannot be read")
     too_long = scores(bench.tmp / "long.csv", [keep] * 3, HEADER)
-    refused(train_lrm.train, replace(lrm, scores=str(too_long)), "--scores", "the score table has 3 rows")
+    refused(train_lrm.train, replace(lrm, scores=str(too_long)), "--scores", "has 3 rows, ")
     swapped = scores(bench.tmp / "ties.csv", [(0, 0, 0, 0)] * 2, HEADER)
     refused(train_lrm.train, replace(lrm, scores=str(swapped)), "--scores",
             "different_flag is not what the labels say in 2 of 2")

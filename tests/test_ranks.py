@@ -64,8 +64,8 @@ ranks.state()
 lrm = checkpoint.new_lrm(Path(model), generator=torch.Generator().manual_seed(0), multi_scale=True).double().train()
 lrm.requires_grad_(True)
 encoder = train_lrm.Encoder(Path(model), lrm, 0, "no")
-encoder.vae.double()
-encoder.train_posterior = lambda pixels: (pixels.unflatten(2, (3, 1))[:, :, [0, 1, 2, 0], 0], torch.tensor(0.1).double())
+encoder.posterior = lambda batch, *_: (batch["pixels"][:, :, [0, 1, 2, 0]],
+                                       torch.full((2, len(batch["rows"]), 1, 1, 1), 0.1).double())
 optimizer = torch.optim.SGD(lrm.parameters(), lr=0.1)
 config = LRM(loss_type="both", batch_coeff=0.5, accumulate=1, compare_between_timestep=True, aux_loss_coeff=0.5)
 own, first = 6 // ranks.count(), 6 // ranks.count() * ranks.index()
@@ -80,6 +80,7 @@ for step in range(5):
     at = {key: 1 if key in ("pixels", "labels") else 0 for key in batch}
     part = {key: value[first:first + own] if at[key] == 0 else value[:, first:first + own] for key, value in batch.items()}
     row = train_lrm.train_step(lrm, encoder, part, step, optimizer, config)
+row = dict(zip(train_lrm.STEP, row.tolist(), strict=True))
 ranks.wait()
 if ranks.main():
     torch.save((lrm.state_dict(), row), out)
@@ -256,3 +257,100 @@ def test_a_port_in_use(tiny_sd: Path, tmp_path: Path) -> None:
                               timeout=120)
     assert done.returncode == 2 and f"error: MASTER_PORT 127.0.0.1:{port}: the processes cannot meet there" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_parameters_that_no_loss_reaches(tiny_sdxl: Path, tmp_path: Path) -> None:
+    """SDXL's first encoder gives its last hidden state but one: weight decay leaves its last layer alone in any number of
+    processes."""
+    pairs, name = table(tmp_path / "p.parquet", list("abcd")), "text_model.encoder.layers.1.mlp.fc1.weight"
+    last = []
+    for count in (1, 2):
+        out = tmp_path / f"run{count}"
+        done = processes(count, "-m", "lpo_fast.train", "lrm", "--model", str(tiny_sdxl), "--pairs", str(pairs), "--out",
+                         str(out), "--batch-size", "4", "--max-steps", "2", "--warmup-steps", "0", "--learning-rate", "1e-2",
+                         "--weight-decay", "0.5", "--num-workers", "0", folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        last.append(load_file(out / "checkpoint-final" / "text_encoder" / "model.safetensors")[name])
+    assert torch.equal(*last)
+
+
+STOPS = """
+import os, signal, sys, time
+from lpo_fast import checkpoint, train, train_lrm
+rank, step, save = os.environ["RANK"], train_lrm.train_step, checkpoint.save_state
+def slow(*arguments):
+    time.sleep(3)
+    save(*arguments)
+    print("state at", time.time(), flush=True)
+def stops(*arguments):
+    if rank == "0":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(*arguments)
+checkpoint.save_state, train_lrm.train_step = slow, stops
+try:
+    train.main(sys.argv[1:])
+except SystemExit as end:
+    print("end", end.code, "at", time.time(), flush=True)
+"""
+
+
+def test_no_process_leaves_before_the_state_is_written(tiny_sd: Path, tmp_path: Path) -> None:
+    (tmp_path / "stops.py").write_text(STOPS)
+    done = processes(2, str(tmp_path / "stops.py"), "lrm", "--model", str(tiny_sd), "--pairs",
+                     str(table(tmp_path / "p.parquet", list("abcd"))), "--out", str(tmp_path / "run"), "--batch-size", "4",
+                     "--max-steps", "9", "--warmup-steps", "0", "--num-workers", "0", folder=tmp_path)
+    ends = [float(at) for at in re.findall(r"end 143 at (\S+)", done.stdout)]
+    assert len(ends) == 2 and min(ends) >= float(re.search(r"state at (\S+)", done.stdout)[1])
+
+
+NOTES = """
+import json, sys
+from lpo_fast import ranks, train, train_lpo
+file, sample_pairs = sys.argv.pop(1), train_lpo.sample_pairs
+def notes(*arguments, **named):
+    if ranks.main():
+        with open(file, "a") as out:
+            out.write(json.dumps(arguments[5].tolist()) + "\\\\n")
+    return sample_pairs(*arguments, **named)
+train_lpo.sample_pairs = notes
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_another_number_of_processes_goes_on_with_the_next_prompts(tiny_sd: Path, tiny_lrm: Path, tmp_path: Path) -> None:
+    """One process samples 3 × 2 of 11 prompts, two go on with 4 and 1, then the next epoch with 4, 4 and 3."""
+    (tmp_path / "notes.py").write_text(NOTES.replace("\\\\", "\\"))
+    (tmp_path / "prompts.json").write_text(json.dumps(world.captions(held_out=False)[:11]))
+    arguments = [str(tmp_path / "notes.py"), str(tmp_path / "notes"), "lpo", "--model", str(tiny_sd), "--lrm", str(tiny_lrm),
+                 "--prompts", str(tmp_path / "prompts.json"), "--out", str(tmp_path / "run"), "--batch-size", "2",
+                 "--num-steps", "2", "--pictures", "0", "--threshold-min", "0", "--threshold-max", "0.001", "--epochs", "2"]
+    for count, more in ((1, ["--max-batches", "3"]), (2, ["--resume"])):
+        done = processes(count, *arguments, *more, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "batches 3 to " in done.stdout
+    sampled = list(map(json.loads, (tmp_path / "notes").read_text().splitlines()))
+    assert [len(part) for part in sampled] == [2, 2, 2, 4, 1, 4, 4, 3]
+    for epoch in (sampled[:5], sampled[5:]):
+        assert sorted(sum(epoch, [])) == list(range(11))
+
+
+APART = """
+import os, sys
+from pathlib import Path
+folder = Path(sys.argv.pop(1)) / os.environ["RANK"]
+folder.mkdir()
+os.chdir(folder)
+from lpo_fast import train
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_each_process_may_have_a_disk_of_its_own(tiny_sd: Path, tmp_path: Path) -> None:
+    """--out is relative, the working directories differ, and the best LRM is another than the last one."""
+    (tmp_path / "apart.py").write_text(APART)
+    pairs = str(table(tmp_path / "p.parquet", list("abcd")))
+    done = processes(2, str(tmp_path / "apart.py"), str(tmp_path), "lrm", "--model", str(tiny_sd), "--pairs", pairs,
+                     "--validation-pairs", pairs, "--out", "out", "--batch-size", "4", "--max-steps", "3", "--warmup-steps",
+                     "0", "--num-workers", "0", "--validate-steps", "2", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "0" / "out" / "checkpoint-final").is_dir() and not (tmp_path / "1" / "out").exists()

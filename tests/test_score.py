@@ -72,6 +72,32 @@ def test_sdxl_scores_are_those_of_plain_calls(tiny_sdxl, tmp_path):
     torch.testing.assert_close(scores, plain(tiny_sdxl, tmp_path / "lrm", pictures, PROMPTS[:2], 1, 1), rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl"])
+def test_the_resolution_of_its_training(name, tmp_path, request):
+    """Is recorded for every family; pictures are resized to it, or to another that is asked for, and time ids say so."""
+    base = request.getfixturevalue(name)
+    model = checkpoint.new_lrm(base, generator=torch.Generator().manual_seed(1), resolution=32)
+    checkpoint.save_lrm(model, backbone.load_tokenizers(base, model.family), tmp_path / "lrm")
+    assert json.loads((tmp_path / "lrm" / "lrm.json").read_text())["resolution"] == 32
+    shapes = []
+    for resolution, size in ((0, 32), (16, 16)):
+        scorer = Scorer(tmp_path / "lrm", resolution=resolution)
+        sizes = scorer.lrm.sizes
+        assert scorer.resolution == size and (sizes is None or sizes.tolist() == [[size, size, 0, 0, size, size]])
+        image_features = scorer.lrm.image_features
+        scorer.lrm.image_features = lambda x, *rest, f=image_features: shapes.append(tuple(x.shape[1:])) or f(x, *rest)
+        scorer([picture(0)], PROMPTS[:1])
+    assert shapes == [(4, 16, 16), (4, 8, 8)]
+
+
+def test_another_vae_encodes(tiny_sd, tiny_lrm, scorer, tmp_path):
+    torch.manual_seed(5)
+    AutoencoderKL.from_config(AutoencoderKL.load_config(tiny_sd / "vae")).save_pretrained(tmp_path / "vae")
+    same, other = (Scorer(tiny_lrm, base=tiny_sd, vae=str(path))([picture(0)], PROMPTS[:1]) for path in (
+        tiny_sd / "vae", tmp_path / "vae"))
+    assert same == scorer([picture(0)], PROMPTS[:1]) != other
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_batches_do_not_matter(tiny_sd, tiny_lrm, scorer, size):
     pictures = [picture(i) for i in range(5)]

@@ -115,7 +115,7 @@ def test_pictures_that_do_not_decode_and_pairs_not_judged_have_no_gaps(config: S
     ({"clipscore": "my_scorers:f"}, "--clipscore", "cannot be imported"),
     ({"vqascore": "my_scorers:seven"}, "--vqascore", "is int, not a function"),
     ({"vqascore": "my_scorers:short"}, "--vqascore", "at rows 0 to 1 gave 1 scores for 4 pictures"),
-    ({"vqascore": "my_scorers:infinite"}, "--vqascore", "a score of row 1 is not finite"),
+    ({"vqascore": "my_scorers:infinite"}, "--vqascore", "a score of row 1 (from 0) is not finite"),
     ({"pairs": "nowhere.parquet"}, "--pairs", "no .parquet there"), ({"batch_size": 0}, "--batch-size", "below 1"),
 ])
 def test_bad_input(config: ScoreTable, scorers, changes: dict, flag: str, message: str) -> None:

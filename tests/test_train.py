@@ -270,6 +270,32 @@ def test_a_directory_with_something_else_is_refused(settings, tmp_path):
         train_lpo.train(replace(settings, model=str(model), out=str(model)))
 
 
+@pytest.mark.parametrize("argv, said", [
+    (["lpo", "--optimizer", "foo"], "'foo' for argument '--optimizer'. Expected one of ('adamw', 'adamw8bit', "
+     "'paged_adamw8bit', 'adafactor'); For full helptext, run python -m lpo_fast.train lpo --help"),
+    (["lpo", "--rank", "x"], "Error parsing --rank: invalid literal for int() with base 10: 'x'; Argument helptext:"),
+    (["lop"], "Unrecognized options: lop; Available subcommands: demo, lrm, lpo; "),
+    (["--config", f"{Path(__file__).parent}/official/configs/sd15.py", "--nosuch"], "Unrecognized options: --nosuch; "),
+])
+def test_a_wrong_command_line_is_one_line(argv, said, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent / "official")
+    with pytest.raises(SystemExit) as end:
+        train.main(argv)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and said in error
+
+
+@pytest.mark.parametrize("flags, key", [(["--rank", "8"], "--rank"), (["--alpha", "3"], "--alpha"),
+                                        (["--targets", "to_q"], "--targets")])
+def test_flags_of_a_lora_do_not_go_with_full(flags, key, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent / "official")
+    official = ["--config", "configs/sd15.py", "--config.use_lora=False", "--config.lora_rank=9"]
+    for argv in (["lpo", "--full"], official):
+        assert train.parse(argv).full
+        assert train.main([*argv, *flags]) == 2
+        assert f"error: {key} " in (said := capsys.readouterr().err) and f"drop {key} or --full" in said
+
+
 def test_control_c_before_the_loop(monkeypatch, capsys):
     def stop(settings):
         raise KeyboardInterrupt
@@ -286,8 +312,9 @@ def test_no_valid_pair_is_no_failure(settings, capsys):
 def test_too_long_prompts_are_counted_once(settings, tmp_path, capsys):
     prompts = tmp_path / "long.txt"
     prompts.write_text("a (red:1.3) circle, \N{DRAGON} 龍\n" + "a red circle " * 40 + "\nمرحبا [blue]\n")
-    train_lpo.train(replace(settings, prompts=str(prompts), pictures=0))
-    assert capsys.readouterr().out.count("prompts exceed 16 tokens") == 1
+    train_lpo.train(replace(settings, prompts=str(prompts), pictures=0, validation_prompts=("a red circle " * 40,)))
+    said = capsys.readouterr().out
+    assert said.count("prompts exceed 16 tokens") == 1 and "2 of 3 prompts exceed" in said
 
 
 def test_command_line_lpo(settings, capsys):

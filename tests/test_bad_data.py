@@ -1,0 +1,257 @@
+"""Bad data: a thousand damaged inputs, and those that would take memory, time or the run; each is refused, or left out and
+counted. What is damaged, and how, is in fuzz.py."""
+
+import datetime
+import multiprocessing
+import os
+import resource
+import sys
+import warnings
+from pathlib import Path
+
+import fuzz
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from PIL import Image
+
+from lpo_fast import backbone, data, files, official, pairs, tables
+from lpo_fast.errors import InputError
+
+EXAMPLES = 52  # of each of the readers but one: 1,000 in all
+FEW = {"model configs": 12, "pairs": 36, "official LRM .yaml": 36}  # which take longest
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fuzz.Reader]:
+    return fuzz.readers(tmp_path_factory.mktemp("readers"))
+
+
+NAMES = ["pictures", "prompts .json", "prompts .jsonl", "prompts .csv", "prompts .txt", "prompts .parquet", "pairs",
+         "score table", "table .csv", "table .jsonl", "LoRA .pt", "LoRA .safetensors", "LRM .pt", "state.pt", "CLIP .bin",
+         "lrm.json", "model configs", "official LPO .json", "official LPO .yaml", "official LPO .toml", "official LRM .yaml"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_damaged_inputs_are_refused_in_one_line(name: str, readers: dict[str, fuzz.Reader], tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    results = []
+
+    @settings(max_examples=FEW.get(name, EXAMPLES), derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))
+    @given(readers[name].contents)
+    def tried(content: bytes) -> None:
+        results.append(fuzz.attempt(readers[name], content, tmp_path))
+    tried()
+    assert not all(results)
+
+
+def test_every_reader_is_tried_and_there_are_a_thousand_inputs(readers: dict[str, fuzz.Reader]) -> None:
+    assert [*readers] == NAMES and sum(FEW.get(name, EXAMPLES) for name in NAMES) >= 1000
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("name", fuzz.pictures())
+def test_odd_pictures_are_read(name: str) -> None:
+    """CMYK, animations (the first frame), palettes, transparency, 16 bits, one pixel, 20,000×1."""
+    pixels = data.decode(fuzz.pictures()[name], 16)
+    assert pixels.shape == (3, 16, 16) and pixels.min() >= -1 and pixels.max() <= 1
+    if "pixel" not in name and "long" not in name and "tall" not in name:
+        assert pixels.std() > 0.1  # not cut off to white
+
+
+def test_sixteen_bits_are_scaled_and_thirty_two_refused() -> None:
+    grey = np.array([[0, 65535], [32896, 257]], np.uint16)
+    assert np.asarray(data.picture(fuzz.encoded(Image.fromarray(grey), "PNG")))[..., 0].tolist() == [[0, 255], [128, 1]]
+    with pytest.raises(ValueError, match="no known range"):
+        data.picture(fuzz.encoded(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"))
+
+
+def test_postscript_is_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow hands it to Ghostscript, which is a program of its own."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("Ghostscript was called"))
+    with pytest.raises(OSError, match="cannot identify"):
+        data.picture(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+
+
+BOMBS = {"50,000 × 50,000": lambda: fuzz.png(50_000, 50_000), "9,000 × 9,000": lambda: fuzz.png(9_000, 9_000),
+         "zero bytes": lambda: b"", "an endless row": lambda: fuzz.png(2**31 - 1, 1)}
+
+
+def test_bad_pictures_are_left_out_and_counted(tmp_path: Path) -> None:
+    red = fuzz.pictures()["rgb.png"]
+    cuts = [red[:len(red) * k // 9] for k in range(9)]
+    cells = [red, *cuts, *(bomb() for bomb in BOMBS.values()), b"text", red]
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"caption": ["a"] * len(cells), "jpg_0": cells, "jpg_1": [red] * len(cells),
+                             "label_0": [1.0] * len(cells), "label_1": [0.0] * len(cells)}), path)
+    table = pairs.read(str(path))
+    pairs.check_pictures(table)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        batch = pairs.collate([pairs.PairDataset(table, 8)[i] for i in range(len(table))])
+    good = {0, len(cells) - 1}
+    assert {i for i, corrupt in enumerate(batch["corrupt"].tolist()) if not corrupt} == good
+    seen = pairs.Corrupt(table, limit=3)
+    seen.count(batch)
+    with pytest.raises(InputError, match=f"pictures of {len(cells) - 2} pairs do not decode, the first: rows 1, 2, 3"):
+        seen.share()
+
+
+def within(room: int, bombs: list[bytes]) -> None:
+    """Decode them in a process that may not take so much more than it has; the exit code is how many were read."""
+    have = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (have + room,) * 2)
+    read = 0
+    for bomb in bombs:
+        try:
+            data.decode(bomb, 8)
+            read += 1
+        except MemoryError:
+            os._exit(100)
+        except Exception:
+            pass
+    os._exit(read)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bombs_take_no_memory() -> None:
+    bombs = [make() for make in BOMBS.values()]
+    process = multiprocessing.get_context("fork").Process(target=within, args=(200_000_000, bombs))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("cell", ["/dev/zero", "fifo", "large", "gone", "a\0b", "x" * 5000])
+def test_a_named_picture_is_a_file_of_some_size(cell: str, tmp_path: Path) -> None:
+    """A table of pairs is somebody else's: what it names may be a device or a pipe, which never end."""
+    os.mkfifo(tmp_path / "fifo")
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(files.LARGEST_PICTURE + 1)
+    for name in (cell, str(tmp_path / cell)):
+        with pytest.raises((ValueError, OSError)):
+            pairs.Source(str(tmp_path / "p.parquet"), "--pairs", []).encoded({"bytes": None, "path": name})
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("prompt", [
+    "a\0b", "x" * 100_000, "a " * 50_000, "שלום עולם مرحبا", "👩\u200d👩\u200d👧 🏳️\u200d🌈", "\u202egnirts", "\ufeffa"])
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".parquet"])
+def test_odd_prompts_are_prompts(prompt: str, suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"p{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.table({"caption": [prompt]}), file)
+    else:
+        file.write_text(fuzz.json.dumps([prompt]) if suffix == ".json" else f'caption\n"{prompt}"\n', encoding="utf-8")
+    assert data.read_prompts(str(file)) == [prompt]
+    ids = backbone.tokenize([fuzz.conftest.CLIPTokenizer.from_pretrained(fuzz.conftest.TOKENIZER)], [prompt])[0]
+    assert ids.shape[0] == 1 and ids.shape[1] <= 77
+
+
+def test_text_that_is_not_utf_8(tmp_path: Path) -> None:
+    """Parquet says that it is text; its bytes are not."""
+    column = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe")])
+    pq.write_table(pa.table({"caption": column, "jpg_0": [b""], "jpg_1": [b""], "label_0": [1.0], "label_1": [0.0]}),
+                   tmp_path / "p.parquet")
+    with pytest.raises(InputError, match="--prompts .*is not UTF-8"):
+        data.read_prompts(str(tmp_path / "p.parquet"))
+    with pytest.raises(InputError, match="--columns.caption caption: cannot be read from"):
+        pairs.read(str(tmp_path / "p.parquet"))
+
+
+def test_keys_and_columns_that_occur_twice(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"prompt": "a", "image": "x"}\n{"prompt": "a", "prompt": "b", "image": "x"}\n')
+    with pytest.raises(InputError, match="line 2: the key 'prompt' occurs twice"):
+        tables.read(str(tmp_path / "t.jsonl"), "prompt", "image", "score")
+    twice = pa.table([pa.array(["a"]), pa.array(["b"])], names=["caption", "caption"])
+    pq.write_table(twice, tmp_path / "p.parquet")
+    with pytest.raises(InputError, match="has no column 'caption'"):
+        data.read_prompts(str(tmp_path / "p.parquet"))
+
+
+def test_a_score_table_of_junk_names_the_line(tmp_path: Path) -> None:
+    (tmp_path / "s.csv").write_text(f"{','.join(data.GAPS)}\n1,1,1,1\n1,1,x,1\n")
+    with pytest.raises(InputError, match="line 3: a value is no number"):
+        data.read_scores(str(tmp_path / "s.csv"))
+
+
+@pytest.mark.parametrize("changed, message", [
+    ({"label_0": [[1.0]], "label_1": [[0.0]]}, "a label is no number (it is a list)"),
+    ({"num_example_per_prompt": [float("inf")]}, "below 1 or huge"),
+    ({"image_0_uid": [["k"]], "image_1_uid": ["l"]}, "a picture's key is ['k']"),
+    ({"label_0": [datetime.date(2020, 1, 1)]}, "a label is no number"),
+])
+def test_columns_of_another_type(changed: dict, message: str, tmp_path: Path) -> None:
+    good = {"caption": ["a"], "jpg_0": [b"x"], "jpg_1": [b"x"], "label_0": [1.0], "label_1": [0.0]}
+    pq.write_table(pa.table(good | changed), tmp_path / "p.parquet")
+    with pytest.raises(InputError) as caught:
+        pairs.read(str(tmp_path / "p.parquet"))
+    assert message in caught.value.problem and "p.parquet" in str(caught.value)
+
+
+# Configurations as data
+
+
+def test_a_config_of_data_equals_the_one_of_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(fuzz.OFFICIAL)
+    argv = ["--config.train.beta=250"]
+    for name in ("sd15", "sd21", "sdxl"):
+        tree = fuzz.without_none(official.load(f"configs/{name}.py"))
+        code = official.parse(["--config", f"configs/{name}.py", *argv])
+        for suffix, dump in ((".json", fuzz.json.dumps), (".yaml", fuzz.yaml.safe_dump), (".toml", fuzz.toml)):
+            (file := tmp_path / f"{name}{suffix}").write_text(dump(tree))
+            assert official.parse(["--config", str(file), *argv]) == code
+
+
+@pytest.mark.parametrize("suffix, text, message", [
+    (".yaml", "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "it has aliases"),
+    (".yaml", "seed: !!python/object/apply:os.system ['true']", "is no YAML (could not determine a constructor"),
+    (".yaml", "- 1", "it is no mapping"), (".json", '{"seed": 1, "seed": 2}', "the key 'seed' occurs twice"),
+    (".json", '{"a":' * 50_000, "more than 100,000 bytes"), (".json", '{"a":' * 15_000, "nested too deeply"),
+    (".toml", "seed = 1\nseed = 2", "is no TOML"), (".yaml", "seed: 0x" + "f" * 6000, "more than 64 bits"),
+    (".txt", "", "unknown kind '.txt'"),
+])
+def test_configs_that_are_refused(suffix: str, text: str, message: str, tmp_path: Path) -> None:
+    (file := tmp_path / f"c{suffix}").write_text(text)
+    with pytest.raises(InputError) as caught:
+        official.parse(["--config", str(file)])
+    assert caught.value.key == "--config" and message in caught.value.problem
+
+
+@pytest.mark.parametrize("key, value", [
+    ("seed", "x"), ("seed", True), ("seed", 1.5), ("train.beta", "high"), ("validation_prompts", "a cat"), ("use_lora", 1),
+    ("compare_func_cfg.threshold_min", None), ("sample.num_steps", [20]), ("compare_func_cfg.dynamic_threshold", "steep")])
+def test_values_of_another_kind_name_the_key(key: str, value: object) -> None:
+    config = official.flat(fuzz.official_config()) | {key: value}
+    if value is None:  # left out: the official default
+        assert official.settings(config)[0].threshold_min == 0.2
+        return
+    with pytest.raises(InputError) as caught:
+        official.settings(config)
+    assert caught.value.key == f"config.{key}"
+
+
+def test_a_compressed_checkpoint_and_a_tensor_larger_than_its_file(tmp_path: Path) -> None:
+    from zipfile import ZIP_DEFLATED, ZipFile
+    torch.save({"a": torch.zeros(1_000_000)}, tmp_path / "whole.pt")
+    with ZipFile(tmp_path / "whole.pt") as old, ZipFile(tmp_path / "small.pt", "w", ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert (tmp_path / "small.pt").stat().st_size < 50_000
+    assert torch.load(tmp_path / "small.pt", weights_only=True)["a"].numel() == 1_000_000  # torch itself takes it
+    with pytest.raises(InputError, match="it is compressed"):
+        files.read_pickle(tmp_path / "small.pt")
+    torch.save({"a": torch.zeros(1).expand(10**9)}, tmp_path / "wide.pt")
+    with pytest.raises(InputError, match="larger than what is stored of it"):
+        files.read_pickle(tmp_path / "wide.pt")
+    assert files.read_pickle(tmp_path / "whole.pt")["a"].numel() == 1_000_000

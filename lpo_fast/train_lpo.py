@@ -194,8 +194,8 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
     slots = min(config.batch_size, -(-len(prompts) // ranks.count()))
     size = config.batch_size * ranks.count()
     left = (config.epochs - at["epoch"]) * batches - (at["prompts"] - (0 if index is None else len(index))) // size
-    first = at.setdefault("start", at["done"])
-    total = min(at["done"] + left, first + config.max_batches if config.max_batches else at["done"] + left)
+    end = at.setdefault("start", at["done"]) + (config.max_batches or math.inf)
+    total = min(at["done"] + left, end)
     if config.resume and not resumed:
         runs.say(f"{out} holds no saved state: the run starts from the beginning")
     runs.say(f"LPO on {device}, precision {policy.precision} | {len(prompts)} prompts | {at['done']} of {total} batches done | "
@@ -215,7 +215,7 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
         return made
 
     def more() -> bool:
-        return at["epoch"] < config.epochs and at["done"] < (config.max_batches or math.inf)
+        return at["epoch"] < config.epochs and at["done"] < end
 
     def save() -> None:
         """The state that --resume goes on from; pairs that are still to be trained on are part of it."""

@@ -4,8 +4,8 @@
 
 On CUDA the real SD1.5, SD2.1 and SDXL shapes with random weights; on a CPU SD1.5 with a quarter of every width at a quarter
 of the pixels, two prompts and the first two of the twenty denoising steps. The rows before "static shapes" are the official
-statement with parts of ours; from there on they are our loop's own functions, as ``train_lpo`` calls them. Rows that end in * stand
-beside the default and not below it. Pairs kept: of the fp32 loop's pairs, those that a row finds too, given the same x_t.
+statement with parts of ours; from there on they are our loop's own functions, as ``train_lpo`` calls them. Rows that end in *
+stand beside the default and not below it. Pairs kept: of the fp32 loop's pairs, those that a row finds too, given the same x_t.
 Signal kept: the squared correlation of log r_w − log r_l with the fp32 loop's.
 """
 

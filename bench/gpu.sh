@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # bench/gpu.sh [STAGE ...]: everything that wants a GPU, in stages of at most 8 minutes; without one a dry run on the CPU.
 #
-# Stages: test_<op> and bench_<op> of every kernel, test_launch, doctor. All by default, less those that an earlier call has
+# Stages: test_<op> and bench_<op> of every kernel, test_launch, doctor; the loops' waterfalls, lpo-<family> and lrm-<family>;
+# world-<seed>, the embedded world. All by default, less those that an earlier call has
 # finished (build/gpu/; remove it to begin again). Logs and the benchmarks' rows go to $OUT (bench/results) as they come,
 # beside the rows that bench/results has already. PYTHON: the interpreter; .site/ may hold packages that it lacks. COMMIT:
 # what is measured, where there is no git. Exit status 1 if a stage fails.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-bench/results} python=${PYTHON:-python3} state=build/gpu
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$PWD/build/inductor} BENCH_WORK=${BENCH_WORK:-$PWD/build/models}
 export PYTHONPATH=$PWD/.site:$PWD${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$out" "$state"
 [ "$out" -ef bench/results ] || cp -n bench/results/*.json "$out" 2>/dev/null
@@ -16,7 +18,13 @@ stages=("$@")
 if [ $# -eq 0 ]; then
     for file in lpo_fast/launch.py kernels/*.py; do stages+=("test_$(basename "$file" .py)"); done
     stages+=(doctor)
-    for file in bench/bench_*.py; do stages+=("$(basename "$file" .py)"); done
+    for file in kernels/*.py; do stages+=("bench_$(basename "$file" .py)"); done
+    if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then families=(sd15 sdxl sd21); else families=(small); fi
+    for family in "${families[@]}"; do
+        stages+=("lpo-$family")
+        [ "$family" = sd21 ] || stages+=("lrm-$family")  # SD2.1 is aligned with an SD1.5 LRM
+    done
+    for seed in 0 1 2; do stages+=("world-$seed"); done
 fi
 failed=()
 for stage in "${stages[@]}"; do
@@ -25,6 +33,8 @@ for stage in "${stages[@]}"; do
     case $stage in
         test_*) command=("${pytest[@]}" "tests/$stage.py") ;;
         bench_*) command=("${pytest[@]}" "bench/$stage.py" --benchmark-only --results "$out") ;;
+        lpo-*|lrm-*) command=("${pytest[@]}" "bench/bench_${stage%%-*}.py" -k "${stage#*-}" --benchmark-only --results "$out") ;;
+        world-*) command=(lpo_fast.shapes.evaluate --seeds "${stage#*-}") ;;
         doctor) command=(lpo_fast.doctor --golden tests/golden) ;;
         *) echo "no such stage: $stage"; exit 2 ;;
     esac

@@ -175,9 +175,10 @@ def official_lrm(work: Path, name: str):
     unet = json.loads((work / name / "unet" / "config.json").read_text())["block_out_channels"]
     if name == "sd":
         code = importlib.import_module(f"{models}.sd15_preference_model")
-        torch.save({"text_projection.weight": torch.eye(16)}, work / "clip.bin")
-        cfg = code.SD15PreferenceModelConfig(str(work / name), str(work / "clip.bin"), None, text_embed_dim=16,
-                                             projection_dim=16)
+        width = json.loads((work / name / "text_encoder" / "config.json").read_text())["hidden_size"]
+        torch.save({"text_projection.weight": torch.eye(width)}, work / "clip.bin")
+        cfg = code.SD15PreferenceModelConfig(str(work / name), str(work / "clip.bin"), None, text_embed_dim=width,
+                                             projection_dim=width)
         model = code.SD15PreferenceModel(cfg)
     else:
         code = importlib.import_module(f"{models}.sdxl_base_preference_model")
@@ -188,8 +189,8 @@ def official_lrm(work: Path, name: str):
     return model.eval().requires_grad_(False)
 
 
-def official(work: Path, code: Path) -> None:
-    """Everything of the official code, into official.npz."""
+def importable(code: Path) -> None:
+    """The official code can be imported, and its programs' configs found."""
     import datasets  # noqa: F401
     from accelerate import PartialState  # whatever asks for wandb or torchvision comes before the stubs
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: F401
@@ -200,6 +201,12 @@ def official(work: Path, code: Path) -> None:
     stub("torchvision", transforms=sys.modules["torchvision.transforms"])
     sys.path[:0] = [str(code / "lpo"), str(code / "lpo" / "train_scripts")]
     PartialState()
+    os.chdir(code / "lpo")
+
+
+def official(work: Path, code: Path) -> None:
+    """Everything of the official code, into official.npz."""
+    importable(code)
     found = {}
     for name in ("sd", "sdxl"):
         model, io = official_lrm(work, name), fixed()
@@ -209,7 +216,7 @@ def official(work: Path, code: Path) -> None:
         for alpha in (4, 6):
             found[f"pictures {name} {alpha}"] = pictures(work / name, work / f"lora_{name}_{alpha}")
         found[f"pictures {name} base"] = pictures(work / name)
-    np.savez(work / "official.npz", **found, **official_program(work, code), versions=json.dumps(versions()))
+    np.savez(work / "official.npz", **found, **official_program(work), versions=json.dumps(versions()))
 
 
 CONFIG = """
@@ -228,7 +235,7 @@ def get_config():
 """
 
 
-def official_program(work: Path, code: Path) -> dict[str, np.ndarray]:
+def official_program(work: Path) -> dict[str, np.ndarray]:
     """train_lpo_sdxl.py itself, from ``main`` on: one prompt batch and one optimizer step, resumed from our checkpoint.
 
     What is random is replaced by ``fixed``, what it does is looked at from outside: the pairs where sampling returns them,
@@ -251,7 +258,6 @@ def official_program(work: Path, code: Path) -> dict[str, np.ndarray]:
         "train.beta": BETA, "train.eps": EPS,
     }
     (work / "config.py").write_text(CONFIG.format(values=values))
-    os.chdir(code / "lpo")
     program = importlib.import_module("train_lpo_sdxl")
     sampler = importlib.import_module("lpo.custom_diffusers.multi_sample_pipeline_sdxl")
     ddim = importlib.import_module("lpo.custom_diffusers.ddim_seperate")
@@ -377,7 +383,7 @@ def main() -> int:
     page = report(rows, [json.loads(str(side["versions"])) for side in sides], args)
     args.out.write_text(page)
     print(page)
-    return sum(apart > limit for _, apart, limit in rows)
+    return int(sum(apart > limit for _, apart, limit in rows))  # of numpy's bools: sys.exit takes their sum for a message
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ class Reads(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         to_host = function._opname in ("_to_copy", "copy_") and isinstance(out, Tensor) and out.device.type == "cpu" and any(
             isinstance(x, Tensor) and x.is_cuda for x in args)
-        self.count += function._opname in READS or to_host
+        at_hand = torch.cuda.is_available() and isinstance(args[0] if args else None, Tensor) and not args[0].is_cuda
+        self.count += function._opname in READS and not at_hand or to_host
         return out
 
 
@@ -168,7 +169,8 @@ def table(rows: list[dict]) -> str:
                "of matrix rate": lambda r: f"{r['share_of_matrix_rate']:.0%}",
                "launches": maybe("launches", "{:,}"), "host reads": maybe("host_reads", "{:,}"),
                "peak GB": maybe("peak_gb", "{:.2f}"), "pairs kept": maybe("pairs_kept", "{:.1%}"),
-               "signal kept": maybe("signal", "{:.2%}"), "first call s": maybe("first_s", "{:.0f}")}
+               "signal kept": maybe("signal", "{:.2%}"), "loss − fp32": maybe("loss_difference", "{:+.1e}"),
+               "first call s": maybe("first_s", "{:.0f}")}
     cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
     cells = {name: column for name, column in cells.items() if any(c != "-" for c in column)}
     return markdown(cells, zip(*cells.values(), strict=True))

@@ -127,6 +127,8 @@ class LPO:
     """GroupNorm fused with what stands around it, in channels-last networks; no gain is measured yet."""
     attention: Literal["sdpa", "xformers", "auto"] = "sdpa"
     """PyTorch's attention or xformers'; auto: the faster of the two, timed on the policy at the start of the run."""
+    deterministic: bool = False
+    """Equal bits on repeat on one GPU too, where that costs speed (how much is not measured); on a CPU runs are so anyway."""
     compile: Compile = "auto"
     """Compile the sampling step and the training step: "default", "max" (searches longer), or "none"; auto: on a GPU."""
     checkpointing: bool = False
@@ -160,6 +162,11 @@ class LPO:
     """The tracker's team (wandb)."""
     run_name: str = ""
     """The run's name in the tracker; default: the tracker's choice."""
+
+    @property
+    def train_guidance(self) -> float:
+        """Guidance of policy and reference in training."""
+        return self.guidance_scale if self.train_cfg else 1.0
 
     @property
     def window(self) -> tuple[int, int]:
@@ -356,6 +363,8 @@ class LRM:
     """Weight of the batch loss in `both`."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """Precision of the networks; auto: bf16 on CUDA, fp32 on a CPU."""
+    deterministic: bool = False
+    """Equal bits on repeat on one GPU too, where that costs speed (how much is not measured); on a CPU runs are so anyway."""
     compile: Compile = "auto"
     """Compile the step: "default", "max" (searches longer), or "none"; auto: on a GPU."""
     fused_norms: bool = False

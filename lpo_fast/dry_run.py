@@ -317,7 +317,7 @@ def lpo(config: LPO) -> list[str]:
         drawing = measure(lambda: actor.predict(empty(size, *shape), index, index))
         training = training_pass(lambda: train_lpo.evaluate(
             actor, sched, pairs, empty(n), beta=config.beta, eps=config.clip_eps,
-            guidance=config.guidance_scale if config.train_cfg else 1.0).loss, parameters, config.accumulate)
+            guidance=config.train_guidance).loss, parameters, config.accumulate)
         decoding = measure(lambda: vae.decode(empty(min(DECODED, size), *shape)).sample)
 
     always = {

@@ -192,8 +192,8 @@ def damage(path: Path) -> str:
     if not sums.is_file():
         return next(filter(None, map(_damage, contents(path) if path.is_dir() else [path])), "")
     try:
-        recorded = dict(json.loads(sums.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError):
+        recorded = read_json(sums, "")
+    except InputError:
         return f"{SUMS} cannot be read"
     for name, wanted in recorded.items():
         if not (path / name).is_file():

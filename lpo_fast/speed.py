@@ -1,5 +1,6 @@
 """Precision, attention, memory format, compilation and optimizer: every such choice of the project is made here."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -133,6 +134,14 @@ def text_home(size: int) -> torch.device:
     if torch.cuda.is_available() and size > torch.cuda.mem_get_info()[0] // 4:
         return torch.device("cpu")
     return device()
+
+
+def deterministic(setting: bool) -> None:
+    """Equal bits on repeat on one GPU: operations that have a deterministic form use it, others warn. CPUs need nothing."""
+    if setting:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(setting, warn_only=True)
 
 
 def layout(unet: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from lpo_fast import (
     accounting,
     checkpoint,
     files,
+    guard,
     noise,
     official,
     outputs,
@@ -68,19 +69,44 @@ def micro_batches(pairs: Pairs, size: int) -> Iterator[Pairs]:
             pairs.valid[:1]).expand(size))
 
 
+def gradients(policy: Policy, sched: Schedule, pairs: Pairs, scaler: torch.amp.GradScaler, config: LPO) -> Tensor | None:
+    """Σ of a step's metrics in this process, its gradients added to the parameters'; None where the GPU's memory is too small:
+    then passes are half as large from now on, which leaves the loss as it is. Raises InputError where they cannot be."""
+    size = policy.pairs_at_once or config.train_batch_size
+    try:
+        metrics = 0
+        for micro in micro_batches(pairs, size):
+            out = evaluate(policy, sched, micro, micro.valid / len(pairs.t), beta=config.beta, eps=config.clip_eps,
+                           guidance=config.train_guidance)
+            scaler.scale(out.loss).backward()
+            metrics = metrics + out.totals
+        return metrics
+    except torch.OutOfMemoryError as error:
+        if size == 1 or config.shard:
+            raise InputError(str(size), f"pairs a pass do not fit into the GPU's memory ({str(error).splitlines()[0]})",
+                             "use --checkpointing, or a smaller --train-batch-size with a larger --accumulate",
+                             "--train-batch-size") from error
+    policy.pairs_at_once = size // 2
+    runs.say(f"warning: {size} pairs do not fit into the GPU's memory: {size // 2} a pass from now on, with the same loss; "
+             "--checkpointing makes room")
+    return None
+
+
 def train_step(policy: Policy, sched: Schedule, pairs: Pairs, optimizer: torch.optim.Optimizer,
                scaler: torch.amp.GradScaler, config: LPO) -> Tensor:
-    """One optimizer step on up to train_batch_size · accumulate pairs a process; its metrics, STEP, on the device."""
-    metrics, parameters = 0, trainable(policy.unet)
-    for micro in micro_batches(pairs, config.train_batch_size):
-        out = evaluate(policy, sched, micro, micro.valid / len(pairs.t), beta=config.beta, eps=config.clip_eps,
-                       guidance=config.guidance_scale if config.train_cfg else 1.0)
-        scaler.scale(out.loss).backward()
-        metrics = metrics + out.totals
+    """One optimizer step on up to train_batch_size · accumulate pairs a process; its metrics, STEP, on the device.
+
+    A step without a finite gradient changes nothing (see guard.py).
+    """
+    parameters = trainable(policy.unet)
+    while (metrics := gradients(policy, sched, pairs, scaler, config)) is None:
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
     ranks.sum_gradients(parameters)
     scaler.unscale_(optimizer)
     grad_norm = shard.clip(parameters, config.max_grad_norm)
-    scaler.step(optimizer)
+    if scaler.is_enabled() or grad_norm.isfinite():
+        scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return torch.cat([ranks.total(metrics), grad_norm[None]])
@@ -149,6 +175,7 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
 
 def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]) -> Path:
     device = speed.device()
+    speed.deterministic(config.deterministic)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     policy, sched = policies.load(config, [*prompts, *config.validation_prompts], device)
     judge = policies.load_score(replace(config, attention=policy.attention), prompts, device)
@@ -159,7 +186,7 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
     optimizer = speed.optimizer(
         config.optimizer, policy.unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
         betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
-    scaler = torch.amp.GradScaler(device.type, enabled=policy.precision == "fp16")
+    scaler = guard.scaler(device, policy.precision) if not config.shard else torch.amp.GradScaler(enabled=False)
     batches = len(order(config, 0, len(prompts)))
     at, index, pairs = {"epoch": 0, "batch": 0, "prompts": 0, "done": 0, "step": 0}, None, None  # in the epoch: batch, prompts
     if config.resume_from:
@@ -175,11 +202,15 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
     if ranks.main():
         with files.writing(out):
             (out / "exp_config.py").write_text(official.render(config, judge.lrm), encoding="utf-8")
-    parts = {"weights": checkpoint.Trained(policy.unet), "optimizer": optimizer, "scaler": scaler, "ema": ema}
+    texts, trained_weights = [*prompts, *config.validation_prompts], checkpoint.Trained(policy.unet)
+    skips, watch = guard.Steps(out, None if config.shard else lambda numbers: {
+        "config": asdict(config), "prompts": [texts[n] for n in numbers], "numbers": numbers,
+        "weights": trained_weights.state_dict()}), guard.Watch(config.clip_eps)
+    parts = {"weights": trained_weights, "optimizer": optimizer, "scaler": scaler, "ema": ema}
     if resumed:
         at = checkpoint.load_state(out / checkpoint.STATE, parts)
         run.truncate(at.pop("metrics"))
-        index, left = at.pop("index"), at.pop("pairs")
+        index, left, skips.state = at.pop("index"), at.pop("pairs"), at.pop("skips")
         pairs = left and Pairs(*(x.to(device) for x in left))
         if pairs and isinstance(policy.text, Windowed) and len(index) > config.batch_size * ranks.count():
             raise InputError(str(ranks.count()), f"processes hold the text of too few prompts for the {len(index)} of the "
@@ -194,8 +225,8 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
     slots = min(config.batch_size, -(-len(prompts) // ranks.count()))
     size = config.batch_size * ranks.count()
     left = (config.epochs - at["epoch"]) * batches - (at["prompts"] - (0 if index is None else len(index))) // size
-    end = at.setdefault("start", at["done"]) + (config.max_batches or math.inf)
-    total = min(at["done"] + left, end)
+    first = at.setdefault("start", at["done"])
+    total = min(at["done"] + left, first + config.max_batches if config.max_batches else at["done"] + left)
     if config.resume and not resumed:
         runs.say(f"{out} holds no saved state: the run starts from the beginning")
     runs.say(f"LPO on {device}, precision {policy.precision} | {len(prompts)} prompts | {at['done']} of {total} batches done | "
@@ -205,22 +236,27 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
     profiler = accounting.Profiler(out if config.profile and ranks.main() else None, "prompt batch", total - at["done"])
     bar = tqdm(total=total, initial=at["done"], desc="LPO", unit="batch", leave=False, disable=None if ranks.main() else True)
 
-    def log(steps: list[Tensor]) -> list[dict[str, float]]:
+    def log(steps: list[tuple[Tensor, Pairs]]) -> list[dict[str, float]]:
         """Rows of the latest optimizer steps, read from the device at once."""
-        read = torch.stack(steps).tolist() if steps else []
+        read = torch.stack([values for values, _ in steps]).tolist() if steps else []
         made = [dict(zip(STEP, values, strict=True)) | {"lr": optimizer.param_groups[0]["lr"]} for values in read]
-        for number, row in enumerate(made, at["step"] - len(made)):
+        problem = None
+        for number, row, (_, fed) in zip(range(at["step"] - len(made), at["step"]), made, steps, strict=True):
+            problem = skips.look(number, row, fed)
             run.log("train", number, epoch=at["epoch"], **row)
         steps.clear()
+        if problem:
+            save()
+            raise problem
         return made
 
     def more() -> bool:
-        return at["epoch"] < config.epochs and at["done"] < end
+        return at["epoch"] < config.epochs and at["done"] - at["start"] < (config.max_batches or math.inf)
 
     def save() -> None:
         """The state that --resume goes on from; pairs that are still to be trained on are part of it."""
         left = None if pairs is None else [x.cpu() for x in pairs]
-        here = {"metrics": run.size, "index": None if pairs is None else index.cpu(), "pairs": left}
+        here = {"metrics": run.size, "skips": skips.state, "index": None if pairs is None else index.cpu(), "pairs": left}
         checkpoint.save_state(out / checkpoint.STATE, at | here, parts)
 
     if config.in_place:
@@ -228,7 +264,7 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
     with runs.stoppable() as stopped:
         while more() and not ranks.anywhere(stopped):
             profiler.round()
-            start, trained, unread = time.perf_counter(), [], []
+            start, trained, unread, metrics = time.perf_counter(), [], [], None
             if pairs is None:  # else the run went on inside a prompt batch
                 index = order(config, at["epoch"], len(prompts), at["prompts"])[0]
                 at["prompts"] += len(index)
@@ -236,15 +272,19 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
             judge.bring(index)
             index = index.to(device)
             if pairs is None:
-                pairs, metrics = sample_pairs(policy, score, sched, gap, shape, index, config, at["epoch"],
-                                              slots=slots, step=step)
+                try:
+                    pairs, metrics = sample_pairs(policy, score, sched, gap, shape, index, config, at["epoch"],
+                                                  slots=slots, step=step)
+                except torch.OutOfMemoryError as error:
+                    raise InputError(str(slots), "prompts at a time do not fit into the GPU's memory "
+                                     f"({str(error).splitlines()[0]})", "use a smaller --batch-size", "--batch-size") from error
                 pairs = shuffled(pairs, config, at["epoch"], at["batch"])
                 run.log("batch", at["step"], epoch=at["epoch"], **metrics)
             sampled, count = time.perf_counter(), len(pairs.t)
             while len(pairs.t) and not ranks.anywhere(stopped):
-                unread.append(train_step(policy, sched, pairs.take(slice(pooled)), optimizer, scaler, config))
-                pairs = pairs.take(slice(pooled, None))
-                if ema and unread[-1][-1].isfinite():  # else the scaler skipped the step
+                fed, pairs = pairs.take(slice(pooled)), pairs.take(slice(pooled, None))
+                unread.append((train_step(policy, sched, fed, optimizer, scaler, config), fed))
+                if ema and unread[-1][0][-1].isfinite():  # else the step was skipped
                     ema.step(trainable(policy.unet))
                 at["step"] += 1
                 if at["step"] % config.save_steps == 0:
@@ -258,6 +298,8 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
             run.time(global_step=at["step"], sampling=sampled - start, seconds=seconds,
                      prompts_per_second=len(index) / seconds, **rate)
             runs.say(log_line(at["step"], trained, count, seconds, len(index), rate))
+            for line in watch.batch(metrics, trained) if metrics else ():
+                runs.say(line)
             at |= {"batch": at["batch"] + 1, "done": at["done"] + 1}
             bar.update()
             if len(prompts) - at["prompts"] < (size if config.drop_last else 1):
@@ -265,7 +307,9 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
                 if at["epoch"] % config.save_epochs == 0:
                     outputs.save_checkpoint(out, at["epoch"] - 1, policy.unet, optimizer, config, at["step"])
                 if config.validation_prompts and at["epoch"] % config.validate_epochs == 0:
-                    run.show("validation", at["step"], draw.validation(at["epoch"] - 1))
+                    run.show("validation", at["step"], drawn := draw.validation(at["epoch"] - 1))
+                    for line in watch.pictures(drawn, config.validation_pictures):
+                        runs.say(line)
         profiler.round()
         save()
     bar.close()
@@ -274,6 +318,8 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
         ranks.wait()  # a launcher ends all processes soon after the first
         runs.say(f"stopped after step {at['step']}; go on with --resume")
         raise SystemExit(config.preempt_exit_code or 128 + (stopped or [signal.SIGTERM])[0])
+    if skips.state["skipped"]:
+        runs.say(f"{skips.state['skipped']} of {at['step']} optimizer steps had no finite gradient and were skipped")
     if at["step"] == 0:
         runs.say("warning: no pair was valid, so nothing was trained: lower --threshold-min and --threshold-max, or check "
                  "the reward model's accuracy")
@@ -295,7 +341,7 @@ def work(policy: Policy, score: Score, sched: Schedule, shape: tuple[int, int, i
         judged = accounting.operations(lambda: score(x, t, t * 0))
         trained = accounting.operations(lambda: evaluate(
             policy, sched, pair, torch.ones(1, device=x.device), beta=config.beta, eps=config.clip_eps,
-            guidance=config.guidance_scale if config.train_cfg else 1.0).loss, trainable(policy.unet))
+            guidance=config.train_guidance).loss, trainable(policy.unet))
     return {"prompts": last * step + (last - first) * k * judged, "pairs": trained}
 
 

@@ -293,6 +293,7 @@ def train(config: LRM) -> Path:
 
 def _train(config: LRM, used: dict[str, Pairs]) -> Path:
     device, model = speed.device(), models.model(config)
+    speed.deterministic(config.deterministic)
     lrm = checkpoint.new_lrm(
         model, clip=models.clip(config), generator=torch.Generator().manual_seed(config.seed), resolution=config.resolution,
         multi_scale=config.multi_scale, multi_scale_cfg=config.multi_scale_cfg, guidance_scale=config.guidance_scale)

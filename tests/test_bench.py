@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 BENCH = ROOT / "bench"
 sys.path.insert(0, str(BENCH))
 
+import bench_lrm  # noqa: E402
 import measure  # noqa: E402
 from measure import markdown, table  # noqa: E402
 
@@ -58,6 +59,32 @@ def test_the_command_writes_results_row_by_row_and_keeps_others(tmp_path: Path) 
     after = json.loads(path.read_text())
     assert [row["op"] for row in after] == ["another", "pair_select"] and after[1]["wall_us"] > 0
     assert "| another" in path.with_suffix(".md").read_text()
+
+
+class Once:
+    """In pytest-benchmark's place: a round."""
+
+    @staticmethod
+    def pedantic(call, setup, rounds: int, iterations: int) -> None:
+        setup()
+        call()
+
+
+def test_rows_of_lrm_training(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the compiler's, in miniature; in fp32 every row's first loss is the same."""
+    chosen = bench_lrm.ROWS[0], bench_lrm.OURS, bench_lrm.CACHED
+    monkeypatch.setitem(bench_lrm.SETTINGS, bench_lrm.CACHED, ({"compile": "none"}, False))
+    bench = bench_lrm.Bench(tiny_sd, "tiny", 2)
+    for row in chosen:
+        rows = bench_lrm.measure(bench, row, Once, tmp_path / "cache", tmp_path / "results")
+    stated, ours, cached = rows
+    assert tuple(row["row"] for row in rows) == chosen
+    for row in rows:
+        assert abs(row["loss_difference"]) < (0.1 if torch.cuda.is_available() else 1e-5)
+        assert row["factor"] > 0 and min(row["ms"].values()) > 0
+    assert cached["needed_tflop"] < ours["needed_tflop"] == ours["tflop"] == stated["needed_tflop"] < stated["tflop"]
+    folder, = (tmp_path / "results").iterdir()
+    assert {path.name for path in folder.iterdir()} == {f"lrm-tiny.{kind}" for kind in ("json", "md", "png")}
 
 
 def test_pytest_alone_collects_no_benchmark() -> None:

@@ -336,7 +336,7 @@ def test_the_recipe_follows_the_model(tmp_path, model, rank, threshold):
 
 
 @pytest.mark.parametrize("argv, key", [
-    (["lpo"], "--model"), (["lpo", "--num-candidates", "1"], "--num-candidates"), (["lrm"], "--model"),
+    (["lpo"], "--prompts"), (["lpo", "--num-candidates", "1"], "--num-candidates"), (["lrm"], "--pairs"),
     (["demo", "--pictures", "0"], "--pictures"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(argv, key, capsys, tmp_path, monkeypatch):

@@ -1,0 +1,206 @@
+"""LRM training from the official statement to everything on, one lever a row: an optimizer step of one process.
+
+    pytest bench/bench_lrm.py --benchmark-only --results bench/results [-k sd15]
+
+On CUDA the real SD1.5 (16 pairs) and SDXL shapes (4 pairs) with random weights; on a CPU SD1.5 with a quarter of every width,
+two pairs of 256² pixels. Pictures are random pixels, so nothing is decoded. From the second row on they are our loop's own
+functions, as ``train_lrm`` calls them. Cached latents are read from a full --cache-latents, which in a run workers do; its
+row needs no work of the VAE. Rows that end in * stand beside "compiled" and not below it. Loss − fp32: of the first step, from
+the same weights, pictures and noise, less the fp32 loop's. Work is counted on the meta device. SDXL is reckoned to need an
+H200: the statement's one process holds all masters and moments, which eight would divide.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import official_lrm_loop
+import pytest
+import random_models
+import torch
+import waterfall
+from measure import clock
+from torch import Tensor
+
+from lpo_fast import backbone, checkpoint, config, latents, models, noise, speed, train_lrm
+
+CUDA = torch.cuda.is_available()
+DEVICE, META = speed.device(), torch.device("meta")
+PAIRS = {"sd15": 16, "sdxl": 4} if CUDA else {"small": 2}  # a process: an eighth of the recipe's batch
+ROUNDS = 3 if CUDA else 7
+OURS, CACHED = "one null prompt, no up blocks", "cached latents"
+# Settings of our loop by row, and whether the denoiser is channels-last.
+SETTINGS = {
+    OURS: ({"compile": "none"}, False),
+    "channels-last": ({"compile": "none"}, True),
+    "compiled": ({"compile": "default"}, True),
+    CACHED: ({"compile": "default"}, True),
+    "8-bit AdamW *": ({"compile": "default", "optimizer": "adamw8bit"}, True),
+}
+ROWS = ["official statement", *SETTINGS]
+if not CUDA:
+    ROWS = [row for row in ROWS if row != "channels-last" and not row.endswith("*")]
+Parts = dict[str, Callable[[], object]]
+
+
+class Ours:
+    """Our loop's parts for one row, as ``train_lrm.train`` makes them."""
+
+    def __init__(self, settings: config.LRM, batch: dict, channels_last: bool = False, device: torch.device = DEVICE):
+        model = models.model(settings)
+        self.lrm = checkpoint.new_lrm(model, generator=torch.Generator().manual_seed(settings.seed)).to(device).train()
+        if channels_last:
+            speed.layout(self.lrm.unet)
+        self.encoder = train_lrm.Encoder(model, self.lrm, settings.seed, speed.precision(settings.mixed_precision, "bf16"),
+                                         compile=settings.compile)
+        if device == META:  # which fused AdamW refuses; optimizers have no matrix products
+            self.optimizer = torch.optim.SGD(self.lrm.parameters())
+        else:
+            self.optimizer = speed.optimizer(settings.optimizer, self.lrm.parameters(), lr=settings.learning_rate,
+                                             weight_decay=settings.weight_decay)
+        self.config, self.pixels = settings, batch["pixels"]
+        self.batch = {key: value for key, value in batch.items() if key != "pixels"}
+        self.moments: Tensor | None = None
+
+    def encode(self) -> None:
+        """The VAE's moments of all pictures."""
+        self.moments = self.encoder.moments(self.pixels, None, self.encoder.train_encode)
+
+    def train(self) -> Tensor:
+        """An optimizer step on them; its metrics."""
+        return train_lrm.train_step(self.lrm, self.encoder, self.batch | {"moments": self.moments}, 0, self.optimizer,
+                                    self.config)
+
+    def parts(self, cache: Path | None = None) -> Parts:
+        """What is timed. cache: the folder of a full cache, which this makes."""
+        parts = {"encoding": self.encode, "training": lambda: self.train().tolist()}
+        if cache is None:
+            return parts
+        self.encode()
+        full = latents.Cache(cache, tuple(self.moments.shape[2:]), self.moments.dtype, {})
+        numbers = torch.arange(self.moments.shape[:2].numel())
+        full.write(numbers, self.moments.flatten(0, 1))
+
+        def read() -> None:
+            self.moments = full.read(numbers)[0].unflatten(0, (2, -1))
+        return parts | {"encoding": read}
+
+
+class Stated:
+    """The official statement's parts, with our pictures, timesteps and, if asked for, noise."""
+
+    def __init__(self, settings: config.LRM, batch: dict, ids: list[Tensor], device: torch.device = DEVICE):
+        self.loop, self.pixels, self.ids = official_lrm_loop.load(settings, device), batch["pixels"], ids
+        rows, labels, counts, compare = (batch[key].to(device) for key in ("rows", "labels", "counts", "compare"))
+        self.how = *train_lrm.timesteps(settings, 0, rows, compare, labels), counts
+        self.latents: Tensor | None = None
+
+    def encode(self, z: Tensor | None = None) -> None:
+        """Samples of the posterior."""
+        self.latents = self.loop.latents(self.pixels, z)
+
+    def arguments(self) -> tuple:
+        """Of a step."""
+        return [i.to(self.loop.device) for i in self.ids], self.latents, *self.how
+
+    def parts(self) -> Parts:
+        """What is timed."""
+        return {"encoding": self.encode, "training": lambda: self.loop.train_step(*self.arguments())}
+
+
+class Bench:
+    """A family's model and batch, the official statement of them, and what rows are compared with."""
+
+    def __init__(self, model: Path, family: str, n: int):
+        recipe = config.sdxl() if family == "sdxl" else config.sd15()
+        self.config, self.family = replace(recipe.lrm, model=str(model), batch_size=n), family
+        exact = replace(self.config, mixed_precision="no", compile="none")
+        size = json.loads((model / "unet" / "config.json").read_text())["sample_size"]
+        self.batch = batch(n, size * backbone.pixels_per_latent(model))
+        one_by_one = Ours(replace(exact, accumulate=n), self.batch)
+        one_by_one.encode()
+        self.loss = one_by_one.train()[0].item()
+        self.ids = [i.cpu() for i in one_by_one.encoder.ids(self.batch["captions"])[0]]
+        del one_by_one
+        self.count(exact)
+        before = waterfall.allocated()
+        self.stated = Stated(self.config, self.batch, self.ids)
+        z = noise.normal(exact.seed, 0, self.batch["rows"].to(DEVICE), 0, 4, (4, size, size)).unflatten(0, (2, 2)).flatten(1, 2)
+        with torch.no_grad():
+            self.stated.encode(z[0])
+            self.stated_loss = self.stated.loop.loss(*self.stated.arguments(), noise=z[1]).item()
+        self.official_bytes = waterfall.allocated() - before
+        self.rate = waterfall.matrix_rate(self.stated.loop.weights.dtype)
+
+    def count(self, exact: config.LRM) -> None:
+        """Operations of both, which need no memory on the meta device: attention would be matrices."""
+        on_meta = {key: value.to(META) if key == "pixels" else value for key, value in self.batch.items()}
+        ours, stated = Ours(exact, on_meta, device=META), Stated(exact, on_meta, self.ids, META)
+        self.needed = waterfall.operations(ours.encode), waterfall.operations(ours.train)
+        self.counted = {OURS: sum(self.needed), ROWS[0]: waterfall.operations(stated.encode) + waterfall.operations(
+            lambda: stated.loop.loss(*stated.arguments()).backward())}
+
+
+def batch(n: int, side: int) -> dict:
+    """n pairs of random pictures, as ``pairs.collate`` makes them; the last is a tie."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(2, n, 3, side, side, generator=generator) * 2 - 1
+    first = torch.randint(2, (n,), generator=generator).float()
+    first[-1] = 0.5
+    no = torch.zeros(n, dtype=torch.bool)
+    return {"rows": torch.arange(n), "captions": [f"a photo of {i} red circles on a blue background" for i in range(n)],
+            "pixels": pixels.pin_memory() if CUDA else pixels, "labels": torch.stack([first, 1 - first]),
+            "counts": torch.randint(1, 9, (n,), generator=generator), "compare": no, "corrupt": no}
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the random models lie; $BENCH_WORK keeps them between calls."""
+    kept = os.environ.get("BENCH_WORK")
+    if kept:
+        Path(kept).mkdir(parents=True, exist_ok=True)
+    return Path(kept or tmp_path_factory.mktemp("models"))
+
+
+@lru_cache(1)  # the models of one family at a time
+def loaded(family: str, work: Path) -> Bench:
+    """A family's, whose random weights are made if they are not there."""
+    if not (work / family).exists():
+        random_models.make(family, work / family)
+    return Bench(work / family, family, PAIRS[family])
+
+
+def measure(bench: Bench, row: str, benchmark, cache: Path, results: Path | None) -> list[dict]:
+    """Measure a row; all rows so far. cache: an empty folder; results: the folder to keep them in."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    before, ours, found = waterfall.allocated(), None, {"row": row, "family": bench.family}
+    if row in SETTINGS:
+        settings, channels_last = SETTINGS[row]
+        ours = Ours(replace(bench.config, **settings), bench.batch, channels_last)
+        ours.encoder.vae  # noqa: B018  # loaded before anything is timed
+    parts = ours.parts(cache if row == CACHED else None) if ours else bench.stated.parts()
+    run = lambda: [part() for part in parts.values()]  # noqa: E731
+    start = clock()
+    _, first = run()
+    found["first_s"] = clock() - start
+    found["loss_difference"] = (first[0] if ours else bench.stated_loss) - bench.loss
+    if row in bench.counted:
+        found["tflop"] = bench.counted[row] / 1e12
+        found["host_reads"] = waterfall.host_reads(run) if CUDA else None  # AdamW on a CPU reads its own step numbers
+    found["launches"] = waterfall.launches(run)
+    found["peak_gb"] = (peak := waterfall.peak_bytes(run, before if ours else before - bench.official_bytes)) and peak / 1e9
+    found |= waterfall.measured(benchmark, bench.stated.parts(), parts, ROUNDS)
+    needed = bench.needed[1] if row == CACHED else sum(bench.needed)
+    return waterfall.keep(results, f"lrm-{bench.family}", __doc__.partition("\n")[0],
+                          waterfall.rated(found, needed, bench.rate))
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("family", PAIRS)
+def test(family: str, row: str, work: Path, benchmark, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    rows = measure(loaded(family, work), row, benchmark, tmp_path, request.config.getoption("--results"))
+    print("\n" + waterfall.table(rows))

@@ -1,0 +1,175 @@
+"""Steps without a finite gradient, memory that does not suffice, and signs of a collapse."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lpo_fast import checkpoint, guard, train_lpo
+from lpo_fast.config import LPO
+from lpo_fast.errors import InputError
+from lpo_fast.sample import Pairs
+from lpo_fast.shapes import world
+
+PROMPTS = world.captions(held_out=False)[:4]
+
+
+@pytest.fixture
+def lpo(tiny_sd: Path, tiny_lrm: Path, tmp_path: Path) -> LPO:
+    """Two prompt batches of 12 pairs, three optimizer steps each."""
+    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
+    return LPO(model=str(tiny_sd), lrm=str(tiny_lrm), prompts=str(tmp_path / "prompts.json"), out=str(tmp_path / "run"),
+               num_steps=6, num_candidates=2, batch_size=2, train_batch_size=4, pictures=0, epochs=1, threshold_shape="none",
+               threshold_min=0.0, beta=50.0)
+
+
+def rows(run: Path) -> list[dict]:
+    found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row for row in found if row["kind"] == "train"]
+
+
+def injected(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, Pairs], Pairs]) -> None:
+    """change(call, pairs): what the call-th evaluation of a training pass is given instead."""
+    evaluate, calls = train_lpo.evaluate, iter(range(10**6))
+    monkeypatch.setattr(train_lpo, "evaluate", lambda policy, sched, pairs, *args, **how: evaluate(
+        policy, sched, change(next(calls), pairs), *args, **how))
+
+
+def poisoned(pairs: Pairs) -> Pairs:
+    return pairs._replace(winner=pairs.winner * math.nan)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.read_lora(run)
+
+
+def test_a_step_without_finite_loss_changes_nothing(lpo: LPO, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    """The last step is poisoned: the weights are those of a run that ends before it, and its inputs are kept."""
+    with monkeypatch.context() as patch:
+        injected(patch, lambda call, pairs: poisoned(pairs) if call == 5 else pairs)
+        run = train_lpo.train(lpo)
+    told = capsys.readouterr().out
+    assert told.count("has no finite loss and was skipped") == 1 and "1 of 6 optimizer steps had no finite" in told
+    assert [row["train_loss"] is None for row in rows(run)] == [False] * 5 + [True]
+    assert all(x.isfinite().all() for x in weights(run).values())
+    steps = []
+    step = torch.optim.AdamW.step
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: steps.append(1) or (
+            step(self, *a, **k) if len(steps) <= 5 else None))
+        other = train_lpo.train(replace(lpo, out=str(tmp_path / "five")))
+    assert all(torch.equal(x, weights(other)[name]) for name, x in weights(run).items())
+    kept, = (run / "skipped").iterdir()
+    assert guard.main([str(kept)]) == 0
+    said = capsys.readouterr().out
+    assert "step 5, 4 pairs at timesteps" in said and "all is finite here" in said
+
+
+def test_replay_names_what_is_not_finite(lpo: LPO, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Pairs that are bad themselves: everything that follows from them is named, the reference's output is not."""
+    monkeypatch.setattr(train_lpo, "shuffled", lambda pairs, *_: poisoned(pairs))
+    run = train_lpo.train(replace(lpo, max_batches=1))
+    kept = sorted((run / "skipped").iterdir())
+    assert len(kept) == guard.KEPT
+    lines = guard.replay(kept[0])
+    assert any(line.startswith("pairs, winner: ") for line in lines) and any(line.startswith("loss: 1 of 1") for line in lines)
+    assert not any("reference" in line or line.startswith("pairs, loser") for line in lines)
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("argv", [[], ["nothing.pt"], ["--help"], ["a", "b"]])
+def test_replay_of_no_file(argv: list[str], capsys) -> None:
+    assert guard.main(argv) == 2 and capsys.readouterr().err.startswith("error: FILE ")
+
+
+def test_too_many_in_a_row_end_the_run(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the state of a run whose weights are those of the start; it goes on with --resume when the cause is gone."""
+    monkeypatch.setattr(guard, "IN_A_ROW", 3)
+    with monkeypatch.context() as patch:
+        injected(patch, lambda call, pairs: poisoned(pairs))
+        with pytest.raises(InputError, match="3 optimizer steps in a row had no finite gradient, the last of them step 2"):
+            train_lpo.train(lpo)
+    run = train_lpo.train(replace(lpo, resume=True))
+    losses = [row["train_loss"] for row in rows(run)]
+    assert losses[:3] == [None] * 3 and all(math.isfinite(loss) for loss in losses[3:]) and len(losses) == 6
+
+
+def test_the_scaler_of_other_precisions_changes_nothing(lpo: LPO, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = train_lpo.train(lpo)
+    monkeypatch.setattr(guard, "scaler", lambda *_: torch.amp.GradScaler("cpu", enabled=False))
+    other = train_lpo.train(replace(lpo, out=str(tmp_path / "other")))
+    assert (run / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    assert all(torch.equal(x, weights(other)[name]) for name, x in weights(run).items())
+
+
+def test_too_little_memory_halves_the_passes(lpo: LPO, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    """More than one pair at a time never fit: metrics are those of another run but for rounding, and each size is said once."""
+    plain = rows(train_lpo.train(lpo))
+    capsys.readouterr()
+
+    def small(call: int, pairs: Pairs) -> Pairs:
+        if len(pairs.t) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return pairs
+    injected(monkeypatch, small)
+    halved = rows(train_lpo.train(replace(lpo, out=str(tmp_path / "halved"))))
+    told = capsys.readouterr().out
+    assert told.count("pairs do not fit") == 2 and "4 pairs do not fit" in told and "2 pairs do not fit" in told
+    for a, b in zip(plain, halved, strict=True):
+        assert a.pop("kind") == b.pop("kind") and a == pytest.approx(b, rel=1e-3, abs=1e-6)
+
+
+def test_no_pair_fits(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    injected(monkeypatch, never)
+    with pytest.raises(InputError, match=r"--train-batch-size 1: pairs a pass do not fit .*checkpointing"):
+        train_lpo.train(lpo)
+
+
+def test_no_prompt_fits(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_, **__) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    monkeypatch.setattr(train_lpo, "sample_pairs", never)
+    with pytest.raises(InputError, match="--batch-size 2: prompts at a time do not fit"):
+        train_lpo.train(lpo)
+
+
+def batch(valid: int, score: float = 1.0) -> dict[str, float]:
+    return {"preference_scores_mean": score, "total_valid_samples_num": valid, "pairs_possible": 100}
+
+
+def step(win: float = 1.0, lose: float = 1.0) -> dict[str, float]:
+    return {"train_ratio_win": win, "train_ratio_lose": lose}
+
+
+def test_watch() -> None:
+    """Each sign once; none in a run that goes well."""
+    watch = guard.Watch(0.1)
+    assert not [line for _ in range(30) for line in watch.batch(batch(50), [step(1.01, 0.99)])]
+    for _ in range(4):
+        assert not watch.batch(batch(20), [step()])
+    said = [line for _ in range(10) for line in watch.batch(batch(5), [step()])]
+    assert len(said) == 1 and "valid pairs fell from 50% to" in said[0]
+    assert "ratios are at their clip (0.9 … 1.1)" in watch.batch(batch(50), [step(1.1, 0.905)])[0]
+    assert not watch.batch(batch(50), [step(1.1, 0.9)])
+    assert "scores that are not finite" in watch.batch(batch(50, math.nan), [step(math.nan, math.nan)])[0]
+
+
+def test_watch_of_pictures() -> None:
+    """Two prompts, two pictures each, of levels that differ by 0.5, then by 0.3, then by 0.2; other prompts do not count."""
+    def grid(difference: float) -> list[Image.Image]:
+        levels = (0.0, difference, 1.0, 1.0 - difference)
+        return [Image.fromarray(np.full((4, 4, 3), round(255 * level), np.uint8)) for level in levels]
+    watch = guard.Watch(0.1)
+    assert not watch.pictures(grid(0.5), 2) and not watch.pictures(grid(0.3), 2)
+    assert watch.spread == pytest.approx(0.5, abs=0.01)
+    told, = watch.pictures(grid(0.2), 2)
+    assert "differ by 0.200, less than half of the first validation's 0.500" in told
+    assert not watch.pictures(grid(0.2), 2) and not watch.pictures([], 2) and not watch.pictures(grid(0.2), 1)

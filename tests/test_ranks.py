@@ -327,7 +327,7 @@ def test_another_number_of_processes_goes_on_with_the_next_prompts(tiny_sd: Path
     for count, more in ((1, ["--max-batches", "3"]), (2, ["--resume"])):
         done = processes(count, *arguments, *more, folder=tmp_path)
         assert done.returncode == 0, done.stderr
-    assert "batches 3 to " in done.stdout
+    assert "| 3 of 8 batches done |" in done.stdout
     sampled = list(map(json.loads, (tmp_path / "notes").read_text().splitlines()))
     assert [len(part) for part in sampled] == [2, 2, 2, 4, 1, 4, 4, 3]
     for epoch in (sampled[:5], sampled[5:]):

@@ -206,7 +206,8 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
     skips, watch = guard.Steps(out, None if config.shard else lambda numbers: {
         "config": asdict(config), "prompts": [texts[n] for n in numbers], "numbers": numbers,
         "weights": trained_weights.state_dict()}), guard.Watch(config.clip_eps)
-    parts = {"weights": trained_weights, "optimizer": optimizer, "scaler": scaler, "ema": ema}
+    parts = {"weights": trained_weights, "optimizer": optimizer, "ema": ema,
+             "scaler": scaler if policy.precision == "fp16" else None}  # else its scale is 1, or a power of two
     if resumed:
         at = checkpoint.load_state(out / checkpoint.STATE, parts)
         run.truncate(at.pop("metrics"))

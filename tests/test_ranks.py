@@ -147,7 +147,9 @@ def test_the_same_pairs_at_rate_0(count: int, tiny_sd: Path, tiny_lrm: Path, tmp
 
 
 def test_bad_input_ends_all(tiny_sd: Path, tmp_path: Path) -> None:
-    done = launched(2, "-m", "lpo_fast.train", "lpo", "--model", str(tiny_sd), "--lrm", "nowhere", "--out", str(tmp_path))
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    done = launched(2, "-m", "lpo_fast.train", "lpo", "--model", str(tiny_sd), "--lrm", "nowhere", "--prompts",
+                    str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "run"))
     assert done.returncode != 0 and "--lrm nowhere: no such directory" in done.stderr
 
 

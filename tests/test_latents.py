@@ -214,7 +214,7 @@ def test_refused_before_the_run(settings: LRM, tmp_path: Path, monkeypatch: pyte
     used = preflight.lrm(settings)
     assert latents.needed(settings, used, "no") == (16, 16 * (ENTRY + 8))
     free = SimpleNamespace(free=16 * (ENTRY + 8) - 1)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(latents, "shutil", SimpleNamespace(disk_usage=lambda path: free))
     refused(settings, r"needs 32,896 bytes \(0.0 GiB\) for 16 pictures, and 32,895 are free there")
     free.free += 1
     train_lrm.train(settings)

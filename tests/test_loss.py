@@ -218,7 +218,7 @@ class Line:
     def __init__(self, scale: float = 0.53, shift: float = 0.02):
         self.unet = nn.ParameterDict({"scale": torch.tensor(scale, dtype=torch.float64),
                                       "shift": torch.tensor([shift], dtype=torch.float64)})
-        self.calls = 0
+        self.calls = self.pairs_at_once = 0
 
     def predict(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         self.calls += 1

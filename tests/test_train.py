@@ -113,7 +113,8 @@ def test_lpo_run_directory_and_official_names(settings):
     assert trained[0]["train_loss"] == pytest.approx(0.693147, abs=1e-6) and trained[0]["implicit_acc"] == 0
     names = {p.name for p in out.iterdir()}
     assert {"config.json", "environment.json", "pytorch_lora_weights.safetensors", "checkpoint_0", "pictures"} <= names
-    assert {p.name for p in (out / "checkpoint_0").iterdir()} == {"unet_lora.pt", "optimizer.bin", "global_step.json"}
+    assert {p.name for p in (out / "checkpoint_0").iterdir()} == {"unet_lora.pt", "optimizer.bin", "global_step.json",
+                                                                   "checksums.json"}
     assert len(list((out / "pictures").glob("*.png"))) == 4
 
 

@@ -156,7 +156,10 @@ def keep(folder: Path | None, name: str, about: str, row: dict) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """The waterfall as Markdown; what was not measured anywhere is left out."""
+    """The waterfall as Markdown; what was not measured anywhere is left out, and so are on a CPU the share of a rate that
+    other work there disturbs, and host reads, which AdamW makes of its own counters."""
+    if rows[0]["device"].startswith("cpu"):
+        rows = [row | {"share_of_matrix_rate": None, "host_reads": None} for row in rows]
     def some(value: float | None, form: str) -> str:
         return "-" if value is None else form.format(value)
     def maybe(key: str, form: str) -> Callable[[dict], str]:
@@ -166,7 +169,7 @@ def table(rows: list[dict]) -> str:
                "whole ms": lambda r: f"{r['whole_ms']:,.0f} ({r['fastest_ms']:,.0f}–{r['slowest_ms']:,.0f})",
                "× official": lambda r: f"{r['factor']:.2f} ({min(r['factors']):.2f}–{max(r['factors']):.2f})",
                "TFLOP": maybe("tflop", "{:.3g}"), "TFLOP/s needed": lambda r: f"{r['tflops']:.3g}",
-               "of matrix rate": lambda r: f"{r['share_of_matrix_rate']:.0%}",
+               "of matrix rate": maybe("share_of_matrix_rate", "{:.0%}"),
                "launches": maybe("launches", "{:,}"), "host reads": maybe("host_reads", "{:,}"),
                "peak GB": maybe("peak_gb", "{:.2f}"), "pairs kept": maybe("pairs_kept", "{:.1%}"),
                "signal kept": maybe("signal", "{:.2%}"), "loss − fp32": maybe("loss_difference", "{:+.1e}"),

@@ -9,7 +9,6 @@ stand beside the default and not below it. Pairs kept: of the fp32 loop's pairs,
 Signal kept: the squared correlation of log r_w − log r_l with the fp32 loop's.
 """
 
-import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
@@ -192,15 +191,6 @@ class Bench:
         settings, channels_last = SETTINGS[row]
         ours = Ours(replace(self.config, **settings), self.prompts, channels_last)
         return {"sampling": ours.sample, "training": lambda: ours.train(self.pairs)}, ours
-
-
-@pytest.fixture(scope="session")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the random models lie; $BENCH_WORK keeps them between calls."""
-    kept = os.environ.get("BENCH_WORK")
-    if kept:
-        Path(kept).mkdir(parents=True, exist_ok=True)
-    return Path(kept or tmp_path_factory.mktemp("models"))
 
 
 loaded = lru_cache(1)(Bench)  # the models of one family at a time

@@ -11,7 +11,6 @@ H200: the statement's one process holds all masters and moments, which eight wou
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -154,15 +153,6 @@ def batch(n: int, side: int) -> dict:
     return {"rows": torch.arange(n), "captions": [f"a photo of {i} red circles on a blue background" for i in range(n)],
             "pixels": pixels.pin_memory() if CUDA else pixels, "labels": torch.stack([first, 1 - first]),
             "counts": torch.randint(1, 9, (n,), generator=generator), "compare": no, "corrupt": no}
-
-
-@pytest.fixture(scope="session")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the random models lie; $BENCH_WORK keeps them between calls."""
-    kept = os.environ.get("BENCH_WORK")
-    if kept:
-        Path(kept).mkdir(parents=True, exist_ok=True)
-    return Path(kept or tmp_path_factory.mktemp("models"))
 
 
 @lru_cache(1)  # the models of one family at a time

@@ -28,6 +28,15 @@ def copy_rate() -> float:
 
 
 @pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the random models lie; $BENCH_WORK keeps them between calls."""
+    kept = os.environ.get("BENCH_WORK")
+    if kept:
+        Path(kept).mkdir(parents=True, exist_ok=True)
+    return Path(kept or tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
 def record(pytestconfig: pytest.Config) -> Callable[[dict], None]:
     """record(row): keep a row for the table and, with --results, write it to the files at once."""
     def keep(row: dict) -> None:

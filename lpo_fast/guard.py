@@ -23,7 +23,7 @@ from lpo_fast.errors import InputError
 
 IN_A_ROW = 20  # steps: fp16's scale starts at 2^16 and may need as many halvings
 KEPT = 3  # files of steps whose loss was not finite
-EARLY, LATE = 5, 20  # prompt batches that a comparison starts from, and that it looks back on
+BATCHES = 5  # of prompts, the first ones of a run and its latest, that are compared
 
 
 def scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
@@ -70,7 +70,7 @@ class Watch:
 
     def __init__(self, clip_eps: float):
         self.eps, self.said, self.spread = clip_eps, set(), None
-        self.shares: deque[float] = deque(maxlen=EARLY + LATE)
+        self.shares: deque[float] = deque(maxlen=BATCHES)
         self.first: list[float] = []
 
     def batch(self, metrics: dict[str, float], trained: list[dict[str, float]]) -> list[str]:
@@ -81,11 +81,11 @@ class Watch:
             found.append(("scores", "the reward model gives scores that are not finite: their pairs are left out; check it "
                           "with python -m lpo_fast.score, or use --mixed-precision bf16"))
         share = metrics["total_valid_samples_num"] / max(metrics["pairs_possible"], 1)
-        if len(self.first) < EARLY:
+        if len(self.first) < BATCHES:
             self.first.append(share)
         self.shares.append(share)
-        recent = mean(list(self.shares)[-EARLY:])
-        if len(self.shares) > EARLY and recent < mean(self.first) / 5:
+        recent = mean(self.shares)
+        if recent < mean(self.first) / 5:
             found.append(("valid pairs", f"valid pairs fell from {mean(self.first):.0%} to {recent:.0%}: candidates have "
                           "become alike to the reward model; stop here, or lower --threshold-min and --threshold-max"))
         drift = [max(abs(row["train_ratio_win"] - 1), abs(row["train_ratio_lose"] - 1)) for row in trained]

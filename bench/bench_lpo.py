@@ -23,7 +23,7 @@ import waterfall
 from measure import clock
 from torch import Tensor
 
-from lpo_fast import backbone, config, policy, sample, schedule, select, speed, train_lpo
+from lpo_fast import backbone, config, guard, policy, sample, schedule, select, speed, train_lpo
 from lpo_fast.loss import guide
 from lpo_fast.sample import CounterNoise, Pairs
 
@@ -70,9 +70,10 @@ class Ours:
         self.config, self.shape = settings, policy.latent_shape(settings, self.policy.unet)
         self.gap = select.gaps(self.sched, "none", settings.threshold_min, settings.threshold_min)
         self.step = speed.compiled(sample.choose, settings.compiled, graphs=True)
-        self.optimizer = speed.optimizer(settings.optimizer, self.policy.unet.parameters(), lr=settings.learning_rate,
-                                         weight_decay=settings.weight_decay)
-        self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=self.policy.precision == "fp16")
+        optimizer = speed.optimizer(settings.optimizer, self.policy.unet.parameters(), lr=settings.learning_rate,
+                                    weight_decay=settings.weight_decay)
+        self.update = guard.Update(optimizer, guard.scaler(DEVICE, self.policy.precision), settings.max_grad_norm,
+                                   settings.train_batch_size, "use --checkpointing")
         self.index = torch.arange(settings.batch_size, device=DEVICE)
 
     def sample(self) -> Pairs:
@@ -83,8 +84,8 @@ class Ours:
     def train(self, pairs: Pairs) -> list[float]:
         """Optimizer steps on them; metrics are read at the end."""
         size = self.config.train_batch_size
-        steps = [train_lpo.train_step(self.policy, self.sched, pairs.take(slice(at, at + size)), self.optimizer, self.scaler,
-                                      self.config) for at in range(0, len(pairs.t), size)]
+        steps = [train_lpo.train_step(self.policy, self.sched, pairs.take(slice(at, at + size)), self.update, self.config)
+                 for at in range(0, len(pairs.t), size)]
         return torch.stack(steps).tolist()
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ import waterfall
 from measure import clock
 from torch import Tensor
 
-from lpo_fast import backbone, checkpoint, config, latents, models, noise, speed, train_lrm
+from lpo_fast import backbone, checkpoint, config, guard, inputs, latents, models, noise, speed, train_lrm
 
 CUDA = torch.cuda.is_available()
 DEVICE, META = speed.device(), torch.device("meta")
@@ -53,13 +53,13 @@ class Ours:
         self.lrm = checkpoint.new_lrm(model, generator=torch.Generator().manual_seed(settings.seed)).to(device).train()
         if channels_last:
             speed.layout(self.lrm.unet)
-        self.encoder = train_lrm.Encoder(model, self.lrm, settings.seed, speed.precision(settings.mixed_precision, "bf16"),
+        self.encoder = inputs.Encoder(model, self.lrm, settings.seed, speed.precision(settings.mixed_precision, "bf16"),
                                          compile=settings.compile)
-        if device == META:  # which fused AdamW refuses; optimizers have no matrix products
-            self.optimizer = torch.optim.SGD(self.lrm.parameters())
-        else:
-            self.optimizer = speed.optimizer(settings.optimizer, self.lrm.parameters(), lr=settings.learning_rate,
-                                             weight_decay=settings.weight_decay)
+        if device != META:
+            optimizer = speed.optimizer(settings.optimizer, self.lrm.parameters(), lr=settings.learning_rate,
+                                        weight_decay=settings.weight_decay)
+            self.update = guard.Update(optimizer, guard.scaler(device, self.encoder.precision), settings.max_grad_norm,
+                                       -(-len(batch["rows"]) // settings.accumulate), "use a larger --accumulate")
         self.config, self.pixels = settings, batch["pixels"]
         self.batch = {key: value for key, value in batch.items() if key != "pixels"}
         self.moments: Tensor | None = None
@@ -70,8 +70,13 @@ class Ours:
 
     def train(self) -> Tensor:
         """An optimizer step on them; its metrics."""
-        return train_lrm.train_step(self.lrm, self.encoder, self.batch | {"moments": self.moments}, 0, self.optimizer,
+        return train_lrm.train_step(self.lrm, self.encoder, self.batch | {"moments": self.moments}, 0, self.update,
                                     self.config)
+
+    def backward(self) -> None:
+        """The same without the optimizer, which has no matrix products and reads its scale: for the meta device."""
+        batch = train_lrm.encoded(self.encoder, self.batch | {"moments": self.moments}, 0, self.config)
+        train_lrm.pair_loss(self.lrm, self.encoder, batch, 0, self.config, torch.ones((), device=META))[0].backward()
 
     def parts(self, cache: Path | None = None) -> Parts:
         """What is timed. cache: the folder of a full cache, which this makes."""
@@ -94,7 +99,7 @@ class Stated:
     def __init__(self, settings: config.LRM, batch: dict, ids: list[Tensor], device: torch.device = DEVICE):
         self.loop, self.pixels, self.ids = official_lrm_loop.load(settings, device), batch["pixels"], ids
         rows, labels, counts, compare = (batch[key].to(device) for key in ("rows", "labels", "counts", "compare"))
-        self.how = *train_lrm.timesteps(settings, 0, rows, compare, labels), counts
+        self.how = *inputs.timesteps(settings, 0, rows, compare, labels), counts
         self.latents: Tensor | None = None
 
     def encode(self, z: Tensor | None = None) -> None:
@@ -138,7 +143,7 @@ class Bench:
         """Operations of both, which need no memory on the meta device: attention would be matrices."""
         on_meta = {key: value.to(META) if key == "pixels" else value for key, value in self.batch.items()}
         ours, stated = Ours(exact, on_meta, device=META), Stated(exact, on_meta, self.ids, META)
-        self.needed = waterfall.operations(ours.encode), waterfall.operations(ours.train)
+        self.needed = waterfall.operations(ours.encode), waterfall.operations(ours.backward)
         self.counted = {OURS: sum(self.needed), ROWS[0]: waterfall.operations(stated.encode) + waterfall.operations(
             lambda: stated.loop.loss(*stated.arguments()).backward())}
 

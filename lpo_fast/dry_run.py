@@ -27,6 +27,7 @@ from torch.utils.flop_counter import flop_registry
 from lpo_fast import (
     backbone,
     checkpoint,
+    inputs,
     latents,
     launch,
     loss,
@@ -38,13 +39,12 @@ from lpo_fast import (
     speed,
     surgery,
     train_lpo,
-    train_lrm,
 )
 from lpo_fast import policy as policies
 from lpo_fast.backbone import Text
 from lpo_fast.config import LPO, LRM
 from lpo_fast.policy import Policy, trainable
-from lpo_fast.reward import LatentRewardModel
+from lpo_fast.reward import LatentRewardModel, encode_features
 from lpo_fast.sample import CounterNoise, Pairs
 from lpo_fast.speed import optimizer_state
 
@@ -381,17 +381,17 @@ def lrm(config: LRM) -> list[str]:
     parameters = trainable(reward)
     own = min(config.batch_size, len(used["train"])) // world  # train_lrm.own_size
     n = -(-own // config.accumulate)
-    encoded_at_once = train_lrm.part_size(2 * own, pixels)
+    encoded_at_once = inputs.part_size(2 * own, pixels)
     ids = [empty(n, e.config.max_position_embeddings, dtype=torch.int64) for e in reward.text_encoders]
     x, t, label = empty(2, n, unet["in_channels"], size, size), empty(2, n, dtype=torch.int64), empty(n)
 
     def forward() -> Tensor:
         with speed.autocast(precision):
-            unit = train_lrm.encode_features(reward, ids, [i[:1] for i in ids], x, t)
+            unit = encode_features(reward, ids, [i[:1] for i in ids], x, t)
         return loss.preference(*unit, reward.logit_scale.exp(), label, label, t[0], t.T, loss_type=config.loss_type,
                                batch_coeff=config.batch_coeff, aux_loss_coeff=config.aux_loss_coeff)
     with on_cuda():
-        encoding = measure(lambda: train_lrm.encode(vae, empty(encoded_at_once, 3, pixels, pixels), precision))
+        encoding = measure(lambda: inputs.encode(vae, empty(encoded_at_once, 3, pixels, pixels), precision))
         training = training_pass(forward, parameters, config.accumulate)
     gradients, optimizers = held(reward, True), optimizer_states(parameters)
     always = {"reward model, fp32": held(reward), "VAE, fp32": held(vae),

@@ -1,14 +1,15 @@
-"""What a long run watches: steps without a finite gradient, and signs that training goes wrong.
+"""What a long run needs: optimizer steps that survive what is not finite or does not fit, and signs that training goes wrong.
 
 A step whose gradient is not finite changes nothing: ``torch.amp.GradScaler`` finds out on the device and skips it, in fp16 with
-a scale that it lowers, in other precisions with a scale of 1 (a power of two when it has been lowered: exact). Here such steps
-are counted, what led to them is kept for ``python -m lpo_fast.guard FILE``, and too many in a row stop the run.
+a scale that it lowers, in other precisions with a scale of 1 (a power of two when it has been lowered: exact). Such steps are
+counted, what led to the first of them is kept for ``python -m lpo_fast.guard FILE``, and too many in a row stop the run.
 """
 
 import math
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
 
@@ -17,12 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lpo_fast import files, ranks, runs
-from lpo_fast.config import LPO
+from lpo_fast import files, ranks, runs, shard
+from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
 
 IN_A_ROW = 20  # steps: fp16's scale starts at 2^16 and may need as many halvings
-KEPT = 3  # files of steps whose loss was not finite
+SKIPPED = "skipped.pt"  # in a run's directory
 BATCHES = 5  # of prompts, the first ones of a run and its latest, that are compared
 
 
@@ -33,36 +34,97 @@ def scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
 
 
+@contextmanager
+def memory() -> Iterator[None]:
+    """InputError where the GPU's memory does not suffice and nothing can be done about it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError("the GPU's memory", f"does not suffice ({str(error).splitlines()[0]})",
+                         "see what takes how much with --dry-run, and README's table of settings that save memory") from error
+
+
+class Update:
+    """An optimizer's steps: one without a finite gradient changes nothing, and where the GPU's memory does not suffice for
+    ``pairs`` at a time, half as many go through the networks from then on, which leaves the loss as it is."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, max_norm: float, pairs: int,
+                 remedy: str, halves: bool = True):
+        """remedy: for the user, if memory does not suffice at last. halves: whether passes may be halved."""
+        self.optimizer, self.scaler, self.max_norm = optimizer, scaler, max_norm
+        self.pairs, self.remedy, self.halves = pairs, remedy, halves
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+    def __call__(self, gradients: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
+        """One step. gradients: adds to the parameters', with so many pairs at a time, and returns the step's metrics.
+
+        Those metrics and the gradient's norm before it is clipped, [], on the device. Raises InputError if memory is too small.
+        """
+        while (metrics := self._tried(gradients)) is None:  # by now what the failed pass held is free
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+        ranks.sum_gradients(self.parameters)
+        self.scaler.unscale_(self.optimizer)
+        norm = shard.clip(self.parameters, self.max_norm)
+        if self.scaler.is_enabled() or norm.isfinite():
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return metrics, norm
+
+    def _tried(self, gradients: Callable[[int], Tensor]) -> Tensor | None:
+        """The metrics, or None if memory was too small."""
+        try:
+            return gradients(self.pairs)
+        except torch.OutOfMemoryError as error:
+            if self.pairs == 1 or not self.halves:
+                raise InputError(f"{self.pairs} pairs", f"does not fit into the GPU's memory ({str(error).splitlines()[0]})",
+                                 self.remedy, "a training pass of") from error
+        self.pairs //= 2
+        runs.say(f"warning: the GPU's memory is too small for a training pass: {self.pairs} pairs at a time from now on, with "
+                 f"the same loss; to make room, {self.remedy}")
+        return None
+
+
 class Steps:
     """Counts the optimizer steps that were skipped. state: {skipped, in_a_row}, part of a saved run."""
 
-    def __init__(self, out: Path, inputs: Callable[[Tensor], dict[str, object]] | None):
-        """inputs: of prompt numbers, what else made a step: settings, prompts and their numbers, weights; None: keep none."""
+    def __init__(self, out: Path, inputs: Callable[[object], dict[str, object]] | None):
+        """inputs: all that made a step, given what ``look`` is given of it; None: keep none."""
         self.out, self.inputs, self.state = out, inputs, {"skipped": 0, "in_a_row": 0}
 
-    def look(self, step: int, row: dict[str, float], pairs: tuple[Tensor, ...]) -> InputError | None:
-        """A step's metrics and its pairs. The error that ends the run when too many in a row were skipped."""
-        if math.isfinite(row["grad_norm"]) and math.isfinite(row["train_loss"]):
+    def look(self, step: int, loss: float, norm: float, fed: object) -> InputError | None:
+        """A step's loss and gradient norm, and what it was fed. The error that ends the run when too many in a row were
+        skipped."""
+        if math.isfinite(norm) and math.isfinite(loss):
             self.state["in_a_row"] = 0
             return None
         self.state = {key: count + 1 for key, count in self.state.items()}
-        if not math.isfinite(row["train_loss"]) and self.inputs and ranks.main():
-            self.keep(step, pairs)  # else fp16's range was left, which the scale mends
+        if not math.isfinite(loss) and self.inputs and ranks.main():
+            self.keep(step, fed)  # else fp16's range was left, which the scale mends
         if self.state["in_a_row"] < IN_A_ROW:
             return None
         return InputError(str(self.out), f"{self.state['in_a_row']} optimizer steps in a row had no finite gradient, the last "
                           f"of them step {step}; they changed nothing, and the state is saved",
-                          f"see python -m lpo_fast.guard {self.out / 'skipped'}/…, lower --learning-rate or --beta, or use "
-                          "--mixed-precision bf16", "--out")
+                          f"see python -m lpo_fast.guard {self.out / SKIPPED}, use --mixed-precision bf16, or start again with "
+                          "a lower --learning-rate", "--out")
 
-    def keep(self, step: int, pairs: tuple[Tensor, ...]) -> None:
-        """skipped/step_{n}.pt: the inputs of a step, of the first few."""
-        folder = self.out / "skipped"
-        folder.mkdir(exist_ok=True)
-        if len(list(folder.glob("step_*.pt"))) < KEPT:
-            file, made = folder / f"step_{step}.pt", self.inputs(pairs[-2].unique().cpu())
-            files.save_pickle(made | {"step": step, "pairs": [x.cpu() for x in pairs]}, file)
+    def keep(self, step: int, fed: object) -> None:
+        """SKIPPED: the inputs of the first such step, and the weights, if the disk has room for them."""
+        file = self.out / SKIPPED
+        if file.exists():
+            return
+        try:
+            with files.replacing(file) as aside:
+                files.save_pickle(self.inputs(fed) | {"step": step}, aside)
             runs.say(f"warning: step {step} has no finite loss and was skipped; its inputs: {file}")
+        except InputError as problem:
+            runs.say(f"warning: step {step} has no finite loss and was skipped; its inputs are not kept: {problem}")
+
+    def summary(self, steps: int) -> None:
+        """Say how many of a run's steps were skipped, if any."""
+        if self.state["skipped"]:
+            runs.say(f"{self.state['skipped']} of {steps} optimizer steps had no finite gradient and were skipped")
 
 
 class Watch:
@@ -119,26 +181,57 @@ class Watch:
 
 def replay(file: Path) -> list[str]:
     """Run a skipped step again, on this device, and say what is not finite: inputs, weights, outputs, loss, gradients."""
+    kept = files.read_pickle(file, "FILE")
+    if not kept.keys() >= {"config", "step", "weights"}:
+        raise InputError(str(file), "holds no skipped step", f"name a run's {SKIPPED}", "FILE")
+    about, lines = (replay_lrm if "rows" in kept else replay_lpo)(kept)
+    return [f"step {kept['step']}, {about}", *(list(filter(None, lines)) or [
+        "all is finite here: the device, its precision or the weights differed"])]
+
+
+def replay_lpo(kept: dict) -> tuple[str, list[str]]:
+    """The step's pairs in words, and what is not finite."""
     from lpo_fast import checkpoint, policy, speed, train_lpo
     from lpo_fast.sample import Pairs
-    kept = files.read_pickle(file, "FILE")
     config, device = LPO(**kept["config"]), speed.device()
     pairs = Pairs(*(x.to(device) for x in kept["pairs"]))
     actor, sched = policy.load(config, kept["prompts"], device)
     checkpoint.Trained(actor.unet).load_state_dict(kept["weights"])
     pairs = pairs._replace(prompt=torch.searchsorted(kept["numbers"].to(device), pairs.prompt))
     lines = [broken(f"pairs, {name}", x) for name, x in zip(Pairs._fields, pairs, strict=True) if x.is_floating_point()]
-    lines += [broken(name, p) for name, p in actor.unet.named_parameters() if p.requires_grad]
     at = pairs.x_t, pairs.t, pairs.prompt
     lines += [broken("policy's output", actor.train(*at)), broken("reference's output", actor.reference(*at))]
     out = train_lpo.evaluate(actor, sched, pairs, torch.full((len(pairs.t),), 1 / len(pairs.t), device=device),
                              beta=config.beta, eps=config.clip_eps, guidance=config.train_guidance)
     out.loss.backward()
-    lines.append(broken("loss", out.loss))
-    lines += [broken(f"gradient of {name}", p.grad) for name, p in actor.unet.named_parameters() if p.grad is not None]
-    bad = [line for line in lines if line]
-    return [f"step {kept['step']}, {len(pairs.t)} pairs at timesteps {sorted(set(pairs.t.tolist()), reverse=True)}",
-            *(bad or [f"all is finite here (loss {out.loss.item():.4g}): the device, its precision or the weights differed"])]
+    about = f"{len(pairs.t)} pairs at timesteps {sorted(set(pairs.t.tolist()), reverse=True)}"
+    return about, [*lines, broken("loss", out.loss), *broken_parameters(actor.unet)]
+
+
+def replay_lrm(kept: dict) -> tuple[str, list[str]]:
+    """The step's pairs in words, and what is not finite; the pictures are read again."""
+    from lpo_fast import checkpoint, config, pairs, preflight, speed, train_lrm
+    settings = LRM(**kept["config"] | {"columns": config.Columns(**kept["config"]["columns"])})
+    lrm, encoder = train_lrm.load(settings, speed.device())
+    checkpoint.Trained(lrm).load_state_dict(kept["weights"])
+    source = pairs.PairDataset(preflight.training_pairs(settings)["train"], settings.resolution or encoder.resolution)
+    number = {int(row) + len(source.pairs.captions) * int(compare): i
+              for i, (row, compare) in enumerate(zip(source.pairs.rows, source.pairs.compare, strict=True))}
+    batch = pairs.collate([source[number[row]] for row in kept["rows"].tolist()])
+    batch = train_lrm.encoded(encoder, batch, kept["step"], settings)
+    loss, _ = train_lrm.pair_loss(lrm, encoder, batch, kept["step"], settings,
+                                  (~batch["corrupt"].to(encoder.device) / batch["counts"]).sum())
+    loss.backward()
+    about = f"rows {kept['rows'].tolist()} of {settings.pairs}"
+    lines = [broken("VAE's posterior, mean", batch["mean"]), broken("VAE's posterior, standard deviation", batch["std"])]
+    return about, [*lines, broken("loss", loss), *broken_parameters(lrm)]
+
+
+def broken_parameters(module: torch.nn.Module) -> list[str]:
+    """Lines of the parameters that train and of their gradients."""
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    return [broken(name, p) for name, p in trained] + [
+        broken(f"gradient of {name}", p.grad) for name, p in trained if p.grad is not None]
 
 
 def broken(name: str, x: Tensor) -> str:
@@ -148,11 +241,11 @@ def broken(name: str, x: Tensor) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """python -m lpo_fast.guard RUN/skipped/step_{n}.pt: run a skipped step again. Exit code 2 if the file cannot be used."""
+    """python -m lpo_fast.guard RUN/skipped.pt: run a skipped step again. Exit code 2 if the file cannot be used."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         if len(argv) != 1 or argv[0].startswith("-"):
-            raise InputError(" ".join(argv) or "(none)", "names no single file", "give RUN/skipped/step_N.pt", "FILE")
+            raise InputError(" ".join(argv) or "(none)", "names no single file", f"give RUN/{SKIPPED}", "FILE")
         print("\n".join(replay(Path(argv[0]))))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -33,7 +33,6 @@ class Policy:
         for network in (unet, self.frozen) if sharded else ():
             shard.cut(network, precision)
         self.adapters, self.bring = adapters(unet), text.bring
-        self.pairs_at_once = 0  # in a training pass, where --train-batch-size does not fit into the GPU's memory
         self._compiled = speed.compiled(self._evaluate, compile)
 
     def predict(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:

@@ -91,3 +91,16 @@ def linear(weight: Tensor) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.float().clone())
     return layer
+
+
+def encode_features(lrm: LatentRewardModel, ids: list[Tensor], null_ids: list[Tensor], x: Tensor,
+                    t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``features`` of token ids: all of a training step's forward pass that has gradient, one null prompt a batch."""
+    return features(lrm, lrm.encode(ids, null_ids), x, t)
+
+
+def features(lrm: LatentRewardModel, text: Text, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit features (text, image_0, image_1), each [B, P], of noisy pairs x [2, B, C, h, w] at t ([B] or [2, B])."""
+    both = backbone.concatenate([text, text])
+    image_0, image_1 = lrm.image_features(x.flatten(0, 1), t.expand(2, -1).flatten(), both).chunk(2)
+    return lrm.text_features(text), image_0, image_1

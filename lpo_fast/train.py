@@ -22,7 +22,7 @@ from lpo_fast.errors import InputError, PeerError
 
 def run(settings: Demo | LRM | LPO) -> None:
     """One command; prints where its results lie. The heavy imports wait until the command line is read."""
-    from lpo_fast import checkpoint, dry_run, ranks, report, runs, train_lpo, train_lrm
+    from lpo_fast import checkpoint, dry_run, guard, keeping, ranks, report, runs, train_lpo, train_lrm
     from lpo_fast.shapes import evaluate
     if not isinstance(settings, Demo) and settings.dry_run:
         lines = dry_run.report(settings)
@@ -35,10 +35,12 @@ def run(settings: Demo | LRM | LPO) -> None:
             result, out = evaluate.demo(settings)
             runs.say(evaluate.verdict(result))
         case LRM():
-            out = train_lrm.train(settings)
-            runs.say(f"latent reward model: {out / train_lrm.FINAL}")
+            with guard.memory():
+                out = train_lrm.train(settings)
+            runs.say(f"latent reward model: {out / keeping.FINAL}")
         case LPO():
-            out = train_lpo.train(settings)
+            with guard.memory():
+                out = train_lpo.train(settings)
             runs.say(f"weights: {out / ('unet' if settings.full else checkpoint.LORA_DIFFUSERS)}")
     if ranks.main():
         runs.say(f"report: {report.write(out)}")

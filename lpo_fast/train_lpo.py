@@ -29,13 +29,13 @@ from lpo_fast import (
     runs,
     sample,
     select,
-    shard,
     speed,
 )
 from lpo_fast import policy as policies
 from lpo_fast.backbone import Windowed
 from lpo_fast.config import LPO
 from lpo_fast.errors import InputError
+from lpo_fast.guard import Update
 from lpo_fast.kernels.pair_loss import pair_loss
 from lpo_fast.loss import METRICS, StepDPO
 from lpo_fast.policy import Policy, trainable
@@ -69,47 +69,21 @@ def micro_batches(pairs: Pairs, size: int) -> Iterator[Pairs]:
             pairs.valid[:1]).expand(size))
 
 
-def gradients(policy: Policy, sched: Schedule, pairs: Pairs, scaler: torch.amp.GradScaler, config: LPO) -> Tensor | None:
-    """Σ of a step's metrics in this process, its gradients added to the parameters'; None where the GPU's memory is too small:
-    then passes are half as large from now on, which leaves the loss as it is. Raises InputError where they cannot be."""
-    size = policy.pairs_at_once or config.train_batch_size
-    try:
-        metrics = 0
-        for micro in micro_batches(pairs, size):
-            out = evaluate(policy, sched, micro, micro.valid / len(pairs.t), beta=config.beta, eps=config.clip_eps,
-                           guidance=config.train_guidance)
-            scaler.scale(out.loss).backward()
-            metrics = metrics + out.totals
-        return metrics
-    except torch.OutOfMemoryError as error:
-        if size == 1 or config.shard:
-            raise InputError(str(size), f"pairs a pass do not fit into the GPU's memory ({str(error).splitlines()[0]})",
-                             "use --checkpointing, or a smaller --train-batch-size with a larger --accumulate",
-                             "--train-batch-size") from error
-    policy.pairs_at_once = size // 2
-    runs.say(f"warning: {size} pairs do not fit into the GPU's memory: {size // 2} a pass from now on, with the same loss; "
-             "--checkpointing makes room")
-    return None
-
-
-def train_step(policy: Policy, sched: Schedule, pairs: Pairs, optimizer: torch.optim.Optimizer,
-               scaler: torch.amp.GradScaler, config: LPO) -> Tensor:
+def train_step(policy: Policy, sched: Schedule, pairs: Pairs, update: Update, config: LPO) -> Tensor:
     """One optimizer step on up to train_batch_size · accumulate pairs a process; its metrics, STEP, on the device.
 
     A step without a finite gradient changes nothing (see guard.py).
     """
-    parameters = trainable(policy.unet)
-    while (metrics := gradients(policy, sched, pairs, scaler, config)) is None:
-        optimizer.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-    ranks.sum_gradients(parameters)
-    scaler.unscale_(optimizer)
-    grad_norm = shard.clip(parameters, config.max_grad_norm)
-    if scaler.is_enabled() or grad_norm.isfinite():
-        scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return torch.cat([ranks.total(metrics), grad_norm[None]])
+    def gradients(size: int) -> Tensor:
+        metrics = 0
+        for micro in micro_batches(pairs, size):
+            out = evaluate(policy, sched, micro, micro.valid / len(pairs.t), beta=config.beta, eps=config.clip_eps,
+                           guidance=config.train_guidance)
+            update.scaler.scale(out.loss).backward()
+            metrics = metrics + out.totals
+        return metrics
+    metrics, norm = update(gradients)
+    return torch.cat([ranks.total(metrics), norm[None]])
 
 
 def sample_pairs(policy: Policy, score: Score, sched: Schedule, gap: Tensor, shape: tuple[int, int, int], index: Tensor,
@@ -187,6 +161,8 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
         config.optimizer, policy.unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
         betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
     scaler = guard.scaler(device, policy.precision) if not config.shard else torch.amp.GradScaler(enabled=False)
+    update = Update(optimizer, scaler, config.max_grad_norm, config.train_batch_size,
+                    "use --checkpointing, or a smaller --train-batch-size with a larger --accumulate", halves=not config.shard)
     batches = len(order(config, 0, len(prompts)))
     at, index, pairs = {"epoch": 0, "batch": 0, "prompts": 0, "done": 0, "step": 0}, None, None  # in the epoch: batch, prompts
     if config.resume_from:
@@ -203,9 +179,12 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
         with files.writing(out):
             (out / "exp_config.py").write_text(official.render(config, judge.lrm), encoding="utf-8")
     texts, trained_weights = [*prompts, *config.validation_prompts], checkpoint.Trained(policy.unet)
-    skips, watch = guard.Steps(out, None if config.shard else lambda numbers: {
-        "config": asdict(config), "prompts": [texts[n] for n in numbers], "numbers": numbers,
-        "weights": trained_weights.state_dict()}), guard.Watch(config.clip_eps)
+
+    def inputs(fed: Pairs) -> dict[str, object]:
+        numbers = fed.prompt.unique().cpu()
+        return {"config": asdict(config), "prompts": [texts[n] for n in numbers], "numbers": numbers,
+                "pairs": [x.cpu() for x in fed], "weights": trained_weights.state_dict()}
+    skips, watch = guard.Steps(out, None if config.shard else inputs), guard.Watch(config.clip_eps)
     parts = {"weights": trained_weights, "optimizer": optimizer, "ema": ema,
              "scaler": scaler if policy.precision == "fp16" else None}  # else its scale is 1, or a power of two
     if resumed:
@@ -243,7 +222,7 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
         made = [dict(zip(STEP, values, strict=True)) | {"lr": optimizer.param_groups[0]["lr"]} for values in read]
         problem = None
         for number, row, (_, fed) in zip(range(at["step"] - len(made), at["step"]), made, steps, strict=True):
-            problem = skips.look(number, row, fed)
+            problem = skips.look(number, row["train_loss"], row["grad_norm"], fed)
             run.log("train", number, epoch=at["epoch"], **row)
         steps.clear()
         if problem:
@@ -284,7 +263,7 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
             sampled, count = time.perf_counter(), len(pairs.t)
             while len(pairs.t) and not ranks.anywhere(stopped):
                 fed, pairs = pairs.take(slice(pooled)), pairs.take(slice(pooled, None))
-                unread.append((train_step(policy, sched, fed, optimizer, scaler, config), fed))
+                unread.append((train_step(policy, sched, fed, update, config), fed))
                 if ema and unread[-1][0][-1].isfinite():  # else the step was skipped
                     ema.step(trainable(policy.unet))
                 at["step"] += 1
@@ -319,8 +298,7 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
         ranks.wait()  # a launcher ends all processes soon after the first
         runs.say(f"stopped after step {at['step']}; go on with --resume")
         raise SystemExit(config.preempt_exit_code or 128 + (stopped or [signal.SIGTERM])[0])
-    if skips.state["skipped"]:
-        runs.say(f"{skips.state['skipped']} of {at['step']} optimizer steps had no finite gradient and were skipped")
+    skips.summary(at["step"])
     if at["step"] == 0:
         runs.say("warning: no pair was valid, so nothing was trained: lower --threshold-min and --threshold-max, or check "
                  "the reward model's accuracy")

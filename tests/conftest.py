@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import lpo_fast
-from lpo_fast import backbone, checkpoint, launch
+from lpo_fast import backbone, checkpoint, guard, launch
 from lpo_fast.golden import Golden
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
@@ -30,6 +30,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GOLDEN = Path(__file__).parent / "golden"
 TOKENIZER = Path(lpo_fast.__file__).parent / "shapes" / "pipeline" / "tokenizer"
 CONFIGS = json.loads((GOLDEN / "configs.json").read_text())
+
+
+def update(optimizer: torch.optim.Optimizer, pairs: int, max_norm: float = 1.0) -> guard.Update:
+    """A loop's without a loss scale, which float64 has none of."""
+    return guard.Update(optimizer, torch.amp.GradScaler(DEVICE.type, enabled=False), max_norm, pairs, "")
 
 
 @pytest.fixture

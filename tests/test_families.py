@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
-from lpo_fast import backbone, checkpoint, models, policy, preflight, train_lpo, train_lrm
+from lpo_fast import backbone, checkpoint, inputs, keeping, models, policy, preflight, train_lpo, train_lrm
 from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
 from lpo_fast.shapes import evaluate
@@ -130,7 +130,7 @@ def test_another_vae_decodes_and_encodes(settings: LPO, tiny_sd: Path, tmp_path:
     assert shown[0] == shown[1] != shown[2]
     lrm = checkpoint.new_lrm(tiny_sd, generator=torch.Generator())
     config = LRM(model=str(tiny_sd), vae=str(tmp_path / "vae"))
-    encoder = train_lrm.Encoder(tiny_sd, lrm, 0, "no", models.vae(config))
+    encoder = inputs.Encoder(tiny_sd, lrm, 0, "no", models.vae(config))
     pixels = torch.rand(2, 1, 3, 16, 16)
     expected = vae.encode(pixels.flatten(0, 1)).latent_dist
     for made, of in zip(encoder.posterior({"pixels": pixels}), (expected.mean, expected.std), strict=True):
@@ -141,9 +141,9 @@ def test_lrm_training_at_another_resolution(tiny_sdxl: Path, tmp_path: Path) -> 
     evaluate.write_pairs(tmp_path / "pairs.parquet", 4, 0, held_out=False)
     out = train_lrm.train(LRM(model=str(tiny_sdxl), pairs=str(tmp_path / "pairs.parquet"), out=str(tmp_path / "run"),
                               batch_size=2, max_steps=1, warmup_steps=0, num_workers=0, resolution=8 * 4))
-    recorded = json.loads((out / train_lrm.FINAL / "lrm.json").read_text())
+    recorded = json.loads((out / keeping.FINAL / "lrm.json").read_text())
     assert recorded["resolution"] == 32 and recorded["base"] == str(tiny_sdxl)
-    assert checkpoint.load_lrm(out / train_lrm.FINAL).sizes.tolist() == [[32, 32, 0, 0, 32, 32]]
+    assert checkpoint.load_lrm(out / keeping.FINAL).sizes.tolist() == [[32, 32, 0, 0, 32, 32]]
 
 
 def test_half_precision_directories(settings: LPO, tiny_sd: Path, copied) -> None:

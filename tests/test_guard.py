@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_data import RED, plain, table
 
-from lpo_fast import checkpoint, guard, train_lpo
-from lpo_fast.config import LPO
+from lpo_fast import checkpoint, config, guard, inputs, keeping, train, train_lpo, train_lrm
+from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
 from lpo_fast.sample import Pairs
 from lpo_fast.shapes import world
@@ -65,8 +66,7 @@ def test_a_step_without_finite_loss_changes_nothing(lpo: LPO, monkeypatch: pytes
             step(self, *a, **k) if len(steps) <= 5 else None))
         other = train_lpo.train(replace(lpo, out=str(tmp_path / "five")))
     assert all(torch.equal(x, weights(other)[name]) for name, x in weights(run).items())
-    kept, = (run / "skipped").iterdir()
-    assert guard.main([str(kept)]) == 0
+    assert guard.main([str(run / guard.SKIPPED)]) == 0
     said = capsys.readouterr().out
     assert "step 5, 4 pairs at timesteps" in said and "all is finite here" in said
 
@@ -75,9 +75,8 @@ def test_replay_names_what_is_not_finite(lpo: LPO, monkeypatch: pytest.MonkeyPat
     """Pairs that are bad themselves: everything that follows from them is named, the reference's output is not."""
     monkeypatch.setattr(train_lpo, "shuffled", lambda pairs, *_: poisoned(pairs))
     run = train_lpo.train(replace(lpo, max_batches=1))
-    kept = sorted((run / "skipped").iterdir())
-    assert len(kept) == guard.KEPT
-    lines = guard.replay(kept[0])
+    lines = guard.replay(run / guard.SKIPPED)
+    assert lines[0].startswith("step 0, ")  # the first one's
     assert any(line.startswith("pairs, winner: ") for line in lines) and any(line.startswith("loss: 1 of 1") for line in lines)
     assert not any("reference" in line or line.startswith("pairs, loser") for line in lines)
     capsys.readouterr()
@@ -120,7 +119,8 @@ def test_too_little_memory_halves_the_passes(lpo: LPO, monkeypatch: pytest.Monke
     injected(monkeypatch, small)
     halved = rows(train_lpo.train(replace(lpo, out=str(tmp_path / "halved"))))
     told = capsys.readouterr().out
-    assert told.count("pairs do not fit") == 2 and "4 pairs do not fit" in told and "2 pairs do not fit" in told
+    assert told.count("memory is too small for a training pass") == 2
+    assert "2 pairs at a time from now on" in told and "1 pairs at a time from now on" in told
     for a, b in zip(plain, halved, strict=True):
         assert a.pop("kind") == b.pop("kind") and a == pytest.approx(b, rel=1e-3, abs=1e-6)
 
@@ -129,7 +129,7 @@ def test_no_pair_fits(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
     injected(monkeypatch, never)
-    with pytest.raises(InputError, match=r"--train-batch-size 1: pairs a pass do not fit .*checkpointing"):
+    with pytest.raises(InputError, match=r"a training pass of 1 pairs: does not fit .*checkpointing"):
         train_lpo.train(lpo)
 
 
@@ -139,6 +139,95 @@ def test_no_prompt_fits(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_lpo, "sample_pairs", never)
     with pytest.raises(InputError, match="--batch-size 2: prompts at a time do not fit"):
         train_lpo.train(lpo)
+
+
+@pytest.fixture
+def lrm(tiny_sd: Path, tmp_path: Path) -> LRM:
+    """Three steps of four of six pairs."""
+    path = table(tmp_path / "p.parquet", list("abaacd"), jpg_0=[RED, plain((0, 255, 0))] * 3)
+    return replace(config.sd15().lrm, model=str(tiny_sd), pairs=str(path), out=str(tmp_path / "lrm"), batch_size=4, max_steps=3,
+                   warmup_steps=1, learning_rate=1e-3, num_workers=0, save_steps=1)
+
+
+def passes(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, torch.Tensor], torch.Tensor]) -> list[int]:
+    """change(step, x): what a training pass of the LRM is given as noisy latents instead. The sizes of all passes."""
+    sizes, pair_loss, latents = [], train_lrm.pair_loss, inputs.Encoder.latents
+
+    def counted(lrm, encoder, batch, step, *rest):
+        sizes.append(len(batch["rows"]))
+        return pair_loss(lrm, encoder, batch, step, *rest)
+    monkeypatch.setattr(train_lrm, "pair_loss", counted)
+    monkeypatch.setattr(inputs.Encoder, "latents", lambda self, mean, std, rows, step, t: change(
+        step, latents(self, mean, std, rows, step, t)))
+    return sizes
+
+
+def test_an_lrm_step_without_finite_loss_changes_nothing(lrm: LRM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                         capsys) -> None:
+    """The last one: the weights are those of the step before. Its inputs are kept, and here they are finite."""
+    def weights(settings: LRM) -> dict[str, torch.Tensor]:
+        return checkpoint.load_lrm(train_lrm.train(settings) / keeping.FINAL).state_dict()
+    two = weights(replace(lrm, out=str(tmp_path / "two"), max_steps=3))
+    state = torch.load(tmp_path / "two" / checkpoint.STATE_BEFORE, weights_only=True)["weights"]  # after step 2
+    with monkeypatch.context() as patch:
+        passes(patch, lambda step, x: x * math.nan if step == 2 else x)
+        three = weights(lrm)
+    told = capsys.readouterr().out
+    assert told.count("step 2 has no finite loss and was skipped") == 1 and "1 of 3 optimizer steps had no finite" in told
+    assert all(torch.equal(three[name], x) for name, x in state.items())
+    assert any(not torch.equal(three[name], two[name]) for name in state)
+    run = Path(lrm.out)
+    assert [row["loss"] is None for row in rows(run)] == [False, False, True]
+    assert guard.main([str(run / guard.SKIPPED)]) == 0
+    said = capsys.readouterr().out
+    assert "step 2, rows [" in said and "all is finite here" in said
+
+
+def test_replay_of_an_lrm_step_names_what_is_not_finite(lrm: LRM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A VAE that gives NaN."""
+    encode = inputs.encode
+    monkeypatch.setattr(inputs, "encode", lambda *arguments: encode(*arguments) * math.nan)
+    lines = guard.replay(train_lrm.train(replace(lrm, max_steps=1, warmup_steps=0)) / guard.SKIPPED)
+    assert lines[0].startswith("step 0, rows [") and lines[1].startswith("VAE's posterior, mean: ")
+    assert any(line.startswith("loss: 1 of 1") for line in lines)
+    assert not any(line.startswith("logit_scale") for line in lines)  # the weights are finite
+
+
+def test_lrm_steps_that_fail_in_a_row_end_the_run(lrm: LRM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "IN_A_ROW", 2)
+    with monkeypatch.context() as patch:
+        passes(patch, lambda step, x: x * math.nan)
+        with pytest.raises(InputError, match="2 optimizer steps in a row had no finite gradient, the last of them step 1"):
+            train_lrm.train(lrm)
+    losses = [row["loss"] for row in rows(train_lrm.train(replace(lrm, resume=True)))]
+    assert losses[:2] == [None] * 2 and math.isfinite(losses[2])
+
+
+def test_lrm_memory_that_does_not_suffice(lrm: LRM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    """No more than two pairs fit: the four of a step take two passes, with the same losses."""
+    whole = train_lrm.train(lrm)
+    capsys.readouterr()
+
+    def small(step: int, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return x
+    sizes = passes(monkeypatch, small)
+    halved = train_lrm.train(replace(lrm, out=str(tmp_path / "halved")))
+    assert sizes == [4, 2, 2, 2, 2, 2, 2]
+    assert capsys.readouterr().out.count("2 pairs at a time from now on, with the same loss") == 1
+    for a, b in zip(rows(whole), rows(halved), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+    with pytest.raises(InputError, match="a training pass of 4 pairs: does not fit into the GPU's memory .*--accumulate"):
+        train_lrm.train(replace(lrm, out=str(tmp_path / "negatives"), loss_type="both"))  # their negatives are those of a pass
+
+
+def test_memory_that_does_not_suffice_elsewhere(lrm: LRM, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def never(*_) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+    monkeypatch.setattr(train_lrm, "load", never)
+    assert train.main(["lrm", "--model", lrm.model, "--pairs", lrm.pairs, "--out", lrm.out]) == 2
+    assert "error: the GPU's memory: does not suffice (CUDA out of memory" in capsys.readouterr().err
 
 
 def batch(valid: int, score: float = 1.0) -> dict[str, float]:

@@ -14,7 +14,23 @@ import torch
 from forked import processes
 from test_data import BLUE, RED, plain, table
 
-from lpo_fast import backbone, checkpoint, config, data, dry_run, latents, pairs, preflight, runs, speed, train, train_lrm
+from lpo_fast import (
+    backbone,
+    checkpoint,
+    config,
+    data,
+    dry_run,
+    guard,
+    inputs,
+    keeping,
+    latents,
+    pairs,
+    preflight,
+    runs,
+    speed,
+    train,
+    train_lrm,
+)
 from lpo_fast.config import LRM
 from lpo_fast.errors import InputError
 
@@ -36,7 +52,7 @@ def settings(tmp_path: Path, tiny_sd: Path) -> LRM:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Counts loaded VAEs, encoded pictures and decoded pictures."""
     counts = SimpleNamespace(vaes=0, encoded=0, decoded=0)
-    load, encode, decode = backbone.load_vae, train_lrm.encode, data.decode
+    load, encode, decode = backbone.load_vae, inputs.encode, data.decode
 
     def loaded(path: Path):
         counts.vaes += 1
@@ -50,7 +66,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         counts.decoded += resolution != 8  # what preflight tries
         return decode(picture, resolution)
     monkeypatch.setattr(backbone, "load_vae", loaded)
-    monkeypatch.setattr(train_lrm, "encode", counted)
+    monkeypatch.setattr(inputs, "encode", counted)
     monkeypatch.setattr(data, "decode", opened)
     return counts
 
@@ -253,11 +269,11 @@ def test_resume_with_and_without(settings: LRM, tmp_path: Path) -> None:
 
 def test_part_size() -> None:
     """Equal parts of at most 2²² pixels, one picture at least."""
-    assert train_lrm.part_size(64, 1024) == 4 and train_lrm.part_size(256, 512) == 16
-    assert train_lrm.part_size(20, 512) == 10 and train_lrm.part_size(34, 512) == 12
-    assert train_lrm.part_size(128, 32) == 128 and train_lrm.part_size(2, 4096) == 1
+    assert inputs.part_size(64, 1024) == 4 and inputs.part_size(256, 512) == 16
+    assert inputs.part_size(20, 512) == 10 and inputs.part_size(34, 512) == 12
+    assert inputs.part_size(128, 32) == 128 and inputs.part_size(2, 4096) == 1
     for count in range(1, 70):
-        size = train_lrm.part_size(count, 512)
+        size = inputs.part_size(count, 512)
         assert size <= 16 and -(-count // size) == -(-count // 16)
 
 
@@ -265,16 +281,16 @@ def test_part_size() -> None:
 def test_parts_give_what_the_whole_gives(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch, encoded: SimpleNamespace,
                                          mirrored: bool) -> None:
     lrm = checkpoint.new_lrm(tiny_sd, generator=torch.Generator().manual_seed(0))
-    encoder = train_lrm.Encoder(tiny_sd, lrm, 0, "no")
+    encoder = inputs.Encoder(tiny_sd, lrm, 0, "no")
     pixels = torch.rand(2, 7, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     flips = torch.arange(14).view(2, 7) % 3 == 0 if mirrored else None
     whole = encoder.posterior({"pixels": pixels}, None, flips)
     expected = encoder.vae.encode(torch.where(flips[..., None, None, None], pixels.flip(-1), pixels).flatten(0, 1) if mirrored
                                   else pixels.flatten(0, 1)).latent_dist
     assert torch.equal(whole[0].flatten(0, 1), expected.mean) and torch.equal(whole[1].flatten(0, 1), expected.std)
-    monkeypatch.setattr(train_lrm, "ENCODED", 4 * 16 * 16)
-    shapes, encode = [], train_lrm.encode
-    monkeypatch.setattr(train_lrm, "encode", lambda vae, x, precision: shapes.append(len(x)) or encode(vae, x, precision))
+    monkeypatch.setattr(inputs, "ENCODED", 4 * 16 * 16)
+    shapes, encode = [], inputs.encode
+    monkeypatch.setattr(inputs, "encode", lambda vae, x, precision: shapes.append(len(x)) or encode(vae, x, precision))
     for a, b in zip(whole, encoder.posterior({"pixels": pixels}, None, flips), strict=True):
         assert torch.equal(a, b)
     assert shapes == [4, 4, 4, 2]
@@ -289,20 +305,22 @@ def test_metrics_that_are_read_late_are_the_same(settings: LRM, tmp_path: Path, 
     monkeypatch.setattr(speed, "unread", lambda: 1)
     late = train_lrm.train(replace(settings, out=str(tmp_path / "late")))
     assert metrics(at_once) == metrics(late)
-    assert (at_once / train_lrm.FINAL / "training_stage.json").read_bytes() == (
-        late / train_lrm.FINAL / "training_stage.json").read_bytes()
+    assert (at_once / keeping.FINAL / "training_stage.json").read_bytes() == (
+        late / keeping.FINAL / "training_stage.json").read_bytes()
 
 
 def test_a_step_reads_nothing_back(tiny_sd: Path) -> None:
-    """On the meta device, where reading a value raises."""
+    """On the meta device, where reading a value raises; the scaler's steps are its own affair."""
     lrm = checkpoint.new_lrm(tiny_sd, generator=torch.Generator().manual_seed(0))
     lrm = lrm.to("meta").train()
-    encoder = train_lrm.Encoder(tiny_sd, lrm, 0, "no")
+    encoder = inputs.Encoder(tiny_sd, lrm, 0, "no")
     items = [{"row": i, "caption": "a", "pixels": torch.zeros(2, 3, 16, 16), "labels": torch.tensor([1.0, 0.0]), "count": 1,
               "compare": False, "corrupt": i == 1} for i in range(4)]
     optimizer = torch.optim.SGD([p for p in lrm.parameters() if p.requires_grad], lr=0.1)
-    settings = LRM(compare_between_timestep=True, hflip=True, accumulate=2, loss_type="both")
-    values = train_lrm.train_step(lrm, encoder, pairs.collate(items), 0, optimizer, settings)
+    settings = LRM(compare_between_timestep=True, hflip=True, loss_type="both")
+    scaler = SimpleNamespace(scale=lambda x: x, unscale_=id, is_enabled=lambda: True, step=lambda o: o.step(), update=lambda: 0)
+    update = guard.Update(optimizer, scaler, 1.0, 2, "")
+    values = train_lrm.train_step(lrm, encoder, pairs.collate(items), 0, update, settings)
     assert values.device.type == "meta" and values.shape == (4,)
     with pytest.raises(RuntimeError, match="meta"):
         values.tolist()

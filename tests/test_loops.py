@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lpo_fast import backbone, checkpoint, config, launch, train_lpo, train_lrm
+from lpo_fast import backbone, checkpoint, config, keeping, launch, train_lpo, train_lrm
 from lpo_fast.shapes import evaluate, world
 
 STEPS = 3
@@ -86,7 +86,7 @@ def test_lrm_loop(kernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pair
     references, ours, called = both(monkeypatch, train_lrm.train, settings)
     assert called == {"reward_pool", "reward_pool_backward", "group_norm_silu", "group_norm_silu_backward"}
     assert_rows_close(references, ours, "train")
-    first, second = (checkpoint.load_lrm(run / train_lrm.FINAL).state_dict() for run in (references, ours))
+    first, second = (checkpoint.load_lrm(run / keeping.FINAL).state_dict() for run in (references, ours))
     start = checkpoint.new_lrm(small, generator=torch.Generator().manual_seed(settings.seed)).state_dict()
     assert distance(second, first, start) < 2e-3 * distance(first, start, start)
 

@@ -4,12 +4,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 import torch
 from test_data import BLUE, RED, plain, table
 
-from lpo_fast import checkpoint, config, noise, train_lrm
+from lpo_fast import checkpoint, config, inputs, keeping, noise, train_lrm
 from lpo_fast.config import LRM
 from lpo_fast.errors import InputError
 
@@ -27,7 +28,7 @@ def rows(run: Path, kind: str) -> list[dict]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load_lrm(run / train_lrm.FINAL).state_dict()
+    return checkpoint.load_lrm(run / keeping.FINAL).state_dict()
 
 
 def test_timesteps_of_comparisons() -> None:
@@ -35,28 +36,28 @@ def test_timesteps_of_comparisons() -> None:
     settings = LRM(compare_between_timestep=True, timestep_interval=2, largest_timestep=301)  # 1, 51, … 301
     pairs = torch.arange(4000)
     compare, labels = pairs % 2 == 0, torch.tensor([[0.5], [0.5]]).expand(2, 4000)
-    t, made = train_lrm.timesteps(settings, 3, pairs, compare, labels)
+    t, made = inputs.timesteps(settings, 3, pairs, compare, labels)
     assert (t[:, ~compare][0] == t[:, ~compare][1]).all() and (made[:, ~compare] == 0.5).all()
     first, second = t[:, compare]
     assert set(t.flatten().tolist()) == set(range(1, 302, 50)) and ((first - second).abs() == 100).all()
     assert torch.equal(made[0, compare] == 1, first < second) and torch.equal(made[1, compare] == 1, first > second)
     steps = {(int(a), int(b)) for a, b in zip(first, second, strict=True)}
     assert steps == {(a, b) for a in range(1, 302, 50) for b in (a - 100, a + 100) if 1 <= b <= 301}
-    alone = [train_lrm.timesteps(settings, 3, pairs[i:i + 1], compare[i:i + 1], labels[:, :1]) for i in range(20)]
+    alone = [inputs.timesteps(settings, 3, pairs[i:i + 1], compare[i:i + 1], labels[:, :1]) for i in range(20)]
     assert torch.equal(torch.cat([a for a, _ in alone], 1), t[:, :20])  # however pairs are batched
 
 
 def test_one_timestep() -> None:
     labels = torch.tensor([[1.0], [0.0]])
     settings = LRM(variable_timestep=False, constant_timestep=7)
-    t, same = train_lrm.timesteps(settings, 0, torch.tensor([0]), torch.tensor([False]), labels)
+    t, same = inputs.timesteps(settings, 0, torch.tensor([0]), torch.tensor([False]), labels)
     assert t.tolist() == [[7], [7]] and same is labels
 
 
 def test_mirrored() -> None:
     def mirrored(rows: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        flips = train_lrm.flips(LRM(hflip=True), 2, rows)
-        return train_lrm.mirrored(pixels.flatten(0, 1), flips.flatten()).view_as(pixels)
+        flips = inputs.flips(LRM(hflip=True), 2, rows)
+        return inputs.mirrored(pixels.flatten(0, 1), flips.flatten()).view_as(pixels)
     pixels = torch.randn(2, 400, 3, 4, 4)
     made = mirrored(torch.arange(400), pixels)
     kept, flipped = ((made == other).all(-1).all(-1).all(-1) for other in (pixels, pixels.flip(-1)))
@@ -67,12 +68,12 @@ def test_mirrored() -> None:
 
 def test_noise_offset_is_one_number_a_channel(tiny_sd: Path) -> None:
     lrm = checkpoint.new_lrm(tiny_sd, generator=torch.Generator().manual_seed(0))
-    plain_, offset = (train_lrm.Encoder(tiny_sd, lrm, 0, "no", noise_offset=amount) for amount in (0.0, 0.5))
+    plain_, offset = (inputs.Encoder(tiny_sd, lrm, 0, "no", noise_offset=amount) for amount in (0.0, 0.5))
     mean, std, t = torch.zeros(2, 3, 4, 8, 8), torch.ones(2, 3, 4, 8, 8), torch.tensor([951, 501, 1])
     rows = torch.tensor([3, 1, 2])
     added = offset.latents(mean, std, rows, 5, t) - plain_.latents(mean, std, rows, 5, t)
     assert (added.std((-1, -2)) < 1e-5).all()
-    drawn = noise.normal(0, 5, rows, train_lrm.OFFSET, 2, (4,))
+    drawn = noise.normal(0, 5, rows, inputs.OFFSET, 2, (4,))
     sigma = added[..., 0, 0] / (0.5 * drawn)
     assert torch.allclose(sigma, sigma[0, :, :1].expand_as(sigma), rtol=1e-2)  # √(1 − a_t), the same for all channels
 
@@ -89,7 +90,7 @@ def test_accumulation_leaves_the_step_unchanged(settings: LRM, tmp_path: Path) -
 def test_a_corrupt_pair_is_as_if_it_were_not_in_the_batch(settings: LRM, tmp_path: Path, tiny_sd: Path) -> None:
     """The step equals one of the other pairs alone, weights included."""
     lrm = checkpoint.new_lrm(tiny_sd, generator=torch.Generator().manual_seed(0))
-    encoder = train_lrm.Encoder(tiny_sd, lrm, 0, "no")
+    encoder = inputs.Encoder(tiny_sd, lrm, 0, "no")
     pixels = torch.rand(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     batch = {"rows": torch.arange(4), "captions": ["a", "b", "a", "c"], "pixels": pixels,
              "labels": torch.tensor([[1.0, 0, 1, 0.5], [0, 1, 0, 0.5]]), "counts": torch.tensor([2, 1, 2, 1]),
@@ -106,10 +107,11 @@ def test_a_corrupt_pair_is_as_if_it_were_not_in_the_batch(settings: LRM, tmp_pat
             for name, p in lrm.named_parameters():
                 p.data.copy_(start[name])
             optimizer = torch.optim.SGD([p for p in lrm.parameters() if p.requires_grad], lr=0.0)
-            results.append(train_lrm.train_step(lrm, encoder, made, 0, optimizer, options).tolist())
+            update = conftest.update(optimizer, 4)
+            results.append(train_lrm.train_step(lrm, encoder, made, 0, update, options).tolist())
         assert results[0] == pytest.approx(results[1], rel=1e-4)
     every = batch | {"corrupt": torch.ones(4, dtype=torch.bool)}
-    assert train_lrm.train_step(lrm, encoder, every, 0, optimizer, settings)[0] == 0
+    assert train_lrm.train_step(lrm, encoder, every, 0, update, settings)[0] == 0
 
 
 def test_corrupt_pairs_are_counted_and_may_stop_the_run(settings: LRM, tmp_path: Path, capsys) -> None:
@@ -159,7 +161,7 @@ def test_checkpoints(settings: LRM, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(train_lrm, "validate", lambda *args: {"accuracy": next(found), "accuracy_by_timestep": {}, "n": 1})
     out = train_lrm.train(replace(settings, validation_pairs=settings.pairs, **options))
     assert sorted(int(p.name.removeprefix("checkpoint-gstep")) for p in out.glob("checkpoint-gstep*")) == kept
-    stage = json.loads((out / train_lrm.FINAL / "training_stage.json").read_text())
+    stage = json.loads((out / keeping.FINAL / "training_stage.json").read_text())
     assert stage["global_step"] == final == rows(out, "validation")[-1]["checkpoint"]
     assert "learned nothing" not in capsys.readouterr().out
     assert stage.keys() == {"epoch", "step", "global_step", "step_loss", "lr", "metrics"} and np.isfinite(stage["step_loss"])
@@ -187,7 +189,7 @@ def test_checkpoints_go_only_when_no_state_names_them(settings: LRM, monkeypatch
     with pytest.raises(KeyError):
         train_lrm.train(replace(settings, validation_pairs=settings.pairs, eval_on_start=False))
     named = torch.load(out / checkpoint.STATE)["at"]["checkpoints"]
-    assert [step for step, _ in named] == [1] and (out / train_lrm.CHECKPOINT.format(1) / "state_dict.pt").is_file()
+    assert [step for step, _ in named] == [1] and (out / keeping.CHECKPOINT.format(1) / "state_dict.pt").is_file()
 
 
 def test_no_validation_pair_decodes(settings: LRM, tmp_path: Path) -> None:

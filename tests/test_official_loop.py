@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 from conftest import DEVICE
@@ -157,7 +158,8 @@ def step_of_ours(model: Policy, sched: Schedule, pairs: Pairs, config: LPO) -> t
     given: list[Tensor] = []
     optimizer = speed.optimizer("adamw", model.unet.parameters(), lr=1e-4, weight_decay=0.0)
     optimizer.register_step_pre_hook(lambda *_: given.extend(p.grad.clone() for p in policy.trainable(model.unet)))
-    metrics = train_lpo.train_step(model, sched, pairs, optimizer, torch.amp.GradScaler(enabled=False), config)
+    update = conftest.update(optimizer, config.train_batch_size, config.max_grad_norm)
+    metrics = train_lpo.train_step(model, sched, pairs, update, config)
     return given, metrics[:-1]
 
 

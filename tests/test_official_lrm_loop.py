@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 import official_lrm_loop  # noqa: E402
 
-from lpo_fast import checkpoint, noise, train_lrm  # noqa: E402
+from lpo_fast import checkpoint, inputs, noise, train_lrm  # noqa: E402
 from lpo_fast.config import LRM  # noqa: E402
 from lpo_fast.shapes import world  # noqa: E402
 
@@ -34,7 +34,7 @@ def run(request: pytest.FixtureRequest, tiny_sd: Path) -> SimpleNamespace:
     config = LRM(model=str(model), mixed_precision="no", logit_scale=3.0, max_grad_norm=0.1)
     lrm = checkpoint.new_lrm(model, generator=torch.Generator().manual_seed(config.seed)).to(DEVICE).train()
     lrm.logit_scale.data.fill_(config.logit_scale)
-    encoder = train_lrm.Encoder(model, lrm, config.seed, "no")
+    encoder = inputs.Encoder(model, lrm, config.seed, "no")
     pixels = torch.rand(2, PAIRS, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     batch = {"rows": torch.arange(3, 3 + PAIRS), "captions": world.captions(held_out=False)[:PAIRS],
              "labels": torch.tensor([[1.0, 0.0, 0.5, 0.0, 1.0], [0.0, 1.0, 0.5, 1.0, 0.0]]),
@@ -49,7 +49,9 @@ def ours(run: SimpleNamespace) -> Tensor:
     """The loss; gradients are left on the parameters."""
     mean, std = run.encoder.posterior(run.batch)
     weight = (1 / run.batch["counts"]).sum()
-    return train_lrm.pair_loss(run.lrm, run.encoder, run.batch | {"mean": mean, "std": std}, 0, run.config, weight)[0]
+    loss, _ = train_lrm.pair_loss(run.lrm, run.encoder, run.batch | {"mean": mean, "std": std}, 0, run.config, weight)
+    loss.backward()
+    return loss.detach()
 
 
 def stated(run: SimpleNamespace, step: Callable) -> Tensor | float:
@@ -57,7 +59,7 @@ def stated(run: SimpleNamespace, step: Callable) -> Tensor | float:
     batch, config, official = run.batch, run.config, run.official
     shape = run.lrm.unet.config.in_channels, *[run.lrm.unet.config.sample_size] * 2
     z = noise.normal(config.seed, 0, batch["rows"], 0, 4, shape).unflatten(0, (2, 2)).flatten(1, 2)
-    t, labels = train_lrm.timesteps(config, 0, batch["rows"], batch["compare"], batch["labels"])
+    t, labels = inputs.timesteps(config, 0, batch["rows"], batch["compare"], batch["labels"])
     ids, _ = run.encoder.ids(batch["captions"])
     return step(ids, official.latents(batch["pixels"], z[0]), t, labels, batch["counts"], z[1])
 

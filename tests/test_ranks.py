@@ -39,14 +39,14 @@ unet.double()
 null = Text(torch.randn(1, 16, 16).double(), torch.zeros(1, 1))
 text = Text(torch.randn(5, 16, 16).double(), torch.zeros(5, 1), null)
 sched = schedule.ddim(torch.linspace(0.999, 0.01, 1000).double(), torch.arange(951, 0, -50), 20)
-config = LPO(train_batch_size=6 // ranks.count(), beta=5.0, guidance_scale=2.0)
-optimizer = torch.optim.SGD(trainable(unet), lr=10.0)
+config = LPO(beta=5.0, guidance_scale=2.0)
+update = Update(torch.optim.SGD(trainable(unet), lr=10.0), torch.amp.GradScaler("cpu", enabled=False), config.max_grad_norm,
+                6 // ranks.count(), "")
 for step in range(5):
     n = 6 if step < 4 else 4  # the last one is smaller, in no process alike
     x = torch.randn(3, n, 4, 8, 8).double()
     pairs = Pairs(*x, torch.arange(1, 1 + 50 * n, 50), torch.arange(n) % 5, torch.ones(n, dtype=torch.bool))
-    row = train_lpo.train_step(Policy(unet, text, None, full=False), sched, pairs, optimizer,
-                               torch.amp.GradScaler("cpu", enabled=False), config)
+    row = train_lpo.train_step(Policy(unet, text, None, full=False), sched, pairs, update, config)
 row = dict(zip(train_lpo.STEP, row.tolist(), strict=True))
 ranks.wait()
 if ranks.main():
@@ -56,18 +56,20 @@ if ranks.main():
 LRM_STEPS = """
 import sys, torch
 from pathlib import Path
-from lpo_fast import checkpoint, ranks, reward, train_lrm
+from lpo_fast import checkpoint, inputs, ranks, reward, train_lrm
 from lpo_fast.config import LRM
+from lpo_fast.guard import Update
 reward.normalized = lambda projection, x: torch.nn.functional.normalize(projection(x), dim=-1, eps=0)  # in float64
 model, out = sys.argv[1:]
 ranks.state()
 lrm = checkpoint.new_lrm(Path(model), generator=torch.Generator().manual_seed(0), multi_scale=True).double().train()
 lrm.requires_grad_(True)
-encoder = train_lrm.Encoder(Path(model), lrm, 0, "no")
+encoder = inputs.Encoder(Path(model), lrm, 0, "no")
 encoder.posterior = lambda batch, *_: (batch["pixels"][:, :, [0, 1, 2, 0]],
                                        torch.full((2, len(batch["rows"]), 1, 1, 1), 0.1).double())
-optimizer = torch.optim.SGD(lrm.parameters(), lr=0.1)
-config = LRM(loss_type="both", batch_coeff=0.5, accumulate=1, compare_between_timestep=True, aux_loss_coeff=0.5)
+config = LRM(loss_type="both", batch_coeff=0.5, compare_between_timestep=True, aux_loss_coeff=0.5)
+update = Update(torch.optim.SGD(lrm.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=False), config.max_grad_norm,
+                6 // ranks.count(), "")
 own, first = 6 // ranks.count(), 6 // ranks.count() * ranks.index()
 for step in range(5):
     generator = torch.Generator().manual_seed(step)
@@ -79,7 +81,7 @@ for step in range(5):
              "compare": torch.arange(6) == 1, "corrupt": torch.tensor([step > 2, False, False, False, step > 2, step > 2])}
     at = {key: 1 if key in ("pixels", "labels") else 0 for key in batch}
     part = {key: value[first:first + own] if at[key] == 0 else value[:, first:first + own] for key, value in batch.items()}
-    row = train_lrm.train_step(lrm, encoder, part, step, optimizer, config)
+    row = train_lrm.train_step(lrm, encoder, part, step, update, config)
 row = dict(zip(train_lrm.STEP, row.tolist(), strict=True))
 ranks.wait()
 if ranks.main():

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from test_data import encoded, table
 
-from lpo_fast import backbone, checkpoint, config, outputs, policy, train_lpo, train_lrm
+from lpo_fast import backbone, checkpoint, config, keeping, outputs, policy, train_lpo, train_lrm
 from lpo_fast.shapes import world
 
 RATE, DECAY, VISUAL, TEXT = 1e-3, 0.3, "visual_projection.weight", "text_encoders.0"
@@ -55,7 +55,7 @@ def lrm(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
     def run(**changes) -> Run:
         out = train_lrm.train(replace(default, out=str(folder / str(len(list(folder.iterdir())))), **changes))
         row = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
-        return Run(row, checkpoint.load_lrm(out / train_lrm.FINAL).state_dict())
+        return Run(row, checkpoint.load_lrm(out / keeping.FINAL).state_dict())
     return run
 
 

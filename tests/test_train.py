@@ -14,7 +14,19 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from lpo_fast import backbone, checkpoint, config, policy, preflight, sample, select, train, train_lpo, train_lrm
+from lpo_fast import (
+    backbone,
+    checkpoint,
+    config,
+    keeping,
+    policy,
+    preflight,
+    sample,
+    select,
+    train,
+    train_lpo,
+    train_lrm,
+)
 from lpo_fast.sample import CounterNoise
 from lpo_fast.shapes import PIPELINE, evaluate, world
 
@@ -45,7 +57,7 @@ def lrm_run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def lrm(lrm_run) -> Path:
-    return lrm_run / train_lrm.FINAL
+    return lrm_run / keeping.FINAL
 
 
 @pytest.fixture
@@ -65,7 +77,7 @@ def test_lrm_run_directory(lrm_run):
     assert last["accuracy"] == last["accuracy_by_timestep"]["1"] and len(last["accuracy_by_timestep"]) == 20
     assert (lrm_run / "report.html").is_file() and (lrm_run / "config.json").is_file()
     best = max(during, key=lambda row: (row["accuracy"], row["global_step"]))
-    stage = json.loads((lrm_run / train_lrm.FINAL / "training_stage.json").read_text())
+    stage = json.loads((lrm_run / keeping.FINAL / "training_stage.json").read_text())
     assert stage["global_step"] == best["global_step"] == last["checkpoint"] and best["accuracy"] == last["accuracy"]
     assert len(list(lrm_run.glob("checkpoint-gstep*"))) == 1
 
@@ -98,7 +110,7 @@ def test_lrm_resume_is_exact(tmp_path, lrm_run, monkeypatch):
     train_lrm.train(replace(whole, resume=True))
     assert steps == [0, 1, 2, 3, 4, 3, 4, 5]
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (lrm_run / "metrics.jsonl").read_bytes()
-    first, second = (checkpoint.load_lrm(run / train_lrm.FINAL) for run in (lrm_run, tmp_path / "run"))
+    first, second = (checkpoint.load_lrm(run / keeping.FINAL) for run in (lrm_run, tmp_path / "run"))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 

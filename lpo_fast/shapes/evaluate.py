@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lpo_fast import checkpoint, config, pairs, policy, preflight, runs, speed, train_lpo, train_lrm
+from lpo_fast import checkpoint, config, inputs, keeping, pairs, policy, preflight, runs, speed, train_lpo, train_lrm
 from lpo_fast.config import LPO, Demo
 from lpo_fast.errors import InputError
 from lpo_fast.sample import Score
@@ -55,14 +55,14 @@ def train_reward(out: Path, seed: int) -> Path:
     settings = replace(config.shapes().lrm, model=str(PIPELINE), out=str(out / "lrm"), seed=seed,
                        pairs=str(out / "pairs" / "train.parquet"), cache_dir=str(out / "pairs" / "arrow"),
                        validation_pairs=str(out / "pairs" / "validation.parquet"))
-    return train_lrm.train(settings) / train_lrm.FINAL
+    return train_lrm.train(settings) / keeping.FINAL
 
 
 def reward_accuracy(out: Path, lrm: Path, seed: int) -> dict[str, object]:
     """The LRM's accuracy by timestep on pairs of the held-out combinations, as a row of its metrics."""
     write_pairs(out / "pairs" / "held_out.parquet", VALIDATION_PAIRS, seed, held_out=True)
     model = checkpoint.load_lrm(lrm).to(speed.device())
-    encoder = train_lrm.Encoder(PIPELINE, model, seed, "no")
+    encoder = inputs.Encoder(PIPELINE, model, seed, "no")
     held_out = pairs.read(str(out / "pairs" / "held_out.parquet"), cache_dir=str(out / "pairs" / "arrow"))
     loader = DataLoader(pairs.PairDataset(held_out, encoder.resolution), 100, collate_fn=pairs.collate)
     shown = train_lrm.validate(model, encoder, loader, list(range(1, 1000, 50)))

@@ -280,7 +280,7 @@ def report(config: LPO | LRM) -> list[str]:
 
 def lpo(config: LPO) -> list[str]:
     """The report of an LPO run."""
-    prompts = preflight.lpo(config)
+    prompts, _ = preflight.lpo(config)
     precision = "fp16" if config.mixed_precision == "auto" else config.mixed_precision
     model, size, k, n = models.model(config), config.batch_size, config.num_candidates, config.train_batch_size
     family = backbone.family_of(preflight.read_config(model / "unet", "--model"))

@@ -167,13 +167,13 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
 
     Raises InputError for what cannot be read, used or written, also if the disk is full; the last saved state is whole then.
     """
-    prompts = preflight.lpo(config)
+    prompts, source = preflight.lpo(config)
     ranks.state()
     with runs.claim(Path(config.out)):
-        return _train(config, prompts, wrap_score)
+        return _train(config, prompts, source, wrap_score)
 
 
-def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]) -> Path:
+def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Callable[[Score], Score]) -> Path:
     device = speed.device()
     speed.deterministic(config.deterministic)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
@@ -189,8 +189,8 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
     scaler = guard.scaler(device, policy.precision) if not config.shard else torch.amp.GradScaler(enabled=False)
     batches = len(order(config, 0, len(prompts)))
     at, index, pairs = {"epoch": 0, "batch": 0, "prompts": 0, "done": 0, "step": 0}, None, None  # in the epoch: batch, prompts
-    if config.resume_from:
-        at |= outputs.resume_from(Path(config.resume_from), policy.unet, optimizer)
+    if source:
+        at |= outputs.resume_from(source, policy.unet, optimizer)
         at["done"] = at["epoch"] * batches
     ema = EMAModel(trainable(policy.unet), decay=config.ema_decay) if config.ema_decay else None
 
@@ -220,7 +220,7 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
             ema.to(device)
     elif config.in_place:
         run.truncate_to_epoch(at["epoch"])
-    elif not config.resume_from:
+    elif not source:
         draw.compared("before")
     step = speed.compiled(sample.choose, config.compiled, graphs=True)
     slots = min(config.batch_size, -(-len(prompts) // ranks.count()))

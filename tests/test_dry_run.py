@@ -355,7 +355,7 @@ def test_resuming_takes_no_notice(lpo: LPO) -> None:
     (out / checkpoint.STATE).touch()
     for known in (asdict(lpo), {key: value for key, value in asdict(lpo).items() if key != "dry_run"}):
         (out / "config.json").write_text(json.dumps(known))
-        assert preflight.lpo(replace(lpo, resume=True, dry_run=True)) == ["a red circle", "two"]
+        assert preflight.lpo(replace(lpo, resume=True, dry_run=True))[0] == ["a red circle", "two"]
 
 
 def test_bad_pairs_are_refused(lrm: LRM, tmp_path: Path, capsys) -> None:

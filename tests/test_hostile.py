@@ -103,6 +103,8 @@ def test_an_optimizer_runs_nothing(tiny_sd: Path, trace: Path, tmp_path: Path) -
     torch.save({"state": {0: Attack(trace)}, "param_groups": []}, folder / outputs.OPTIMIZER)
     optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad])
     with pytest.raises(InputError, match="optimizer.bin cannot be read safely"):
+        outputs.find_checkpoint(folder, full=False)
+    with pytest.raises(InputError, match="optimizer.bin: cannot be read safely"):
         outputs.resume_from(folder, unet, optimizer)
     torch.save({"state": [], "param_groups": 3}, folder / outputs.OPTIMIZER)
     with pytest.raises(InputError, match="optimizer.bin: is another optimizer's"):

@@ -25,8 +25,8 @@ from lpo_fast import (
     backbone,
     checkpoint,
     config,
-    dry_run,
     evaluate,
+    meta,
     models,
     official,
     outputs,
@@ -177,7 +177,7 @@ def test_attention_of_a_config_is_not_fetched(tiny_sd: Path, copied, monkeypatch
     monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", lambda *a, **k: pytest.fail("fetched"))
     encoder = backbone.load_text(folder, backbone.SD)[0]
     assert encoder.config._attn_implementation == "sdpa"
-    assert dry_run.built(type(encoder), folder / "text_encoder").config._attn_implementation == "sdpa"
+    assert meta.built(type(encoder), folder / "text_encoder").config._attn_implementation == "sdpa"
     preflight.pipeline(str(folder), "--model")
 
 

@@ -55,9 +55,9 @@ def epoch_of(folder: Path) -> int:
 
 
 def find_checkpoint(path: Path, full: bool) -> Path:
-    """``path`` itself if it is a checkpoint directory, else the newest in it that is not damaged.
+    """``path`` itself if it is a checkpoint directory, else the newest in it that is not damaged; says which are.
 
-    Raises InputError if there is none, or if it holds other weights.
+    Reads all of it. Raises InputError if there is none, or if it holds other weights.
     """
     found = [path] if path.is_dir() and path.name.startswith("checkpoint_") else checkpoints(path)
     if not found or not found[-1].name.removeprefix("checkpoint_").isdecimal():
@@ -67,32 +67,30 @@ def find_checkpoint(path: Path, full: bool) -> Path:
     if not any((folder / weights).exists() for folder in found):
         raise InputError(str(found[-1]), f"holds no {weights}", "resume with the --full of the run that wrote it",
                          "--resume-from")
-    wrong = []
+    wrong = {}
     for folder in reversed(found):
         if not (what := files.damage(folder) or ("" if (folder / weights).exists() else f"holds no {weights}")):
+            for newer, harm in wrong.items():
+                runs.say(f"warning: {newer} is damaged ({harm}); the run starts from {folder.name}")
             return folder
-        wrong.append(f"{folder.name}: {what}")
-    raise InputError(str(path), f"no whole checkpoint there ({'; '.join(wrong)})", "name another, or start without one",
-                     "--resume-from")
+        wrong[folder] = what
+    whole = "; ".join(f"{folder.name}: {what}" for folder, what in wrong.items())
+    raise InputError(str(path), f"no whole checkpoint there ({whole})", "name another, or start without one", "--resume-from")
 
 
-def resume_from(path: Path, unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Take weights, the optimizer's moments if they are there, and the step from a checkpoint; go on with the next epoch.
-
-    Rate, weight decay, betas and eps stay this run's.
+def resume_from(folder: Path, unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Take weights, the optimizer's moments if they are there, and the step from a checkpoint, which ``find_checkpoint`` found
+    whole; go on with the next epoch. Rate, weight decay, betas and eps stay this run's.
     """
-    full = not hasattr(unet, "peft_config")
-    folder = find_checkpoint(path, full)
-    for damaged in [newer for newer in checkpoints(path) if epoch_of(newer) > epoch_of(folder)]:
-        runs.say(f"warning: {damaged} is damaged ({files.damage(damaged)}); the run starts from {folder.name}")
-    if full:
+    if not hasattr(unet, "peft_config"):
         checkpoint.Trained(unet).load_state_dict(backbone.load_unet(folder).state_dict())
     else:
         checkpoint.load_lora(unet, folder / checkpoint.LORA_OFFICIAL, "--resume-from")
     if (folder / OPTIMIZER).is_file():
         own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        state = checkpoint.read_pickle(folder / OPTIMIZER, "--resume-from", mmap=ranks.count() > 1)
         try:
-            shard.load(optimizer, checkpoint.read_pickle(folder / OPTIMIZER, "--resume-from", mmap=ranks.count() > 1))
+            shard.load(optimizer, state)
         except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
             raise InputError(str(folder / OPTIMIZER), f"is another optimizer's ({error})", "use the --optimizer that wrote it",
                              "--resume-from") from error

@@ -24,8 +24,8 @@ MAY_CHANGE = {"out", "resume", "epochs", "max_batches", "save_epochs", "save_ste
               "cache_latents", "max_corrupt", "shard", "dry_run", "resume_from"}  # the state holds what came from a checkpoint
 
 
-def lpo(config: LPO) -> list[str]:
-    """Check an LPO run; its prompts."""
+def lpo(config: LPO) -> tuple[list[str], Path | None]:
+    """Check an LPO run; its prompts, and the checkpoint that --resume-from starts it from, which was found whole."""
     config.check()
     speed.check_optimizer(config.optimizer)
     speed.check_attention(config.attention)
@@ -35,12 +35,11 @@ def lpo(config: LPO) -> list[str]:
     prompts = data.read_prompts(config.prompts, config.caption_key)
     if config.lora:
         checkpoint.read_lora(Path(config.lora))
-    if config.resume_from:
-        start = outputs.find_checkpoint(Path(config.resume_from), config.full)
-        if (done := outputs.epoch_of(start) + 1) >= config.epochs:
-            raise InputError(config.resume_from, f"{start.name} has finished epoch {done - 1}", f"use --epochs above {done}",
-                             "--resume-from")
-    directory(config)
+    source = outputs.find_checkpoint(Path(config.resume_from), config.full) if config.resume_from else None
+    if source and (done := outputs.epoch_of(source) + 1) >= config.epochs:
+        raise InputError(config.resume_from, f"{source.name} has finished epoch {done - 1}", f"use --epochs above {done}",
+                         "--resume-from")
+    directory(config, source)
     reward_place(config)
     unet = pipeline(config.model, "--model", config.revision)
     picture(config, unet)
@@ -58,7 +57,7 @@ def lpo(config: LPO) -> list[str]:
     if not config.full:
         targets(unet, config.targets)
     same_models(config)
-    return prompts
+    return prompts, source
 
 
 def lrm(config: LRM) -> dict[str, Pairs]:
@@ -286,9 +285,9 @@ def reward_directory(path: Path) -> dict:
     return unet
 
 
-def directory(config: LPO | LRM) -> None:
+def directory(config: LPO | LRM, source: Path | None = None) -> None:
     """Refuse a run directory that cannot be written, that holds a run or another run's checkpoints (but for that which
-    --resume-from goes on from), or (to resume) whose run had other settings.
+    --resume-from goes on from, ``source``), or (to resume) whose run had other settings.
 
     What begins with a dot is no content: a killed run's lock and unfinished files. With --resume and without a saved state
     the run starts from the beginning, as the one that was killed before it.
@@ -297,10 +296,9 @@ def directory(config: LPO | LRM) -> None:
     writable(out)
     if config.log_with and config.log_with not in TRACKERS:
         raise InputError(config.log_with, "no such tracker", f"use {', '.join(TRACKERS)}", "--log-with")
-    if isinstance(config, LPO) and config.in_place:
-        start = outputs.find_checkpoint(Path(config.resume_from), config.full)
-        if (last := outputs.checkpoints(out)[-1]) != start and not last.samefile(start):
-            raise InputError(config.out, f"holds later checkpoints than {start.name}, up to {last.name}", "go on from the "
+    if source and config.in_place:
+        if (last := outputs.checkpoints(out)[-1]) != source and not last.samefile(source):
+            raise InputError(config.out, f"holds later checkpoints than {source.name}, up to {last.name}", "go on from the "
                              "last one, remove the later ones, or choose another directory", "--out")
         return
     states = checkpoint.states(out)

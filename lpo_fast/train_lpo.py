@@ -130,6 +130,16 @@ def order(config: LPO, epoch: int, prompts: int, done: int = 0) -> list[Tensor]:
     return list(numbers[done:][:left // size * size or left if config.drop_last else left].split(size))
 
 
+def batches_left(config: LPO, prompts: int, at: dict[str, int], unfinished: bool) -> int:
+    """Prompt batches that are left of a run, in whose epoch another number of processes may have begun. unfinished: whether
+    the pairs of one more, whose prompts ``at`` counts already, are still to be trained on."""
+    if at["epoch"] >= config.epochs:
+        return 0
+    size = config.batch_size * ranks.count()
+    here = (prompts - at["prompts"] + (0 if config.drop_last else size - 1)) // size + unfinished
+    return max(here, 1) + (config.epochs - at["epoch"] - 1) * len(order(config, 0, prompts))
+
+
 def shuffled(pairs: Pairs, config: LPO, epoch: int, batch: int) -> Pairs:
     """The valid pairs in random order: a function of the seed, the epoch and the batch."""
     index = pairs.valid.nonzero()[:, 0]
@@ -141,13 +151,13 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
 
     Raises InputError for what cannot be read, used or written, also if the disk is full; the last saved state is whole then.
     """
-    prompts = preflight.lpo(config)
+    prompts, source = preflight.lpo(config)
     ranks.state()
     with runs.claim(Path(config.out)):
-        return _train(config, prompts, wrap_score)
+        return _train(config, prompts, source, wrap_score)
 
 
-def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]) -> Path:
+def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Callable[[Score], Score]) -> Path:
     device = speed.device()
     speed.deterministic(config.deterministic)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
@@ -165,8 +175,8 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
                     "use --checkpointing, or a smaller --train-batch-size with a larger --accumulate", halves=not config.shard)
     batches = len(order(config, 0, len(prompts)))
     at, index, pairs = {"epoch": 0, "batch": 0, "prompts": 0, "done": 0, "step": 0}, None, None  # in the epoch: batch, prompts
-    if config.resume_from:
-        at |= outputs.resume_from(Path(config.resume_from), policy.unet, optimizer)
+    if source:
+        at |= outputs.resume_from(source, policy.unet, optimizer)
         at["done"] = at["epoch"] * batches
     ema = EMAModel(trainable(policy.unet), decay=config.ema_decay) if config.ema_decay else None
 
@@ -199,14 +209,13 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
             ema.to(device)
     elif config.in_place:
         run.truncate_to_epoch(at["epoch"])
-    elif not config.resume_from:
+    elif not source:
         draw.compared("before")
     step = speed.compiled(sample.choose, config.compiled, graphs=True)
     slots = min(config.batch_size, -(-len(prompts) // ranks.count()))
     size = config.batch_size * ranks.count()
-    left = (config.epochs - at["epoch"]) * batches - (at["prompts"] - (0 if index is None else len(index))) // size
-    first = at.setdefault("start", at["done"])
-    total = min(at["done"] + left, first + config.max_batches if config.max_batches else at["done"] + left)
+    left = batches_left(config, len(prompts), at, pairs is not None)
+    total = min(at["done"] + left, at.setdefault("start", at["done"]) + (config.max_batches or math.inf))
     if config.resume and not resumed:
         runs.say(f"{out} holds no saved state: the run starts from the beginning")
     runs.say(f"LPO on {device}, precision {policy.precision} | {len(prompts)} prompts | {at['done']} of {total} batches done | "
@@ -230,9 +239,6 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
             raise problem
         return made
 
-    def more() -> bool:
-        return at["epoch"] < config.epochs and at["done"] - at["start"] < (config.max_batches or math.inf)
-
     def save() -> None:
         """The state that --resume goes on from; pairs that are still to be trained on are part of it."""
         left = None if pairs is None else [x.cpu() for x in pairs]
@@ -242,7 +248,7 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
     if config.in_place:
         save()  # in place of the state that goes on elsewhere
     with runs.stoppable() as stopped:
-        while more() and not ranks.anywhere(stopped):
+        while at["done"] < total and not ranks.anywhere(stopped):
             profiler.round()
             start, trained, unread, metrics = time.perf_counter(), [], [], None
             if pairs is None:  # else the run went on inside a prompt batch
@@ -293,7 +299,7 @@ def _train(config: LPO, prompts: list[str], wrap_score: Callable[[Score], Score]
         profiler.round()
         save()
     bar.close()
-    if more():
+    if at["done"] < total:
         run.close()
         ranks.wait()  # a launcher ends all processes soon after the first
         runs.say(f"stopped after step {at['step']}; go on with --resume")

@@ -10,7 +10,7 @@ import torch
 from conftest import DEVICE
 from torch import Tensor, nn
 
-from lpo_fast import accounting, dry_run, policy, train_lpo
+from lpo_fast import accounting, meta, policy, train_lpo
 from lpo_fast.config import LPO
 from lpo_fast.sample import Pairs
 from lpo_fast.shapes import world
@@ -50,17 +50,17 @@ def test_work_is_the_dry_runs(lpo: LPO, checkpointing: bool, monkeypatch: pytest
     assert all(p.grad is None for p in actor.unet.parameters())
     monkeypatch.undo()
     config, shape = replace(config, checkpointing=False), policy.latent_shape(config, actor.unet)
-    x, t = dry_run.empty(1, *shape), dry_run.empty(1, dtype=torch.int64)
-    words, _ = dry_run.encoded(judge.lrm.family, [dry_run.built(kind, Path(config.model) / name)
-                                                  for name, kind in judge.lrm.family.encoders], 3)
-    monkeypatch.setattr(dry_run, "fused_attention", plain)  # whose backward pass computes a product twice
-    meta, critic = dry_run.policy(config, "no", words), policy.Judge(dry_run.scorer(config, 64), words, "no")
+    x, t = meta.empty(1, *shape), meta.empty(1, dtype=torch.int64)
+    words, _ = meta.encoded(judge.lrm.family, [meta.built(kind, Path(config.model) / name)
+                                               for name, kind in judge.lrm.family.encoders], 3)
+    monkeypatch.setattr(meta, "fused_attention", plain)  # whose backward pass computes a product twice
+    actor, critic = meta.policy(config, "no", words), policy.Judge(meta.scorer(config, 64), words, "no")
     pairs = Pairs(x, x, x, t, t, t > 0)
-    with dry_run.on_cuda():
-        step, scored = (dry_run.measure(part).flops for part in (lambda: meta.predict(x, t, t), lambda: critic(x, t, t)))
-        trained = dry_run.training_pass(lambda: train_lpo.evaluate(
-            meta, sched.to(dry_run.META), pairs, dry_run.empty(1), guidance=5.0, beta=500.0, eps=0.1).loss,
-            policy.trainable(meta.unet)).flops
+    with meta.on_cuda():
+        step, scored = (meta.measure(part).flops for part in (lambda: actor.predict(x, t, t), lambda: critic(x, t, t)))
+        trained = meta.training_pass(lambda: train_lpo.evaluate(
+            actor, sched.to(meta.META), pairs, meta.empty(1), guidance=5.0, beta=500.0, eps=0.1).loss,
+            policy.trainable(actor.unet)).flops
     assert work == {"prompts": 3 * step + 2 * 2 * scored, "pairs": trained}
 
 

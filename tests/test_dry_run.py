@@ -14,10 +14,10 @@ from test_data import table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lpo_fast import backbone, checkpoint, dry_run, official_lrm, policy, preflight, speed, train, train_lpo
+from lpo_fast import backbone, checkpoint, dry_run, meta, official_lrm, policy, preflight, speed, train, train_lpo
 from lpo_fast.config import LPO, LRM
-from lpo_fast.dry_run import META, Meter, empty, measure, on_cuda, training_pass
 from lpo_fast.errors import InputError
+from lpo_fast.meta import META, Tally, empty, measure, on_cuda, training_pass
 
 # The published configs of the denoisers (diffusers' unet/config.json; the rest are its defaults).
 SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -83,7 +83,7 @@ def files(folder: Path) -> set[tuple[Path, int]]:
 @pytest.mark.parametrize("config, count", [(SD15, 859_520_964), (SDXL, 2_567_463_684)])
 def test_parameters_of_published_denoisers(config: dict, count: int, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "UNet2DConditionModel"}))
-    unet = dry_run.built(UNet2DConditionModel, tmp_path)
+    unet = meta.built(UNet2DConditionModel, tmp_path)
     assert sum(p.numel() for p in unet.parameters()) == count
     assert all(p.device == META and not p.requires_grad for p in unet.parameters())
 
@@ -131,14 +131,14 @@ def test_operations_of_a_denoiser_are_those_of_torchs_counter(small_sd: Path) ->
 def test_operations_of_a_run(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampling: T policy and T − start · K reward evaluations of two passes a prompt; training: one of each a pair."""
     costs: list = []
-    real = dry_run.measure
-    monkeypatch.setattr(dry_run, "measure", lambda step: costs.append(real(step)) or costs[-1])
+    real = meta.measure
+    monkeypatch.setattr(meta, "measure", lambda step: costs.append(real(step)) or costs[-1])
     shown = rows(dry_run.report(lpo))
     assert shown["policy, sampling (null and text pass)"] == ["8", "16"]
     assert shown["reward model (2 a candidate)"] == ["18", "36"]
     assert shown["reference, training (2 a pair)"] == ["6", "12"]
-    judge = dry_run.scorer(lpo, 16)
-    text, _ = dry_run.encoded(judge.family, list(judge.text_encoders), 6)
+    judge = meta.scorer(lpo, 16)
+    text, _ = meta.encoded(judge.family, list(judge.text_encoders), 6)
     with on_cuda():
         alone = real(lambda: judge.score(empty(6, 4, 8, 8), empty(6, dtype=torch.int64), text))
     _, _, sampling, drawing, *_ = costs
@@ -204,8 +204,8 @@ def test_activations_are_those_of_a_real_pass(lpo: LPO, checkpointing: bool) -> 
         out = actor.predict(x, t, torch.tensor([0, 1])).square().mean()
     real = sum(size for key, size in saved.items() if key not in own)
 
-    encoders = [dry_run.built(kind, Path(lpo.model) / name) for name, kind in backbone.SD.encoders]
-    ghost = dry_run.policy(config, "no", dry_run.encoded(backbone.SD, encoders, 2)[0])
+    encoders = [meta.built(kind, Path(lpo.model) / name) for name, kind in backbone.SD.encoders]
+    ghost = meta.policy(config, "no", meta.encoded(backbone.SD, encoders, 2)[0])
     index = empty(2, dtype=torch.int64)
     with on_cuda():
         cost = training_pass(lambda: ghost.predict(empty(2, 4, 8, 8), index, index).square().mean(),
@@ -214,12 +214,12 @@ def test_activations_are_those_of_a_real_pass(lpo: LPO, checkpointing: bool) -> 
     assert cost.peak > cost.kept
     if checkpointing:
         with on_cuda():
-            whole = training_pass(lambda: dry_run.policy(replace(config, checkpointing=False), "no", ghost.text).predict(
+            whole = training_pass(lambda: meta.policy(replace(config, checkpointing=False), "no", ghost.text).predict(
                 empty(2, 4, 8, 8), index, index).square().mean(), policy.trainable(ghost.unet))
         assert cost.kept < 0.6 * whole.kept and cost.peak < whole.peak and cost.flops > whole.flops
 
 
-def test_the_meter_against_the_allocator() -> None:
+def test_the_tally_against_the_allocator() -> None:
     """Bytes that live on the CPU, by torch's profiler, in a forward and backward pass of plain layers."""
     layers = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 256))
     x = torch.randn(1000, 256)
@@ -248,15 +248,15 @@ def test_the_second_pass_finds_gradients() -> None:
     assert 4e6 < first.peak < 4.1e6 and 8e6 < second.peak < 8.2e6 and second.flops == first.flops
 
 
-def test_the_meter_lets_go() -> None:
-    with Meter() as meter:
+def test_the_tally_lets_go() -> None:
+    with Tally() as tally:
         a = torch.empty(100, device=META)
         b = a.view(10, 10)[2:]
-        assert meter.live == 400
+        assert tally.live == 400
         del a
-        assert meter.live == 400  # a view holds it
+        assert tally.live == 400  # a view holds it
         del b
-        assert meter.live == 0 and meter.peak == 400
+        assert tally.live == 0 and tally.peak == 400
 
 
 def test_precisions_as_under_autocast_on_cuda() -> None:
@@ -355,7 +355,7 @@ def test_resuming_takes_no_notice(lpo: LPO) -> None:
     (out / checkpoint.STATE).touch()
     for known in (asdict(lpo), {key: value for key, value in asdict(lpo).items() if key != "dry_run"}):
         (out / "config.json").write_text(json.dumps(known))
-        assert preflight.lpo(replace(lpo, resume=True, dry_run=True)) == ["a red circle", "two"]
+        assert preflight.lpo(replace(lpo, resume=True, dry_run=True))[0] == ["a red circle", "two"]
 
 
 def test_bad_pairs_are_refused(lrm: LRM, tmp_path: Path, capsys) -> None:

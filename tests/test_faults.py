@@ -8,6 +8,7 @@ import os
 import platform
 import signal
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -296,6 +297,17 @@ def test_resuming_from_an_older_checkpoint(settings, full, official, tmp_path, c
         with pytest.raises(InputError, match="no whole checkpoint there .checkpoint_1: ") as caught:
             train_lpo.train(replace(settings, resume_from=str(named), out=str(tmp_path / "c")))
         assert caught.value.key == "--resume-from" and not (tmp_path / "c").exists()
+
+
+def test_a_checkpoint_is_read_once_before_it_is_loaded(settings, monkeypatch, tmp_path) -> None:
+    """Also a damaged one that it is taken in place of, and in the run's own directory: they may have many gigabytes."""
+    whole, read, real = train_lpo.train(replace(settings, epochs=3)), [], files.sha256
+    monkeypatch.setattr(files, "sha256", lambda file: read.append(file) or real(file))
+    train_lpo.train(replace(settings, epochs=4, resume_from=str(whole)))
+    hurt(whole / "checkpoint_3" / checkpoint.LORA_OFFICIAL, "flipped")
+    train_lpo.train(replace(settings, epochs=4, resume_from=str(whole), out=str(tmp_path / "on")))
+    counts = Counter(file.parent.name for file in read if file.name == checkpoint.LORA_OFFICIAL)
+    assert (counts["checkpoint_3"], counts["checkpoint_2"]) == (1, 2)  # once a run
 
 
 # One run a directory

@@ -16,9 +16,9 @@ import official_loop  # noqa: E402
 import random_models  # noqa: E402
 from official_loop import Official, Random  # noqa: E402
 
-from lpo_fast import backbone, checkpoint, config, dry_run  # noqa: E402
+from lpo_fast import backbone, checkpoint, config, dry_run, meta  # noqa: E402
 from lpo_fast.config import LPO  # noqa: E402
-from lpo_fast.dry_run import META, built, empty, on_cuda  # noqa: E402
+from lpo_fast.meta import META, built, empty, on_cuda  # noqa: E402
 
 MOST = {"sd15": 0.72, "sdxl": 0.66}
 PROMPTS = 2  # a batch; half of its pairs are valid: one a step
@@ -40,11 +40,11 @@ def statement(settings: LPO) -> Official:
     ids = [empty(PROMPTS, 77, dtype=torch.int64) for _ in family.encoders]
     null = [i[:1] for i in ids]
     if family.time_ids:  # the official configuration of SDXL recomputes activations
-        unet.enable_gradient_checkpointing(partial(dry_run.checkpointed, "no"))
+        unet.enable_gradient_checkpointing(partial(meta.checkpointed, "no"))
     sizes = checkpoint.size_conditions(model, family, unet)
     sizes = None if sizes is None else sizes.to(META)
     return Official(settings, family, unet, [built(kind, model / name) for name, kind in family.encoders],
-                    dry_run.scorer(settings, 8 * unet.config.sample_size), scheduler, sizes, (ids, null), (ids, null))
+                    meta.scorer(settings, 8 * unet.config.sample_size), scheduler, sizes, (ids, null), (ids, null))
 
 
 def batch(official: Official, steps: int) -> int:
@@ -52,12 +52,12 @@ def batch(official: Official, steps: int) -> int:
     everything, size = official.scheduler.timesteps, official.unet.config.sample_size
     official.scheduler.timesteps = everything[:steps]
     draw = Random((PROMPTS, 4, size, size), official.config.num_candidates, META, torch.float32)
-    with torch.enable_grad(), dry_run.Meter() as meter:
+    with torch.enable_grad(), meta.Tally() as tally:
         pairs, _ = official.sample(empty(PROMPTS, dtype=torch.int64), draw)
         assert len(pairs.t) == steps * PROMPTS // 2
         official.train(pairs)
     official.scheduler.timesteps = everything
-    return meter.flops
+    return tally.flops
 
 
 def skeleton(module: nn.Module, folder: Path, stem: str) -> None:

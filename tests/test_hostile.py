@@ -25,8 +25,8 @@ from lpo_fast import (
     backbone,
     checkpoint,
     config,
-    dry_run,
     evaluate,
+    meta,
     models,
     official,
     outputs,
@@ -103,6 +103,8 @@ def test_an_optimizer_runs_nothing(tiny_sd: Path, trace: Path, tmp_path: Path) -
     torch.save({"state": {0: Attack(trace)}, "param_groups": []}, folder / outputs.OPTIMIZER)
     optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad])
     with pytest.raises(InputError, match="optimizer.bin cannot be read safely"):
+        outputs.find_checkpoint(folder, full=False)
+    with pytest.raises(InputError, match="optimizer.bin: cannot be read safely"):
         outputs.resume_from(folder, unet, optimizer)
     torch.save({"state": [], "param_groups": 3}, folder / outputs.OPTIMIZER)
     with pytest.raises(InputError, match="optimizer.bin: is another optimizer's"):
@@ -175,7 +177,7 @@ def test_attention_of_a_config_is_not_fetched(tiny_sd: Path, copied, monkeypatch
     monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", lambda *a, **k: pytest.fail("fetched"))
     encoder = backbone.load_text(folder, backbone.SD)[0]
     assert encoder.config._attn_implementation == "sdpa"
-    assert dry_run.built(type(encoder), folder / "text_encoder").config._attn_implementation == "sdpa"
+    assert meta.built(type(encoder), folder / "text_encoder").config._attn_implementation == "sdpa"
     preflight.pipeline(str(folder), "--model")
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from itertools import accumulate, product
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lpo_fast import checkpoint, config, noise, outputs, report, train_lpo
+from lpo_fast import checkpoint, config, noise, outputs, ranks, report, train_lpo
 from lpo_fast.errors import InputError
 from lpo_fast.shapes import world
 
@@ -132,6 +133,27 @@ def test_order_of_the_prompts() -> None:
     assert [len(part) for part in train_lpo.order(config.LPO(batch_size=40, drop_last=True), 0, 10)] == [10]  # never none
     whole = torch.cat(train_lpo.order(config.LPO(batch_size=4), 1, 10))
     assert torch.equal(whole, noise.permutation(42, 1, 0, 10))
+
+
+@pytest.mark.parametrize("drop_last, unfinished", list(product([False, True], repeat=2)))
+def test_batches_left(drop_last, unfinished, monkeypatch) -> None:
+    """As many as the loop goes through that was stopped in the second of three epochs, in or after a prompt batch, and goes
+    on with any number of processes."""
+    settings = config.LPO(batch_size=1, drop_last=drop_last, epochs=3)
+    for prompts, before, after in product(range(1, 13), range(1, 5), range(1, 5)):
+        monkeypatch.setattr(ranks, "count", lambda count=before: count)
+        for done in accumulate(map(len, train_lpo.order(settings, 1, prompts))):
+            if not unfinished and prompts - done < (before if drop_last else 1):
+                continue  # the third epoch has begun
+            monkeypatch.setattr(ranks, "count", lambda count=after: count)
+            at, half, batches = {"epoch": 1, "prompts": done}, unfinished, 0
+            left = train_lpo.batches_left(settings, prompts, at, half)
+            while at["epoch"] < 3:
+                at["prompts"] += 0 if half else len(train_lpo.order(settings, at["epoch"], prompts, at["prompts"])[0])
+                half, batches = False, batches + 1
+                if prompts - at["prompts"] < (after if drop_last else 1):
+                    at = {"epoch": at["epoch"] + 1, "prompts": 0}
+            assert left == batches and train_lpo.batches_left(settings, prompts, at, unfinished) == 0
 
 
 def test_a_run_from_a_checkpoint_has_settings_of_its_own(settings, tmp_path) -> None:

@@ -107,13 +107,13 @@ def refused(train: Callable, settings: LPO | LRM, flag: str, message: str) -> In
 
 
 def test_good_settings_pass_and_write_nothing(bench: Bench, lpo: LPO, lrm: LRM) -> None:
-    assert preflight.lpo(lpo) == ["a red circle", "two"]
+    assert preflight.lpo(lpo)[0] == ["a red circle", "two"]
     assert preflight.lrm(lrm)["train"].rows.tolist() == [0, 1]
     table_of_scores = scores(bench.tmp / "s.csv", [(1, 1, 1, 1), (1, -9, 1, 1)], HEADER)
     with_all = replace(lrm, scores=str(table_of_scores), clip=clip(bench, 16), validation_pairs=lrm.pairs)
     used = preflight.lrm(replace(with_all, test_pairs=lrm.pairs, vae=str(bench.sd)))
     assert {use: pairs.rows.tolist() for use, pairs in used.items()} == {"train": [0], "validation": [0, 1], "test": [0, 1]}
-    assert preflight.lpo(replace(lpo, lora=bench.lora(4), lrm_base=str(bench.sd))) == ["a red circle", "two"]
+    assert preflight.lpo(replace(lpo, lora=bench.lora(4), lrm_base=str(bench.sd)))[0] == ["a red circle", "two"]
     assert not (bench.tmp / "runs").exists()
 
 
@@ -148,7 +148,7 @@ def test_sdxl_passes(bench: Bench, lpo: LPO, lrm: LRM, tiny_sdxl: Path) -> None:
     model = checkpoint.new_lrm(tiny_sdxl, generator=torch.Generator())
     checkpoint.save_lrm(model, backbone.load_tokenizers(tiny_sdxl, model.family), bench.tmp / "lrm_xl")
     good = replace(lpo, model=str(tiny_sdxl), lrm=str(bench.tmp / "lrm_xl"))
-    assert preflight.lpo(good) == ["a red circle", "two"]
+    assert preflight.lpo(good)[0] == ["a red circle", "two"]
     assert len(preflight.lrm(replace(lrm, model=str(tiny_sdxl)))["train"]) == 2
     refused(train_lpo.train, replace(good, lrm=str(bench.lrm)), "--lrm", "scores sd latents, the model makes sdxl")
     for part in ("tokenizer_2", "text_encoder_2"):
@@ -355,7 +355,7 @@ def test_prompts(lpo: LPO, changes: dict, message: str) -> None:
 def test_prompts_without_the_caption_key(bench: Bench, lpo: LPO) -> None:
     file = bench.file("p.json", '[{"text": "a"}]')
     refused(train_lpo.train, replace(lpo, prompts=file), "--prompts", "record 0 has no 'caption'")
-    assert preflight.lpo(replace(lpo, prompts=file, caption_key="text")) == ["a"]
+    assert preflight.lpo(replace(lpo, prompts=file, caption_key="text"))[0] == ["a"]
 
 
 def test_lora(bench: Bench, lpo: LPO) -> None:

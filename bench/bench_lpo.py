@@ -137,7 +137,7 @@ class Bench:
         (work / "prompts.txt").write_text("\n".join(self.prompts))
         self.config = replace(recipe, model=str(model), lrm=str(work / f"lrm_{judged}"), lrm_base=str(work / judged),
                               prompts=str(work / "prompts.txt"), threshold_shape="none", threshold_min=0.0,
-                              checkpointing=False)
+                              checkpointing="none")
         fp32 = Ours(replace(self.config, mixed_precision="no", compile="none"), self.prompts, False)
         everything = fp32.sample()
         draw = torch.randperm(len(everything.t), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -154,7 +154,8 @@ class Bench:
         del fp32
         before = waterfall.allocated()
         # The official configuration of SDXL recomputes activations.
-        self.official = official_loop.load(replace(self.config, checkpointing=family == "sdxl"), self.prompts, DEVICE)
+        recomputes = replace(self.config, checkpointing="full" if family == "sdxl" else "none")
+        self.official = official_loop.load(recomputes, self.prompts, DEVICE)
         first, last = self.config.window
         self.official.scheduler.timesteps = self.official.scheduler.timesteps[first:last]
         text = self.official.encode(self.pairs.prompt)

@@ -17,7 +17,8 @@ from lpo_fast import checkpoint, train_lpo
 from lpo_fast.shapes import evaluate
 
 LEVERS: dict[str, dict] = {
-    "the recipe": {}, "compile default": {"compile": "default"}, "checkpointing": {"checkpointing": True},
+    "the recipe": {}, "compile default": {"compile": "default"}, "checkpointing full": {"checkpointing": "full"},
+    "checkpointing selective": {"checkpointing": "selective"},
     "passes of 8 pairs, 4 a step": {"train_batch_size": 8, "accumulate": 4}, "fused norms": {"fused_norms": True},
     "8-bit AdamW *": {"optimizer": "adamw8bit"}, "steps used 0:5 *": {"steps_used": "0:5"},
     "steps used 0:10 *": {"steps_used": "0:10"}}

@@ -235,8 +235,7 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> Official:
     unet = backbone.load_unet(model).to(device).eval()
     if not speed.xformers_problem():
         speed.attention(unet, "xformers")
-    if config.checkpointing:
-        speed.checkpointing(unet)
+    speed.checkpointing(unet, config.checkpointing)
     family, judge = backbone.family_of(unet.config), checkpoint.load_lrm(path, base, resolution=config.resolution)
     tokenizers = [backbone.load_tokenizers(model, family),
                   backbone.load_tokenizers(path if (Path(path) / "tokenizer").is_dir() else base, judge.family)]

@@ -103,7 +103,7 @@ def step(work: Path, family: str, precision: str) -> dict[str, float]:
         "lpo", "--model", str(work / family), "--lrm", str(work / f"lrm_{family}"), "--prompts", str(work / "prompts.txt"),
         "--out", str(out), "--mixed-precision", precision, "--batch-size", "1", "--num-steps", "2", "--steps-used", "0:1",
         "--num-candidates", "2", "--threshold-min", "0", "--threshold-max", "0", "--train-batch-size", "1", "--epochs", "1",
-        "--pictures", "0", *(["--checkpointing"] if family == "sdxl" else [])])
+        "--pictures", "0", *(["--checkpointing", "full"] if family == "sdxl" else [])])
     seconds = json.loads((out / "timings.jsonl").read_text().splitlines()[0])
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     (trained,) = (row for row in rows if row["kind"] == "train")

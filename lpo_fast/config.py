@@ -131,8 +131,9 @@ class LPO:
     """Equal bits on repeat on one GPU too, where that costs speed (how much is not measured); on a CPU runs are so anyway."""
     compile: Compile = "auto"
     """Compile the sampling step and the training step: "default", "max" (searches longer), or "none"; auto: on a GPU."""
-    checkpointing: bool = False
-    """Activation checkpointing: less memory in training, about a third more time."""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """Compute activations again in the backward pass of training, which takes less memory and more time: all but what
+    convolutions and attention give, or all within the denoiser's blocks."""
     tf32: bool = True
     """TensorFloat-32 in what runs in fp32 on CUDA."""
     profile: bool = False

@@ -113,7 +113,7 @@ def lpo(config: LPO) -> list[str]:
     phases = {
         "loading": loading,
         f"sampling, {size} prompts, {k * size} candidates": base + (sampling.peak if config.compiled == "none" else 0),
-        f"training, {n} pairs{' with checkpointing' if config.checkpointing else ''}":
+        f"training, {n} pairs{'' if config.checkpointing == 'none' else f' with {config.checkpointing} checkpointing'}":
             base + training.peak - gradients + gradients // cut}
     if config.pictures or config.validation_prompts:
         phases["drawing pictures, VAE in fp32"] = base + held(vae) + max(decoding.peak, drawing.peak)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.checkpoint import checkpoint as activation_checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from lpo_fast import backbone, checkpoint, launch, models, speed, surgery
@@ -159,8 +158,8 @@ def policy(config: LPO, precision: str, text: Text) -> Policy:
     if config.fused_norms:
         surgery.fuse_norms(unet)
     speed.attention(unet, "sdpa")
-    if config.checkpointing:
-        unet.enable_gradient_checkpointing(partial(checkpointed, precision))
+    if config.checkpointing != "none":
+        unet.enable_gradient_checkpointing(partial(checkpointed, precision, config.checkpointing))
     if not config.full:
         checkpoint.add_lora(unet, config.rank, config.alpha or config.rank, config.targets, config.seed)
         for parameter in trainable(unet):
@@ -181,12 +180,12 @@ def reward_model(unet: nn.Module, encoders: list[nn.Module], heads: dict[str, tu
     return lrm.to(META)
 
 
-def checkpointed(precision: str, block: Callable, *inputs) -> Tensor:
+def checkpointed(precision: str, how: str, block: Callable, *inputs) -> Tensor:
     """A block whose activations are computed again in the backward pass, where no mode and no autocast is left."""
     def run(*inputs):
         with Cuda(), speed.autocast(precision):
             return block(*inputs)
-    return activation_checkpoint(run, *inputs, use_reentrant=False)
+    return speed.recomputed(how, run, *inputs)
 
 
 def scorer(config: LPO, pixels: int) -> LatentRewardModel:
@@ -211,7 +210,7 @@ def scorer(config: LPO, pixels: int) -> LatentRewardModel:
 
 
 def learner(config: LRM, pixels: int) -> LatentRewardModel:
-    """As ``train_lrm.train`` makes it."""
+    """As ``train_lrm.load`` makes it."""
     model = models.model(config)
     unet = backbone.empty_down_mid(model / "unet").to(memory_format=torch.channels_last)
     encoders = [built(kind, model / name) for name, kind in backbone.family_of(unet.config).encoders]

@@ -22,7 +22,7 @@ from lpo_fast.official_lrm import typed
 
 # Official keys and the fields that they set, where the value is taken over as it is.
 SAME = {
-    "seed": "seed", "allow_tf32": "tf32", "use_checkpointing": "checkpointing", "resume_from": "resume_from",
+    "seed": "seed", "allow_tf32": "tf32", "resume_from": "resume_from",
     "save_interval": "save_epochs", "run_name": "run_name", "wandb_project_name": "tracker_project",
     "pretrained.model": "model", "pretrained.vae_model_name_or_path": "vae", "lora_rank": "rank",
     "preference_model_func_cfg.ft_model_path": "lrm", "preference_model_func_cfg.multi_scale_cfg": "lrm_multi_scale_cfg",
@@ -38,7 +38,8 @@ SAME = {
 }
 # Keys that ``settings`` works out.
 WORKED_OUT = {
-    "num_checkpoint_limit", "use_xformers", "logdir", "use_wandb", "wandb_entity_name", "use_lora", "dynamic_beta",
+    "num_checkpoint_limit", "use_checkpointing", "use_xformers", "logdir", "use_wandb", "wandb_entity_name", "use_lora",
+    "dynamic_beta",
     "preference_model_func_cfg.type", "preference_model_func_cfg.multi_scale", "preference_model_func_cfg.guidance_scale",
     "compare_func_cfg.type", "compare_func_cfg.threshold", "compare_func_cfg.dynamic_threshold",
     "compare_func_cfg.threshold_min", "compare_func_cfg.threshold_max", "dataset_cfg.type",
@@ -195,6 +196,7 @@ def settings(config: dict[str, object]) -> tuple[LPO, list[str]]:
     values = {field: typed(f"config.{key}", config[key], kinds[field]) for key, field in SAME.items() if key in config} | {
         "out": str(Path(of("logdir", str, "logs/lpo")) / name),
         "keep_checkpoints": of("num_checkpoint_limit", int, 0),
+        "checkpointing": "full" if of("use_checkpointing", bool, False) else "none",
         "attention": attention(notes) if of("use_xformers", bool, False) else "sdpa",
         "log_with": "wandb" if of("use_wandb", bool, False) else "",
         "tracker_entity": of("wandb_entity_name", str, ""),
@@ -253,6 +255,7 @@ def render(config: LPO, lrm: Any) -> str:
     values = {key: getattr(config, field) for key, field in SAME.items()} | {
         "logdir": str(Path(config.out).parent), "run_name": Path(config.out).name,
         "num_checkpoint_limit": config.keep_checkpoints or None, "use_xformers": config.attention != "sdpa",
+        "use_checkpointing": config.checkpointing != "none",
         "use_wandb": config.log_with == "wandb", "wandb_entity_name": config.tracker_entity or None,
         "use_lora": not config.full, "dynamic_beta": False, "dataloader_num_workers": 0, "dataloader_pin_memory": False,
         "preference_model_func_cfg.type": MODELS[lrm.family.time_ids], "preference_model_func_cfg.multi_scale": lrm.multi_scale,

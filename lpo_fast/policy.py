@@ -94,8 +94,7 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
     if config.fused_norms:
         surgery.fuse_norms(unet)
     speed.attention(unet, "sdpa" if config.attention == "auto" else config.attention)
-    if config.checkpointing:
-        speed.checkpointing(unet)
+    speed.checkpointing(unet, config.checkpointing)
     family = backbone.family_of(unet.config)
     encoders = [e.to(device).eval() for e in backbone.load_text(model, family)]
     tokenizers = backbone.load_tokenizers(model, family)

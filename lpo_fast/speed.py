@@ -4,6 +4,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -11,6 +12,8 @@ import torch._functorch.config
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from lpo_fast import runs
 from lpo_fast.errors import InputError
@@ -149,9 +152,22 @@ def layout(unet: nn.Module) -> nn.Module:
     return unet.to(memory_format=torch.channels_last) if torch.cuda.is_available() else unet
 
 
-def checkpointing(unet: nn.Module) -> None:
-    """Keep a denoiser's activations at the borders of its blocks alone and compute the others again in the backward pass."""
-    unet.enable_gradient_checkpointing()
+def kept(_, operation: torch._ops.OpOverload, *args, **kwargs) -> CheckpointPolicy:
+    """Of selective checkpointing: convolutions and attention take the most time for a byte of what they give."""
+    dear = any(word in str(operation) for word in ("convolution", "attention", "flash_fwd"))  # the last is xformers'
+    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recomputed(how: str, block: Callable, *inputs) -> Tensor:
+    """A block whose activations are computed again in the backward pass: all ("full"), or all that is not ``kept``."""
+    selective = {"context_fn": partial(create_selective_checkpoint_contexts, kept)} if how == "selective" else {}
+    return activation_checkpoint(block, *inputs, use_reentrant=False, **selective)
+
+
+def checkpointing(unet: nn.Module, how: str) -> None:
+    """Which activations inside a denoiser's blocks are kept for the backward pass: --checkpointing."""
+    if how != "none":
+        unet.enable_gradient_checkpointing(partial(recomputed, how))
 
 
 def compiled(function: Callable, setting: str, *, graphs: bool = False) -> Callable:

@@ -34,8 +34,8 @@ def test_operations_by_hand() -> None:
     assert layer.weight.grad is None
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_work_is_the_dry_runs(lpo: LPO, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_work_is_the_dry_runs(lpo: LPO, checkpointing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which counts the same on tensors without contents; recomputation is no work, and the run's settings come back."""
     config = replace(lpo, checkpointing=checkpointing, steps_used="1:")
     actor, sched = policy.load(config, PROMPTS, DEVICE)
@@ -46,10 +46,10 @@ def test_work_is_the_dry_runs(lpo: LPO, checkpointing: bool, monkeypatch: pytest
         return (q @ k.transpose(-1, -2)).softmax(-1) @ v
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", plain)  # torch has no formula for a CPU's own
     work = train_lpo.work(actor, judge, sched, policy.latent_shape(config, actor.unet), config)
-    assert actor.unet.is_gradient_checkpointing == checkpointing and actor.unet.attn_processors == processors
+    assert actor.unet.is_gradient_checkpointing == (checkpointing != "none") and actor.unet.attn_processors == processors
     assert all(p.grad is None for p in actor.unet.parameters())
     monkeypatch.undo()
-    config, shape = replace(config, checkpointing=False), policy.latent_shape(config, actor.unet)
+    config, shape = replace(config, checkpointing="none"), policy.latent_shape(config, actor.unet)
     x, t = meta.empty(1, *shape), meta.empty(1, dtype=torch.int64)
     words, _ = meta.encoded(judge.lrm.family, [meta.built(kind, Path(config.model) / name)
                                                for name, kind in judge.lrm.family.encoders], 3)

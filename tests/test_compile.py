@@ -80,6 +80,26 @@ def test_lpo(traced: None, lpo: LPO, capsys: pytest.CaptureFixture) -> None:
                 {k: v for k, v in b.items() if isinstance(v, float)}, rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_checkpointing(monkeypatch: pytest.MonkeyPatch, small: Path, how: str) -> None:
+    """A training pass that recomputes is one graph too, and its gradients are those of the plain one."""
+    torch.compiler.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # which cuts out the backward pass
+    generator = torch.Generator().manual_seed(2)
+    x, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 16, 16, generator=generator)
+    grads = []
+    for setting in ("none", "default"):
+        unet = backbone.load_unet(small).requires_grad_(True)
+        speed.attention(unet, "sdpa")
+        speed.checkpointing(unet, how if setting == "default" else "none")
+        step = speed.compiled(lambda unet, *inputs: unet(*inputs).sample.square().mean(), setting)
+        step(unet, x, torch.tensor([5, 500]), context).backward()
+        grads.append([p.grad for p in unet.parameters()])
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(*grads, strict=True))
+
+
 def test_lrm(traced: None, lrm: LRM, capsys: pytest.CaptureFixture) -> None:
     """Two graphs: the VAE, and the network with gradient."""
     plain_run, made, graphs = compiled_twice(train_lrm.train, lrm, capsys)

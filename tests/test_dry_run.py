@@ -188,8 +188,8 @@ def test_optimizer_states(name: str) -> None:
     assert dry_run.optimizer_state(name, parameters) == real
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_those_of_a_real_pass(lpo: LPO, checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_activations_are_those_of_a_real_pass(lpo: LPO, checkpointing: str) -> None:
     """What a forward pass of the tiny policy saves on the CPU, storages counted once and parameters not, and what meta keeps;
     checkpointing keeps less, and its peak is above what it keeps."""
     config = replace(lpo, mixed_precision="no", checkpointing=checkpointing)
@@ -212,9 +212,9 @@ def test_activations_are_those_of_a_real_pass(lpo: LPO, checkpointing: bool) -> 
                              policy.trainable(ghost.unet))
     assert out.requires_grad and cost.kept == pytest.approx(real, rel=0.08)
     assert cost.peak > cost.kept
-    if checkpointing:
+    if checkpointing == "full":
         with on_cuda():
-            whole = training_pass(lambda: meta.policy(replace(config, checkpointing=False), "no", ghost.text).predict(
+            whole = training_pass(lambda: meta.policy(replace(config, checkpointing="none"), "no", ghost.text).predict(
                 empty(2, 4, 8, 8), index, index).square().mean(), policy.trainable(ghost.unet))
         assert cost.kept < 0.6 * whole.kept and cost.peak < whole.peak and cost.flops > whole.flops
 
@@ -287,7 +287,7 @@ def test_attention_keeps_no_matrix() -> None:
 
 def test_other_settings_and_sdxl(lpo: LPO, lrm: LRM, small_sdxl: Path) -> None:
     xl = replace(lpo, model=str(small_sdxl), lrm=str(small_sdxl.parent / "lrm"))
-    for settings in (replace(xl, checkpointing=True, validation_prompts=("a",)),
+    for settings in (replace(xl, checkpointing="full", validation_prompts=("a",)),
                      replace(lpo, full=True, fused_norms=True, accumulate=2, train_cfg=False, pictures=0),
                      replace(lrm, loss_type="both", freeze_text_encoder=True, guidance_scale=(1.0,)),
                      replace(lrm, model=str(small_sdxl), fused_norms=True, multi_scale_cfg=True, resolution=32)):
@@ -297,7 +297,7 @@ def test_other_settings_and_sdxl(lpo: LPO, lrm: LRM, small_sdxl: Path) -> None:
 
 def test_the_same_on_a_machine_with_a_gpu(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
     """There speed.autocast stands for CUDA, and nothing is put on it."""
-    lpo = replace(lpo, checkpointing=True, pictures=0)
+    lpo = replace(lpo, checkpointing="full", pictures=0)
     here = dry_run.report(lpo)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)

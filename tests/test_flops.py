@@ -40,7 +40,7 @@ def statement(settings: LPO) -> Official:
     ids = [empty(PROMPTS, 77, dtype=torch.int64) for _ in family.encoders]
     null = [i[:1] for i in ids]
     if family.time_ids:  # the official configuration of SDXL recomputes activations
-        unet.enable_gradient_checkpointing(partial(meta.checkpointed, "no"))
+        unet.enable_gradient_checkpointing(partial(meta.checkpointed, "no", "full"))
     sizes = checkpoint.size_conditions(model, family, unet)
     sizes = None if sizes is None else sizes.to(META)
     return Official(settings, family, unet, [built(kind, model / name) for name, kind in family.encoders],

@@ -25,7 +25,7 @@ SHARED = {
     "clip_eps": 0.1, "validation_pictures": 2, "validate_epochs": 1, "lrm_tokenizer": "",
     "validation_prompts": ("A beautiful lake", "A photo of an astronaut riding a horse on mars", "A cat jumps on a dog"),
 }
-SD = SHARED | {"rank": 4, "checkpointing": False, "vae": "", "lrm": "lrm_sd15", "batch_size": 5, "train_batch_size": 10,
+SD = SHARED | {"rank": 4, "checkpointing": "none", "vae": "", "lrm": "lrm_sd15", "batch_size": 5, "train_batch_size": 10,
                "learning_rate": 6e-5, "threshold_min": 0.35, "threshold_max": 0.5}
 EXPECTED = {
     "sd15": SD | {"model": "sd-legacy/stable-diffusion-v1-5", "run_name": "lpo_sd15_5ep_beta500.0",
@@ -33,7 +33,7 @@ EXPECTED = {
     "sd21": SD | {"model": "stabilityai/stable-diffusion-2-1-base", "run_name": "lpo_sd21_5ep_beta500.0",
                   "out": "logs/lpo/lpo_sd21_5ep_beta500.0"},
     "sdxl": SHARED | {"model": "stabilityai/stable-diffusion-xl-base-1.0", "vae": "madebyollin/sdxl-vae-fp16-fix", "rank": 64,
-                      "checkpointing": True, "lrm": "lrm_sdxl", "batch_size": 4, "train_batch_size": 4, "learning_rate": 1e-5,
+                      "checkpointing": "full", "lrm": "lrm_sdxl", "batch_size": 4, "train_batch_size": 4, "learning_rate": 1e-5,
                       "threshold_min": 0.45, "threshold_max": 0.6, "run_name": "lpo_sdxl_5ep_beta500.0",
                       "out": "logs/lpo/lpo_sdxl_5ep_beta500.0"},
 }

@@ -81,7 +81,7 @@ train_lpo.train(replace(settings, out=f"{out}/stopped", resume=True))
 train_lpo.train(replace(settings, out=f"{out}/average", ema_decay=0.5, max_batches=1))
 train_lpo.train(replace(settings, out=f"{out}/average", ema_decay=0.5, resume=True))
 train_lpo.train(replace(settings, out=f"{out}/second", resume_from=f"{out}/whole/checkpoint_0"))
-train_lpo.train(replace(settings, out=f"{out}/bf16", max_batches=1, mixed_precision="bf16", checkpointing=True,
+train_lpo.train(replace(settings, out=f"{out}/bf16", max_batches=1, mixed_precision="bf16", checkpointing="full",
                         fused_norms=True))
 """
 

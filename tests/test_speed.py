@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lpo_fast import backbone, checkpoint, speed
 from lpo_fast.errors import InputError
@@ -150,27 +152,42 @@ def test_an_xformers_built_for_something_else(monkeypatch: pytest.MonkeyPatch) -
     speed.check_attention("xformers")
 
 
+class Operations(TorchDispatchMode):
+    """How often each is carried out."""
+
+    def __init__(self):
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("reward", [False, True])
 def test_checkpointing_recomputes_and_keeps_gradients(tiny_sd: Path, tiny_lrm: Path, reward: bool) -> None:
-    """In eval mode too; the policy's whole denoiser and the reward model's half."""
-    grads, calls = [], []
-    for recompute in (False, True):
+    """In eval mode too; the policy's whole denoiser and the reward model's half. "selective" carries out what is dear once."""
+    grads, counts = [], []
+    for how in ("none", "selective", "full"):
         lrm: LatentRewardModel | None = checkpoint.load_lrm(tiny_lrm) if reward else None
         unet = (lrm.unet if reward else backbone.load_unet(tiny_sd)).eval().requires_grad_(True)
-        if recompute:
-            speed.checkpointing(unet)
-        runs = []
-        unet.down_blocks[0].resnets[0].conv1.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        speed.attention(unet, "sdpa")
+        speed.checkpointing(unet, how)
         generator = torch.Generator().manual_seed(2)
         x, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 16, 16, generator=generator)
-        if reward:
-            text = backbone.Text(context, torch.randn(2, 16, generator=generator))
-            stages, mid = backbone.down_mid(unet, x, torch.tensor([5, 500]), text, None)
-            loss = sum(s.square().mean() for s in [*stages, mid])
-        else:
-            loss = unet(x, torch.tensor([5, 500]), context).sample.square().mean()
-        loss.backward()
+        with Operations() as operations:
+            if reward:
+                text = backbone.Text(context, torch.randn(2, 16, generator=generator))
+                stages, mid = backbone.down_mid(unet, x, torch.tensor([5, 500]), text, None)
+                loss = sum(s.square().mean() for s in [*stages, mid])
+            else:
+                loss = unet(x, torch.tensor([5, 500]), context).sample.square().mean()
+            loss.backward()
         grads.append([p.grad for p in unet.parameters() if p.grad is not None])
-        calls.append(len(runs))
-    assert calls == [1, 2]
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
+        counts.append(operations.count)
+    none, selective, full = counts
+    for name in ("convolution", "_scaled_dot_product_flash_attention_for_cpu"):
+        assert 0 < none[name] == selective[name] < full[name], name
+    for name in ("native_group_norm", "addmm"):
+        assert 0 < none[name] < selective[name], name
+    assert all(torch.allclose(a, b, atol=1e-6) for other in grads[1:] for a, b in zip(grads[0], other, strict=True))

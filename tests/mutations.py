@@ -397,7 +397,7 @@ MUTATIONS: list[Mutation] = [
         ("a model index names what is imported", "        check_index(configs, flag)\n", "        pass\n")),
     *of("backbone.py", "test_hostile.py::test_attention_of_a_config_is_not_fetched",
         ("a config chooses its attention", '"attn_implementation": "sdpa"}', "}")),
-    *of("config.py", "test_hostile.py::test_a_run_stays_in_its_directory",
+    *of("checks.py", "test_hostile.py::test_a_run_stays_in_its_directory",
         ("a run's name may be a path", "and not any(sign in name for sign in", "and any(True for sign in")),
     *of("compare.py", "test_hostile.py::test_no_element_or_attribute_of_a_page_comes_from_a_prompt",
         ("prompts are markup", "<figcaption>{escape(row[\"prompt\"])}", "<figcaption>{row[\"prompt\"]}")),

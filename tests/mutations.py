@@ -452,7 +452,7 @@ def main(names: list[str]) -> int:
         print(f"NOT FOUND ONCE  {name}")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder).resolve()
-        for part in ("lpo_fast", "kernels", "tests"):
+        for part in ("lpo_fast", "kernels", "bench", "tests"):
             if (ROOT / part).is_dir():
                 shutil.copytree(ROOT / part, copy / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copyfile(ROOT / "pyproject.toml", copy / "pyproject.toml")

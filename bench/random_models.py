@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-UNETS = {
+UNETS = {  # the published unet/config.json; the rest are diffusers' defaults
     "sd15": SD15,
     "sd21": {**SD15, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
     "sdxl": {"sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,

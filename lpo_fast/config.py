@@ -1,15 +1,11 @@
-"""Every setting of a run as two frozen dataclasses, and the recipes as functions: shapes(), sd15(), sd21(), sdxl().
+"""Every setting of a run as frozen dataclasses, and the recipes as functions: shapes(), sd15(), sd21(), sdxl().
 
-``check`` refuses, before anything is loaded or written, every value that cannot work, with its key and the remedy.
+checks.py refuses values that cannot work.
 """
 
-import math
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
-
-from lpo_fast.errors import InputError
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
 Compile = Literal["auto", "none", "default", "max"]
@@ -186,50 +182,6 @@ class LPO:
         """--compile, but for sharded weights, which are gathered between the operations of a graph."""
         return "none" if self.shard else self.compile
 
-    def check(self) -> None:
-        """Raise InputError for a setting that cannot work."""
-        _finite(self)
-        _names(self)
-        _at_least(self, 1, "epochs", "batch_size", "num_steps", "train_batch_size", "accumulate", "save_epochs", "save_steps",
-                  "validation_pictures", "validate_epochs")
-        _at_least(self, 2, "num_candidates")
-        _at_least(self, 0, "resolution", "max_batches", "pictures", "seed", "weight_decay",
-                  "adam_beta1", "learning_rate", "guidance_scale", "alpha", "threshold_min", "ema_decay", "adam_beta2",
-                  "keep_checkpoints")
-        _above(self, 0, "eta", "beta", "clip_eps", "max_grad_norm", "adam_epsilon")
-        _below(self, 1, "threshold_min", "threshold_max", "ema_decay", "adam_beta1", "adam_beta2")
-        if self.num_steps > 999:
-            _refuse(self, "num_steps", "as many steps as training timesteps", "use at most 999")
-        if self.threshold_shape != "none" and self.threshold_min > self.threshold_max:
-            _refuse(self, "threshold_min", f"above --threshold-max {self.threshold_max}", "swap the two")
-        if not re.fullmatch(r"([0-9]{0,3}:[0-9]{0,3})?", self.steps_used):
-            _refuse(self, "steps_used", "is not FIRST:END", "use two step numbers, as 0:5, or leave it out for all")
-        first, end = self.window
-        if end > self.num_steps:
-            _refuse(self, "steps_used", f"beyond the {self.num_steps} steps", "end it at --num-steps or before")
-        if first >= end:
-            _refuse(self, "steps_used", f"no step is left before step {end}", "use a smaller FIRST")
-        if not 0 <= self.preempt_exit_code <= 255:
-            _refuse(self, "preempt_exit_code", "no exit code", "use 0 to 255")
-        if self.lrm_guidance and min(self.lrm_guidance) < 0:
-            _refuse(self, "lrm_guidance", "not numbers of at least 0", "use 7.5, or 1 for none")
-        if not all(prompt.strip() for prompt in self.validation_prompts):
-            _refuse(self, "validation_prompts", "one is blank", "drop it")
-        if self.resume and self.resume_from:
-            _refuse(self, "resume_from", "--resume goes on from the run directory", "drop one of the two")
-        if self.lora and self.resume_from:
-            _refuse(self, "resume_from", "--lora starts from other weights", "drop one of the two")
-        if self.full and self.lora:
-            _refuse(self, "lora", "full fine-tuning has no LoRA to start from", "drop --lora or --full")
-        if self.shard and not self.full:
-            _refuse(self, "shard", "a LoRA is small, and is not sharded", "drop --shard, or use --full")
-        if self.shard and self.compile in ("default", "max"):
-            _refuse(self, "compile", "does not go with --shard", "use auto or none, or drop --shard")
-        if self.shard and self.optimizer != "adamw":
-            _refuse(self, "optimizer", "keeps no state that can be sharded", "use adamw, or drop --shard")
-        if not self.full:
-            _at_least(self, 1, "rank")
-
 
 @dataclass(frozen=True)
 class Columns:
@@ -401,33 +353,6 @@ class LRM:
     run_name: str = ""
     """The run's name in the tracker; default: the tracker's choice."""
 
-    def check(self) -> None:
-        """Raise InputError for a setting that cannot work."""
-        _finite(self)
-        _names(self)
-        _at_least(self, 1, "batch_size", "max_steps", "validate_steps", "save_steps", "accumulate", "timestep_interval")
-        _at_least(self, 0, "seed", "resolution", "warmup_steps", "weight_decay", "num_workers", "learning_rate",
-                  "limit_examples_per_prompt", "aux_loss_coeff", "noise_offset", "max_corrupt", "keep_checkpoints")
-        if not self.guidance_scale or min(self.guidance_scale) < 0:
-            _refuse(self, "guidance_scale", "not one or more numbers of at least 0", "use 7.5, or 1 for none")
-        _above(self, 0, "max_grad_norm")
-        if not 1 <= self.largest_timestep <= 999:
-            _refuse(self, "largest_timestep", "not a training timestep", "use 1 to 999")
-        if not 0 <= self.constant_timestep <= 999:
-            _refuse(self, "constant_timestep", "not a timestep", "use 0 to 999")
-        if self.batch_size % self.accumulate:
-            _refuse(self, "accumulate", f"does not divide --batch-size {self.batch_size}", "use a divisor of it")
-        if self.compare_between_timestep and not self.variable_timestep:
-            _refuse(self, "compare_between_timestep", "there is one timestep alone", "use --variable-timestep")
-        count = len(range(1, self.largest_timestep + 1, 50))
-        if self.compare_between_timestep and 2 * self.timestep_interval > count:
-            _refuse(self, "timestep_interval", f"more than half of the {count} training timesteps", "use a smaller one")
-        if self.cache_latents and self.hflip:
-            _refuse(self, "cache_latents", "does not go with --hflip: a mirrored picture has other latents",
-                    "drop one of the two")
-        if self.warmup_steps >= self.max_steps:
-            _refuse(self, "warmup_steps", f"the run ends at step {self.max_steps}", "use fewer than --max-steps")
-
 
 @dataclass(frozen=True)
 class Demo:
@@ -439,11 +364,6 @@ class Demo:
     """All randomness is a function of it."""
     pictures: int = 200
     """Pictures of held-out captions that are judged before and after."""
-
-    def check(self) -> None:
-        """Raise InputError for a setting that cannot work."""
-        _at_least(self, 0, "seed")
-        _at_least(self, 1, "pictures")
 
 
 class Recipe(NamedTuple):
@@ -483,55 +403,3 @@ def shapes() -> Recipe:
         replace(recipe.lpo, seed=0, epochs=1, max_batches=8, batch_size=32, guidance_scale=2.25, rank=16,
                 learning_rate=7e-4, train_batch_size=32),
     )
-
-
-def check_lora_flags(config: LPO, defaults: LPO) -> None:
-    """Refuse what a command line says of a LoRA where --full trains none. defaults: the settings without that line."""
-    for key in ("rank", "alpha", "targets"):
-        if config.full and getattr(config, key) != getattr(defaults, key):
-            _refuse(config, key, "full fine-tuning has no LoRA", f"drop {_flag(key)} or --full")
-
-
-def _finite(config: LPO | LRM) -> None:
-    for key, value in vars(config).items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
-            _refuse(config, key, "not a finite number", "use a finite number")
-
-
-def component(name: str) -> bool:
-    """Whether a name stays in its directory: one component of a path."""
-    return name not in ("", ".", "..") and not any(sign in name for sign in "/\\\0")
-
-
-def _names(config: LPO | LRM) -> None:
-    """A tracker makes directories of these names: they stay where the run is."""
-    for key in ("tracker_project", "run_name"):
-        if (name := getattr(config, key)) and not component(name):
-            _refuse(config, key, "is no name of a directory", "use a name without / and ..")
-
-
-def _flag(key: str) -> str:
-    return "--" + key.replace("_", "-")
-
-
-def _refuse(config: LPO | LRM | Demo, key: str, problem: str, remedy: str) -> None:
-    raise InputError(str(getattr(config, key)), problem, remedy, _flag(key))
-
-
-def _at_least(config: LPO | LRM | Demo, bound: float, *keys: str) -> None:
-    for key in keys:
-        if not getattr(config, key) >= bound:
-            _refuse(config, key, f"below {bound}", f"use {bound} or more")
-
-
-def _above(config: LPO | LRM | Demo, bound: float, *keys: str) -> None:
-    for key in keys:
-        if not getattr(config, key) > bound:
-            _refuse(config, key, f"not above {bound}", f"use a number above {bound}")
-
-
-def _below(config: LPO | LRM | Demo, bound: float, *keys: str) -> None:
-    for key in keys:
-        if not getattr(config, key) < bound:
-            _refuse(config, key, f"not below {bound}", f"use a number below {bound}")

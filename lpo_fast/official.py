@@ -15,8 +15,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from lpo_fast import cli, files
-from lpo_fast.config import LPO, Precision, check_lora_flags, component
+from lpo_fast import checks, cli, files
+from lpo_fast.config import LPO, Precision
 from lpo_fast.errors import InputError
 from lpo_fast.official_lrm import typed
 
@@ -189,7 +189,7 @@ def settings(config: dict[str, object]) -> tuple[LPO, list[str]]:
     if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in prompts):
         raise InputError(str(prompts), "is no list of text", "use a list of prompts", "config.validation_prompts")
     name = of("run_name", str, "test")
-    if not component(name):  # the directory is the user's choice, and what is in it ours
+    if not checks.component(name):  # the directory is the user's choice, and what is in it ours
         raise InputError(name, "is no name of a directory in logdir", "use a name without / and .., and name the directory "
                          "with --config.logdir", "config.run_name")
     kinds = {field.name: type(field.default) for field in fields(LPO)} | {"lrm_multi_scale_cfg": bool}
@@ -242,7 +242,7 @@ def parse(argv: list[str]) -> tuple[LPO, list[str]]:
     config, notes = settings(override(flat(load(file)), changes))
     if rest:
         given = cli.parse(LPO, rest, "train --config FILE.py", default=config)
-        check_lora_flags(given, config)
+        checks.lora_flags(given, config)
         config = given
     return config, notes
 

@@ -12,8 +12,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from diffusers import AutoencoderKL, ConfigMixin, UNet2DConditionModel
 from torch.utils._pytree import tree_leaves
 
-from lpo_fast import backbone, checkpoint, data, files, latents, models, outputs, pairs, runs, schedule, speed
-from lpo_fast.config import LPO, LRM, component
+from lpo_fast import backbone, checkpoint, checks, data, files, latents, models, outputs, pairs, runs, schedule, speed
+from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
 from lpo_fast.pairs import Pairs
 
@@ -26,7 +26,7 @@ MAY_CHANGE = {"out", "resume", "epochs", "max_batches", "save_epochs", "save_ste
 
 def lpo(config: LPO) -> tuple[list[str], Path | None]:
     """Check an LPO run; its prompts, and the checkpoint that --resume-from starts it from, which was found whole."""
-    config.check()
+    checks.lpo(config)
     speed.check_optimizer(config.optimizer)
     speed.check_attention(config.attention)
     if config.shard and speed.precision(config.mixed_precision, "fp16") == "fp16":
@@ -62,7 +62,7 @@ def lpo(config: LPO) -> tuple[list[str], Path | None]:
 
 def lrm(config: LRM) -> dict[str, Pairs]:
     """Check an LRM run; the pairs that it uses for "train" and, where asked for, "validation" and "test"."""
-    config.check()
+    checks.lrm(config)
     speed.check_optimizer(config.optimizer)
     directory(config)
     if config.cache_latents:
@@ -190,7 +190,7 @@ def weights(path: Path, folder: Path, flag: str) -> None:
                          "DiffusionPipeline.from_pretrained(NAME).save_pretrained(DIR)", flag)
     for index in folder.glob("*.safetensors.index.json"):
         for name in {str(name) for name in tree_leaves(files.read_json(index, flag).get("weight_map"))}:
-            if not name.endswith(".safetensors") or not component(name) or not (folder / name).is_file():
+            if not name.endswith(".safetensors") or not checks.component(name) or not (folder / name).is_file():
                 raise InputError(str(index), f"names the shard {name[:160]!r}, which is not beside it", "download it again",
                                  flag)
 

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import tyro
 
-from lpo_fast import cli, config, official, official_lrm
+from lpo_fast import checks, cli, config, official, official_lrm
 from lpo_fast.config import LPO, LRM, Demo
 from lpo_fast.errors import InputError, PeerError
 
@@ -31,7 +31,7 @@ def run(settings: Demo | LRM | LPO) -> None:
         return
     match settings:
         case Demo():
-            settings.check()
+            checks.demo(settings)
             result, out = evaluate.demo(settings)
             runs.say(evaluate.verdict(result))
         case LRM():
@@ -78,7 +78,7 @@ def parse(argv: list[str]) -> Demo | LRM | LPO:
     settings = cli.parse(stages, argv, "train",
                          description="Latent reward models and latent preference optimization for Stable Diffusion.")
     if isinstance(settings, LPO):
-        config.check_lora_flags(settings, defaults.lpo)
+        checks.lora_flags(settings, defaults.lpo)
     return settings
 
 

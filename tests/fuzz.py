@@ -36,7 +36,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save
 
-from lpo_fast import checkpoint, data, export, official, official_lrm, pairs, preflight, tables
+from lpo_fast import checkpoint, checks, data, export, official, official_lrm, pairs, preflight, tables
 from lpo_fast.errors import InputError
 
 SLOW = 5.0  # seconds
@@ -240,7 +240,7 @@ def readers(work: Path) -> dict[str, Reader]:
             (model / part).write_text(before)
 
     def lpo_config(file: Path) -> object:
-        return official.settings(official.flat(official.load(str(file))))[0].check()
+        return checks.lpo(official.settings(official.flat(official.load(str(file))))[0])
 
     def lrm_json(file: Path) -> object:
         (file.parent / "lrm.json").write_bytes(file.read_bytes())
@@ -272,8 +272,8 @@ def readers(work: Path) -> dict[str, Reader]:
         "model configs": Reader(with_config, odd_models, ".odd"),
         **{f"official LPO {suffix}": Reader(lpo_config, odd_config(tree, dump), suffix)
            for suffix, dump in ((".json", json.dumps), (".yaml", yaml.safe_dump), (".toml", toml))},
-        "official LRM .yaml": Reader(lambda file: official_lrm.parse(
-            ["--config-path", str(file.parent), "--config-name", file.name]).check(),
+        "official LRM .yaml": Reader(lambda file: checks.lrm(official_lrm.parse(
+            ["--config-path", str(file.parent), "--config-name", file.name])),
             odd_config(lrm_tree, yaml.safe_dump), ".yaml"),
     }
 

@@ -401,7 +401,7 @@ MUTATIONS: list[Mutation] = [
         ("a model index names what is imported", "        check_index(configs, flag)\n", "        pass\n")),
     *of("backbone.py", "test_hostile.py::test_attention_of_a_config_is_not_fetched",
         ("a config chooses its attention", '"attn_implementation": "sdpa"}', "}")),
-    *of("config.py", "test_hostile.py::test_a_run_stays_in_its_directory",
+    *of("checks.py", "test_hostile.py::test_a_run_stays_in_its_directory",
         ("a run's name may be a path", "and not any(sign in name for sign in", "and any(True for sign in")),
     *of("compare.py", "test_hostile.py::test_no_element_or_attribute_of_a_page_comes_from_a_prompt",
         ("prompts are markup", "<figcaption>{escape(row[\"prompt\"])}", "<figcaption>{row[\"prompt\"]}")),
@@ -456,7 +456,7 @@ def main(names: list[str]) -> int:
         print(f"NOT FOUND ONCE  {name}")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder).resolve()
-        for part in ("lpo_fast", "kernels", "tests"):
+        for part in ("lpo_fast", "kernels", "bench", "tests"):
             if (ROOT / part).is_dir():
                 shutil.copytree(ROOT / part, copy / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copyfile(ROOT / "pyproject.toml", copy / "pyproject.toml")

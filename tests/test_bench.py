@@ -6,19 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_lrm
+import measure
 import pytest
 import torch
+from measure import markdown, table
 from torch.utils._pytree import tree_leaves
 
 from lpo_fast.operators import OPERATORS, Operator, error
 
 ROOT = Path(__file__).parent.parent
 BENCH = ROOT / "bench"
-sys.path.insert(0, str(BENCH))
-
-import bench_lrm  # noqa: E402
-import measure  # noqa: E402
-from measure import markdown, table  # noqa: E402
 
 
 def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:

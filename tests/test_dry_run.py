@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_sd, two_stages
 from diffusers import UNet2DConditionModel
+from random_models import UNETS
 from test_data import table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,14 +19,6 @@ from lpo_fast import backbone, checkpoint, dry_run, meta, official_lrm, policy, 
 from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
 from lpo_fast.meta import META, Tally, empty, measure, on_cuda, training_pass
-
-# The published configs of the denoisers (diffusers' unet/config.json; the rest are its defaults).
-SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-SDXL = {"sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
-        "attention_head_dim": (5, 10, 20), "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816}
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +73,9 @@ def files(folder: Path) -> set[tuple[Path, int]]:
 # Parameters
 
 
-@pytest.mark.parametrize("config, count", [(SD15, 859_520_964), (SDXL, 2_567_463_684)])
-def test_parameters_of_published_denoisers(config: dict, count: int, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "UNet2DConditionModel"}))
+@pytest.mark.parametrize("name, count", [("sd15", 859_520_964), ("sdxl", 2_567_463_684)])
+def test_parameters_of_published_denoisers(name: str, count: int, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(UNETS[name] | {"_class_name": "UNet2DConditionModel"}))
     unet = meta.built(UNet2DConditionModel, tmp_path)
     assert sum(p.numel() for p in unet.parameters()) == count
     assert all(p.device == META and not p.requires_grad for p in unet.parameters())

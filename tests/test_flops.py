@@ -1,24 +1,20 @@
 """Operations of a prompt batch in real sizes, ours against the official statement, both counted on the meta device."""
 
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import official_loop
 import pytest
+import random_models
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from official_loop import Official, Random
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
-
-import official_loop  # noqa: E402
-import random_models  # noqa: E402
-from official_loop import Official, Random  # noqa: E402
-
-from lpo_fast import backbone, checkpoint, config, dry_run, meta  # noqa: E402
-from lpo_fast.config import LPO  # noqa: E402
-from lpo_fast.meta import META, built, empty, on_cuda  # noqa: E402
+from lpo_fast import backbone, checkpoint, config, dry_run, meta
+from lpo_fast.config import LPO
+from lpo_fast.meta import META, built, empty, on_cuda
 
 MOST = {"sd15": 0.72, "sdxl": 0.66}
 PROMPTS = 2  # a batch; half of its pairs are valid: one a step

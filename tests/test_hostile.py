@@ -24,6 +24,7 @@ import lpo_fast
 from lpo_fast import (
     backbone,
     checkpoint,
+    checks,
     config,
     evaluate,
     meta,
@@ -224,11 +225,11 @@ def test_a_run_stays_in_its_directory(name: str, tmp_path: Path) -> None:
     flat = official.flat(fuzz.official_config())
     with pytest.raises(InputError, match="config.run_name .*is no name of a directory in logdir"):
         official.settings(flat | {"run_name": name})
-    for settings in (config.sd15().lpo, config.sd15().lrm):
+    for check, settings in ((checks.lpo, config.sd15().lpo), (checks.lrm, config.sd15().lrm)):
         for key in ("tracker_project", "run_name"):
             if name:
                 with pytest.raises(InputError, match="is no name of a directory"):
-                    replace(settings, **{key: name}).check()
+                    check(replace(settings, **{key: name}))
     assert official.settings(flat | {"run_name": "v1.0 β"})[0].out == "logs/lpo/v1.0 β"
 
 

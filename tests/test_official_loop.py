@@ -4,7 +4,6 @@ The statement's own correctness rests on bench/official_check.py and tests/golde
 """
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,22 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import conftest
+import official_loop
 import pytest
 import torch
 from conftest import DEVICE
+from official_loop import Random
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
-
-import official_loop  # noqa: E402
-from official_loop import Random  # noqa: E402
-
-from lpo_fast import backbone, checkpoint, noise, policy, select, speed, train_lpo  # noqa: E402
-from lpo_fast.config import LPO  # noqa: E402
-from lpo_fast.policy import Policy  # noqa: E402
-from lpo_fast.sample import Pairs  # noqa: E402
-from lpo_fast.schedule import Schedule  # noqa: E402
-from lpo_fast.shapes import world  # noqa: E402
+from lpo_fast import backbone, checkpoint, noise, policy, select, speed, train_lpo
+from lpo_fast.config import LPO
+from lpo_fast.policy import Policy
+from lpo_fast.sample import Pairs
+from lpo_fast.schedule import Schedule
+from lpo_fast.shapes import world
 
 PROMPTS = world.captions(held_out=False)[:3]
 RUN = 1e-4  # max|a − b| / max|b| after a whole sampling run in fp32, as in README.md

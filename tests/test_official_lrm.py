@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lpo_fast import official_lrm
+from lpo_fast import checks, official_lrm
 from lpo_fast.config import LRM, Columns
 from lpo_fast.errors import InputError
 
@@ -51,7 +51,7 @@ def test_the_shipped_files(monkeypatch: pytest.MonkeyPatch, capsys, family: int)
     assert SHIPPED.keys() | NOT_OFFICIAL == asdict(parsed).keys()  # no field is forgotten
     assert all(getattr(parsed, key) == getattr(LRM(), key) for key in NOT_OFFICIAL - {"out"})
     assert f"{expected['batch_size']} pairs an optimizer step" in capsys.readouterr().out
-    parsed.check()
+    checks.lrm(parsed)
 
 
 @pytest.mark.parametrize("overrides", [(), (

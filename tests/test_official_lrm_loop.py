@@ -3,25 +3,21 @@
 The statement's own correctness rests on tests/golden, which holds the loop to the official code.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import official_lrm_loop
 import pytest
 import torch
 from conftest import DEVICE
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
-
-import official_lrm_loop  # noqa: E402
-
-from lpo_fast import checkpoint, inputs, noise, train_lrm  # noqa: E402
-from lpo_fast.config import LRM  # noqa: E402
-from lpo_fast.shapes import world  # noqa: E402
+from lpo_fast import checkpoint, inputs, noise, train_lrm
+from lpo_fast.config import LRM
+from lpo_fast.shapes import world
 
 STEP = 8e-5  # max|a − b| / max|b| of a training step in fp32, as in README.md
 PAIRS = 5

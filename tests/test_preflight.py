@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from test_data import BLUE, HEADER, RED, scores, table
 
-from lpo_fast import backbone, checkpoint, config, evaluate, files, models, preflight, speed, train_lpo, train_lrm
+from lpo_fast import backbone, checkpoint, checks, config, evaluate, files, models, preflight, speed, train_lpo, train_lrm
 from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
 
@@ -441,9 +441,9 @@ def test_run_directory(bench: Bench, stage: str, request: pytest.FixtureRequest)
 
 def test_recipes_are_valid() -> None:
     for recipe in (config.sd15(), config.sd21(), config.sdxl(), config.shapes()):
-        recipe.lpo.check()
-        recipe.lrm.check()
-    config.Demo().check()
+        checks.lpo(recipe.lpo)
+        checks.lrm(recipe.lrm)
+    checks.demo(config.Demo())
     (lrm15, sd15), (lrm_xl, sdxl) = config.sd15(), config.sdxl()
     assert (sd15.rank, sd15.learning_rate, sd15.threshold_min, sd15.threshold_max) == (4, 6e-5, 0.35, 0.5)
     assert (sdxl.rank, sdxl.learning_rate, sdxl.threshold_min, sdxl.threshold_max) == (64, 1e-5, 0.45, 0.6)

@@ -86,7 +86,7 @@ class Trial:
 
     def __init__(self, stage: str, folder: Path, arguments: list[str]):
         self.stage, self.folder, self.left, self.lost = stage, folder, Counter(), []
-        self.arguments = [stage, *arguments, *FLAGS[stage], "--save-steps", str(SAVE_STEPS), "--resume"]
+        self.arguments = [*arguments, "--save-steps", str(SAVE_STEPS), "--resume"]
         begin = time.monotonic()
         self.whole = self.life("whole")
         self.whole.join()
@@ -176,24 +176,26 @@ def stands(out: Path) -> int:
     return 0
 
 
-def trials(folder: Path, model: Path, stages: tuple[str, ...] = ("lpo", "lrm")) -> list[Trial]:
-    """Both stages on a model, with an untrained LRM and the embedded world's prompts and pairs."""
+def command(stage: str, folder: Path, model: Path) -> list[str]:
+    """A stage's command line on a model, with an untrained LRM and the embedded world's prompts or pairs, made in a folder."""
     from lpo_fast import backbone, checkpoint
     from lpo_fast.shapes import evaluate, world
-    made = []
+    if stage == "lpo":
+        lrm = checkpoint.new_lrm(model, generator=torch.Generator().manual_seed(1))
+        checkpoint.save_lrm(lrm, backbone.load_tokenizers(model, lrm.family), folder / "lrm")
+        (folder / "prompts.json").write_text(json.dumps(world.captions(held_out=False)[:6]))
+        data = ["--lrm", str(folder / "lrm"), "--prompts", str(folder / "prompts.json")]
+    else:
+        evaluate.write_pairs(folder / "pairs.parquet", 12, 0, held_out=False)
+        data = ["--pairs", str(folder / "pairs.parquet"), "--validation-pairs", str(folder / "pairs.parquet")]
+    return [stage, "--model", str(model), *data, *FLAGS[stage]]
+
+
+def trials(folder: Path, model: Path, stages: tuple[str, ...] = ("lpo", "lrm")) -> list[Trial]:
+    """Both stages, each in a folder of its own."""
     for stage in stages:
-        (at := folder / stage).mkdir()
-        data = ["--model", str(model)]
-        if stage == "lpo":
-            lrm = checkpoint.new_lrm(model, generator=torch.Generator().manual_seed(1))
-            checkpoint.save_lrm(lrm, backbone.load_tokenizers(model, lrm.family), at / "lrm")
-            (at / "prompts.json").write_text(json.dumps(world.captions(held_out=False)[:6]))
-            data += ["--lrm", str(at / "lrm"), "--prompts", str(at / "prompts.json")]
-        else:
-            evaluate.write_pairs(at / "pairs.parquet", 12, 0, held_out=False)
-            data += ["--pairs", str(at / "pairs.parquet"), "--validation-pairs", str(at / "pairs.parquet")]
-        made.append(Trial(stage, at, data))
-    return made
+        (folder / stage).mkdir()
+    return [Trial(stage, folder / stage, command(stage, folder / stage, model)) for stage in stages]
 
 
 def main() -> None:

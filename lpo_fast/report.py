@@ -56,7 +56,9 @@ p { margin: 6px 0; max-width: 74ch } .tiles b { display: block; color: var(--ink
   linear-gradient(var(--ink) 0 0) 0/100% 2px no-repeat } svg text { font-family: inherit !important }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 370px), 1fr)); gap: 20px 40px }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(16em, 1fr)); gap: 8px 2em; align-items: end }
-.wrong { color: var(--bad) } th { width: 34%; font-weight: 400; text-align: left; vertical-align: top }
+.pictures figcaption, ol { max-height: 8.7em; overflow: auto } .wrong { color: var(--bad) } li { text-align: left }
+ol { grid-column: 1/-1; margin: 0; max-height: 17.4em } figcaption, li, td, h1 { unicode-bidi: plaintext }
+th { width: 34%; font-weight: 400; text-align: left; vertical-align: top }
 details { margin: 12px 0 } td, th { padding: 5px 9px 5px 0; border-bottom: 1px solid var(--line); font-size: 14px }
 </style></head><body>$body</body></html>
 """)
@@ -242,8 +244,9 @@ def validation(folder: Path) -> str:
     shown = files[:1] + files[1:][-3:]
     grids = [f'<figure>{image} alt="epoch {epoch}"><figcaption>after epoch {epoch}</figcaption></figure>'
              for epoch, file in shown if (image := embedded(file, 2 * EMBED))]
-    prompts = "; ".join(escape(str(prompt)) for prompt in parse(read(folder / "validation.json"), list))
-    return section("Validation pictures", f"A row a prompt, the same noise every time: {prompts}.", *grids)
+    prompts = "".join(f"<li>{escape(str(prompt))}</li>" for prompt in parse(read(folder / "validation.json"), list))
+    return section("Validation pictures", "A row a prompt, the same noise every time.",
+                   *([f'<ol class="muted">{prompts}</ol>', *grids] if grids else []))
 
 
 def lrm(train: list[dict], checks: list[dict]) -> str:

@@ -1,9 +1,11 @@
-"""python tests/kill.py [--kills 50] [--seed 0] [--out FILE.md]: training runs that are killed end as if nothing had happened.
+"""python tests/kill.py [--kills 50] [--ranks 1] [--seed 0] [--out FILE.md]: killed training runs end as if nothing happened.
 
 A real run of the command (the embedded world's pipeline, always with --resume, as a restart script has it) gets SIGKILL again
 and again: at a random moment, or as soon as a certain unfinished file is there. Each life after the first goes on from what
 the one before left. Writes are slowed down, in halves, so that many kills fall into them. After every kill a state can be
-read and no more than --save-steps steps are lost; the end is that of a run that nobody killed, bit for bit.
+read and no more than --save-steps steps are lost; the end is that of a run that nobody killed, bit for bit. With --ranks 2, or
+more, a life is so many processes of torch.distributed.run, of which a random one is killed: the others must end, and say why.
+The results are added to FILE.md.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from forked import CONTEXT, environment, rank
+from forked import CONTEXT, environment, free_port, rank
 
 SAVE_STEPS = 2
 TARGETS = (".state.pt", ".checkpoint", ".config.json", ".pytorch_lora", ".exp", "")  # what a kill waits for
@@ -49,8 +51,9 @@ def child(steps: str, arguments: list[str]) -> None:
     def counted(function):
         def count(*given, **named):
             result = function(*given, **named)
-            with open(steps, "ab") as file:
-                file.write(b".")
+            if os.environ.get("RANK", "0") == "0":
+                with open(steps, "ab") as file:
+                    file.write(b".")
             return result
         return count
 
@@ -86,7 +89,7 @@ class Trial:
 
     def __init__(self, stage: str, folder: Path, arguments: list[str]):
         self.stage, self.folder, self.left, self.lost = stage, folder, Counter(), []
-        self.arguments = [stage, *arguments, *FLAGS[stage], "--save-steps", str(SAVE_STEPS), "--resume"]
+        self.arguments = [*arguments, "--save-steps", str(SAVE_STEPS), "--resume"]
         begin = time.monotonic()
         self.whole = self.life("whole")
         self.whole.join()
@@ -96,7 +99,20 @@ class Trial:
     def life(self, name: str) -> BaseProcess:
         """Start the run, or go on with it."""
         return start(str(self.folder / f"{name}.steps"), *self.arguments, "--out", str(self.folder / name),
-                     log=self.folder / name, entry=(__file__, "--child"))
+                     log=self.folder / name, entry=(*self.launcher(), __file__, "--child"))
+
+    def launcher(self) -> list[str]:
+        """What starts the processes of a life."""
+        return []
+
+    def kill(self, process: BaseProcess) -> None:
+        """End a life."""
+        process.kill()
+        process.join()
+
+    def killed(self, process: BaseProcess, said: str) -> bool:
+        """Whether a life ended as ``kill`` ends it; said: its errors."""
+        return process.exitcode == -signal.SIGKILL
 
     def run(self, name: str, plan: list[float | str]) -> int:
         """A run, killed as planned, and its end; how many kills there were, which are fewer if it ended before one.
@@ -104,7 +120,7 @@ class Trial:
         plan: of each life, the share of the undisturbed run's time after which it ends, or the beginning of the name of an
         unfinished file that ends it.
         """
-        out, steps, done = self.folder / name, self.folder / f"{name}.steps", 0
+        out, steps, done, heard = self.folder / name, self.folder / f"{name}.steps", 0, 0
         while True:
             steps.unlink(missing_ok=True)
             first, process = stands(out), self.life(name)
@@ -113,14 +129,16 @@ class Trial:
                 while process.is_alive() and not left(out, end):
                     time.sleep(0.001)
                 time.sleep(random.uniform(0, 0.06))
-                process.kill()
+                self.kill(process)
             elif end < 1:
                 process.join(end * self.seconds)
-                process.kill()
+                self.kill(process)
             process.join()
             if process.exitcode == 0:
                 break
-            assert process.exitcode == -signal.SIGKILL, steps.with_suffix(".err").read_text()
+            said = steps.with_suffix(".err").read_text()
+            assert self.killed(process, said[heard:]), said[heard:]
+            heard = len(said)
             done += 1
             self.left.update(left(out) or ["nothing"])
             now, made = stands(out), len(steps.read_bytes()) if steps.is_file() else 0
@@ -139,6 +157,40 @@ class Trial:
             elif name.endswith(".pt") and name != "state.before.pt":  # of a run killed after its last step, it is the last one
                 a, b = (torch.load(folder / name, weights_only=True) for folder in (out, other))
                 assert equal(a, b), name
+
+
+class Ranks(Trial):
+    """The same of several processes, of which one is killed."""
+
+    def __init__(self, stage: str, folder: Path, arguments: list[str], count: int):
+        self.count, self.ends, self.told = count, [], 0
+        super().__init__(stage, folder, arguments)
+
+    def launcher(self) -> list[str]:
+        return ["-m", "torch.distributed.run", f"--nproc_per_node={self.count}", f"--master_port={free_port()}"]
+
+    def kill(self, process: BaseProcess) -> None:
+        """Kill a random rank; all must have ended within 60 s."""
+        while process.is_alive() and len(ranks := children(process.pid)) < self.count:
+            time.sleep(0.01)
+        if not process.is_alive():
+            return
+        begin = time.monotonic()
+        os.kill(random.choice(ranks), signal.SIGKILL)
+        process.join(60)
+        self.ends.append(time.monotonic() - begin)
+        assert not process.is_alive() and not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+    def killed(self, process: BaseProcess, said: str) -> bool:
+        """The launcher names the signal; a rank that was waiting for the killed one says so, and none has another error."""
+        self.told += "another process has failed, and says why, or was killed" in said
+        return process.exitcode == 1 and "SIGKILL" in said and said.count("Traceback") == 1
+
+
+def children(process: int) -> list[int]:
+    """Processes that a process has started and that have not ended."""
+    found = [int(child) for task in Path(f"/proc/{process}/task").glob("*/children") for child in task.read_text().split()]
+    return [child for child in found if "--child" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
 def equal(a: object, b: object) -> bool:
@@ -176,23 +228,28 @@ def stands(out: Path) -> int:
     return 0
 
 
-def trials(folder: Path, model: Path, stages: tuple[str, ...] = ("lpo", "lrm")) -> list[Trial]:
-    """Both stages on a model, with an untrained LRM and the embedded world's prompts and pairs."""
+def command(stage: str, folder: Path, model: Path) -> list[str]:
+    """A stage's command line on a model, with an untrained LRM and the embedded world's prompts or pairs, made in a folder."""
     from lpo_fast import backbone, checkpoint
     from lpo_fast.shapes import evaluate, world
+    if stage == "lpo":
+        lrm = checkpoint.new_lrm(model, generator=torch.Generator().manual_seed(1))
+        checkpoint.save_lrm(lrm, backbone.load_tokenizers(model, lrm.family), folder / "lrm")
+        (folder / "prompts.json").write_text(json.dumps(world.captions(held_out=False)[:6]))
+        data = ["--lrm", str(folder / "lrm"), "--prompts", str(folder / "prompts.json")]
+    else:
+        evaluate.write_pairs(folder / "pairs.parquet", 12, 0, held_out=False)
+        data = ["--pairs", str(folder / "pairs.parquet"), "--validation-pairs", str(folder / "pairs.parquet")]
+    return [stage, "--model", str(model), *data, *FLAGS[stage]]
+
+
+def trials(folder: Path, model: Path, stages: tuple[str, ...] = ("lpo", "lrm"), ranks: int = 1) -> list[Trial]:
+    """Both stages, each in a folder of its own."""
     made = []
     for stage in stages:
         (at := folder / stage).mkdir()
-        data = ["--model", str(model)]
-        if stage == "lpo":
-            lrm = checkpoint.new_lrm(model, generator=torch.Generator().manual_seed(1))
-            checkpoint.save_lrm(lrm, backbone.load_tokenizers(model, lrm.family), at / "lrm")
-            (at / "prompts.json").write_text(json.dumps(world.captions(held_out=False)[:6]))
-            data += ["--lrm", str(at / "lrm"), "--prompts", str(at / "prompts.json")]
-        else:
-            evaluate.write_pairs(at / "pairs.parquet", 12, 0, held_out=False)
-            data += ["--pairs", str(at / "pairs.parquet"), "--validation-pairs", str(at / "pairs.parquet")]
-        made.append(Trial(stage, at, data))
+        arguments = command(stage, at, model)
+        made.append(Trial(stage, at, arguments) if ranks == 1 else Ranks(stage, at, arguments, ranks))
     return made
 
 
@@ -200,13 +257,14 @@ def main() -> None:
     """The long form. The seed decides what is planned; what a kill hits is chance."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     from lpo_fast import runs
     from lpo_fast.shapes import evaluate
-    begin, chance, folder = time.monotonic(), random.Random(options.seed), Path(tempfile.mkdtemp())
-    both = trials(folder, evaluate.PIPELINE)
+    begin, chance, folder, commit = time.monotonic(), random.Random(options.seed), Path(tempfile.mkdtemp()), runs.commit()
+    both = trials(folder, evaluate.PIPELINE, ranks=options.ranks)
     print("undisturbed:", *(f"{trial.stage} {trial.seconds:.1f} s" for trial in both), flush=True)
     lines, total = [], 0
     for trial, kills in zip(both, (options.kills - options.kills // 2, options.kills // 2), strict=True):
@@ -221,19 +279,27 @@ def main() -> None:
         lines.append(f"| {trial.stage} | {done} | {count} | {trial.seconds:.1f} s | {lost} | {found} |")
         total += done
     shutil.rmtree(folder)
+    title, what, more = "# Killed training runs", "SIGKILL", []
+    if options.ranks > 1:
+        ends, told = sorted(sum((trial.ends for trial in both), [])), sum(trial.told for trial in both)
+        title, what = f"# One of {options.ranks} processes killed", "SIGKILL to one process"
+        more = [f"The others had ended after {ends[len(ends) // 2]:.1f} s (median), {ends[-1]:.1f} s at most. The launcher "
+                f"named the signal every time; {told} times another process said that one had failed: else it was not in "
+                "the loop.", ""]
+    asked = f"--kills {options.kills} --ranks {options.ranks} --seed {options.seed}"
     text = "\n".join([
-        "# Killed training runs", "",
-        f"`python tests/kill.py --kills {options.kills} --seed {options.seed}`, commit {runs.commit()}, "
-        f"{time.strftime('%Y-%m-%d')}, {time.monotonic() - begin:.0f} s on {os.cpu_count()} {platform.machine()} cores.",
+        title, "", f"`python tests/kill.py {asked}`, commit {commit}, {time.strftime('%Y-%m-%d')}, "
+        f"{time.monotonic() - begin:.0f} s on {os.cpu_count()} {platform.machine()} cores.",
         ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft", "accelerate")) + ".", "",
-        f"{total} times SIGKILL, at random moments and during writes. After each, all checkpoints and the state could be read. "
+        f"{total} times {what}, at random moments and during writes. After each, all checkpoints and the state could be read. "
         "Every run ended with the files of one that nobody killed and no others: metrics, weights, checkpoints, states and "
-        "pictures equal bit for bit.", "",
+        "pictures equal bit for bit.", "", *more,
         "| stage | kills | runs | undisturbed | most steps lost, of --save-steps | unfinished files at the moment of death |",
         "|---|---|---|---|---|---|", *lines, ""])
     print(text)
     if options.out:
-        options.out.write_text(text, encoding="utf-8")
+        with open(options.out, "a", encoding="utf-8") as file:
+            file.write(f"\n{text}" if file.tell() else text)
 
 
 if __name__ == "__main__":

@@ -13,4 +13,4 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("variant", environments.SHORT)
 def test_environment(variant: str, package: Path, tmp_path: Path) -> None:
-    assert environments.check(variant, tmp_path, package) == []
+    assert environments.check(variant, tmp_path, package).problems == []

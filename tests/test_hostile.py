@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -240,6 +241,9 @@ PROMPTS = ['</title><script>alert(1)</script>', '" onload="alert(1)', "' onerror
            "a\nb, \"c\"", "]]><!-- ", "\ud83d"]
 
 
+OWNED = "document.body.append('has been ' + 'owned')"
+
+
 class Elements(HTMLParser):
     """The elements of a page with the names of their attributes, and its text."""
 
@@ -301,6 +305,24 @@ def test_no_element_or_attribute_of_a_page_comes_from_a_prompt(make, tmp_path: P
     assert all(prompt in hostile.text for prompt in prompts[:8])
     policy = next(value for value in hostile.values if "default-src" in value)
     assert policy.startswith("default-src 'none'")  # were there a script, it would not run
+
+
+def browser(page: Path) -> Elements:
+    """What Chromium has made of a page when its scripts, if any, have run."""
+    line = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent / 'profile'}"]
+    done = subprocess.run([*line, "--dump-dom", page.as_uri()], capture_output=True, text=True, check=True, timeout=120)
+    return Elements(done.stdout.replace("<tbody>", ""))  # which browsers add
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium here")
+@pytest.mark.parametrize("make, name", [(run_page, "report.html"), (evaluation, "page.html")])
+def test_a_browser_sees_the_same_elements_and_runs_nothing(make, name: str, tmp_path: Path) -> None:
+    attacks = [f"{end}{how}" for how in (f"<script>{OWNED}</script>", f'<img src=x onerror="{OWNED}">',
+                                         f"<svg onload='{OWNED}'>") for end in ("", '">', "</title>", "</style>", "</td>")]
+    written, seen = Elements(make(tmp_path / "page", attacks)), browser(tmp_path / "page" / name)
+    assert seen.seen == written.seen and "owned" in seen.text and "has been owned" not in seen.text
+    (tmp_path / "raw.html").write_text(f"<!doctype html><html><head></head><body>{attacks[5]}</body></html>")
+    assert "has been owned" in browser(tmp_path / "raw.html").text  # the attacks are real ones
 
 
 def test_tables_come_back_as_they_were(tmp_path: Path) -> None:

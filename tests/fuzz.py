@@ -1,7 +1,8 @@
 """python tests/fuzz.py [--seconds 60] [READER …]: feed generated damage to every reader of outside data, each for so long.
 
 A reader may return or raise InputError; of a picture anything that is no MemoryError, since those are left out and counted.
-Whatever else comes out, or a call that takes longer than SLOW, is a bug: the input is printed, and the exit code is 1.
+Whatever else comes out, a call that takes longer than SLOW, or a reader that takes none of its inputs is a bug: the input is
+printed, and the exit code is 1.
 ``tests/test_bad_data.py`` takes a fixed thousand of the same inputs.
 """
 
@@ -260,12 +261,13 @@ def readers(work: Path) -> dict[str, Reader]:
             (*data.GAPS, *data.KEYS), "1", "0", "0.5", "k"), ".csv"),
         "table .csv": Reader(lambda file: tables.read(str(file), "prompt", "image", "score"), odd_csv(
             ("prompt", "image"), "a cat", "input.csv", "/dev/zero"), ".csv"),
-        "table .jsonl": Reader(lambda file: tables.read(str(file), "caption", "a", "score"), odd_json(lines=True), ".jsonl"),
+        "table .jsonl": Reader(lambda file: tables.read(str(file), "caption", "a", "score"), odd_json(lines=True) | damaged(
+            b'{"caption": "a cat", "a": "input.jsonl"}\n' * 3), ".jsonl"),
         "LoRA .pt": Reader(checkpoint.read_lora, damaged(*tensors), ".pt"),
         "LoRA .safetensors": Reader(lambda file: export.read(str(file)), damaged(*lora), ".safetensors"),
         "LRM .pt": Reader(lambda file: checkpoint.read_heads(file, [8, 16, 16, 24]), damaged(heads), ".pt"),
-        "state.pt": Reader(lambda file: checkpoint.load_state(file, {"lora": checkpoint.Trained(torch.nn.Linear(2, 2))}),
-                           damaged(pickled({"at": {}, "lora": {"weight": torch.ones(2, 2), "bias": torch.ones(2)}})), ".pt"),
+        "state.pt": Reader(state, damaged(pickled(
+            {"at": {}, "lora": {"weight": torch.ones(2, 2), "bias": torch.ones(2)}})), ".pt"),
         "CLIP .bin": Reader(lambda file: checkpoint.read_text_projection(str(file)), damaged(
             pickled({"text_projection.weight": torch.ones(3, 3)}), pickled({"text_projection.weight": 3})), ".bin"),
         "lrm.json": Reader(lrm_json, lrm_values.map(lambda v: json.dumps(v).encode()) | damaged(b'{"base": "x"}'), ".json"),
@@ -276,6 +278,12 @@ def readers(work: Path) -> dict[str, Reader]:
             ["--config-path", str(file.parent), "--config-name", file.name])),
             odd_config(lrm_tree, yaml.safe_dump), ".yaml"),
     }
+
+
+def state(file: Path) -> dict:
+    """What a run goes on from, under the name that it looks for."""
+    parts = {"lora": checkpoint.Trained(torch.nn.Linear(2, 2))}
+    return checkpoint.load_state(file.rename(file.with_name(checkpoint.STATE)), parts)
 
 
 def toml(tree: dict, before: str = "") -> str:
@@ -344,7 +352,8 @@ def main() -> int:
             if not options.readers or name in options.readers:
                 tried, taken, failure = run(name, reader, work, options.seconds)
                 failures += bool(failure)
-                result = "FAILED" if failure else "ok"
+                failures += not taken  # then something else stands before the reader
+                result = "FAILED" if failure else "ok" if taken else "TAKES NOTHING"
                 print(f"| {name} | {tried} | {taken} | {tried - taken - bool(failure)} | {result} |", flush=True)
                 if failure:
                     print(failure, file=sys.stderr, flush=True)

@@ -78,11 +78,11 @@ class Update:
             return gradients(self.pairs)
         except torch.OutOfMemoryError as error:
             if self.pairs == 1 or not self.halves:
-                raise InputError(f"{self.pairs} pairs", f"does not fit into the GPU's memory ({str(error).splitlines()[0]})",
+                raise InputError(f"{self.pairs} pair{'s' * (self.pairs > 1)}", f"does not fit into the GPU's memory ({str(error).splitlines()[0]})",
                                  self.remedy, "a training pass of") from error
+        runs.say(f"warning: a training pass of {self.pairs} pairs does not fit into the GPU's memory: from now on passes are of "
+                 f"{self.pairs // 2}, with the same loss; to make room, {self.remedy}")
         self.pairs //= 2
-        runs.say(f"warning: the GPU's memory is too small for a training pass: {self.pairs} pairs at a time from now on, with "
-                 f"the same loss; to make room, {self.remedy}")
         return None
 
 
@@ -90,7 +90,7 @@ class Steps:
     """Counts the optimizer steps that were skipped. state: {skipped, in_a_row}, part of a saved run."""
 
     def __init__(self, out: Path, inputs: Callable[[object], dict[str, object]] | None):
-        """inputs: all that made a step, given what ``look`` is given of it; None: keep none."""
+        """inputs: all that made a step, given what ``look`` is given of it, in every process; None: keep none."""
         self.out, self.inputs, self.state = out, inputs, {"skipped": 0, "in_a_row": 0}
 
     def look(self, step: int, loss: float, norm: float, fed: object) -> InputError | None:
@@ -100,8 +100,9 @@ class Steps:
             self.state["in_a_row"] = 0
             return None
         self.state = {key: count + 1 for key, count in self.state.items()}
-        if not math.isfinite(loss) and self.inputs and ranks.main():
-            self.keep(step, fed)  # else fp16's range was left, which the scale mends
+        if not math.isfinite(loss) and self.inputs:
+            self.keep(step, self.inputs(fed))  # else fp16's range was left, which the scale mends
+            self.inputs = None
         if self.state["in_a_row"] < IN_A_ROW:
             return None
         return InputError(str(self.out), f"{self.state['in_a_row']} optimizer steps in a row had no finite gradient, the last "
@@ -109,14 +110,14 @@ class Steps:
                           f"see python -m lpo_fast.guard {self.out / SKIPPED}, use --mixed-precision bf16, or start again with "
                           "a lower --learning-rate", "--out")
 
-    def keep(self, step: int, fed: object) -> None:
+    def keep(self, step: int, inputs: dict[str, object]) -> None:
         """SKIPPED: the inputs of the first such step, and the weights, if the disk has room for them."""
         file = self.out / SKIPPED
-        if file.exists():
+        if file.exists() or not ranks.main():
             return
         try:
             with files.replacing(file) as aside:
-                files.save_pickle(self.inputs(fed) | {"step": step}, aside)
+                files.save_pickle(inputs | {"step": step}, aside)
             runs.say(f"warning: step {step} has no finite loss and was skipped; its inputs: {file}")
         except InputError as problem:
             runs.say(f"warning: step {step} has no finite loss and was skipped; its inputs are not kept: {problem}")

@@ -220,7 +220,8 @@ def _train(config: LRM, used: dict[str, Pairs]) -> Path:
         with files.writing(out):
             (out / "config.yaml").write_text(official_lrm.render(config, lrm.family.name, ranks.count()), encoding="utf-8")
     state = {"weights": checkpoint.Trained(lrm), "optimizer": optimizer, "decay": decay, "scaler": update.scaler}
-    skips = guard.Steps(out, lambda rows: {"config": asdict(config), "rows": rows, "weights": state["weights"].state_dict()})
+    skips = guard.Steps(out, lambda rows: {"config": asdict(config), "rows": ranks.gather(rows.to(device))[0].cpu(),
+                                           "weights": state["weights"].state_dict()})
     at = {"step": 0, "checkpoints": [], "corrupt": {use: [] for use in used}, "stage": {"metrics": {}}}
     if resumed:
         at = checkpoint.load_state(out / checkpoint.STATE, state)

@@ -119,8 +119,8 @@ def test_too_little_memory_halves_the_passes(lpo: LPO, monkeypatch: pytest.Monke
     injected(monkeypatch, small)
     halved = rows(train_lpo.train(replace(lpo, out=str(tmp_path / "halved"))))
     told = capsys.readouterr().out
-    assert told.count("memory is too small for a training pass") == 2
-    assert "2 pairs at a time from now on" in told and "1 pairs at a time from now on" in told
+    assert told.count("does not fit into the GPU's memory") == 2
+    assert "of 4 pairs does not fit" in told and "from now on passes are of 1, " in told
     for a, b in zip(plain, halved, strict=True):
         assert a.pop("kind") == b.pop("kind") and a == pytest.approx(b, rel=1e-3, abs=1e-6)
 
@@ -129,7 +129,7 @@ def test_no_pair_fits(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
     injected(monkeypatch, never)
-    with pytest.raises(InputError, match=r"a training pass of 1 pairs: does not fit .*checkpointing"):
+    with pytest.raises(InputError, match=r"a training pass of 1 pair: does not fit .*checkpointing"):
         train_lpo.train(lpo)
 
 
@@ -215,7 +215,7 @@ def test_lrm_memory_that_does_not_suffice(lrm: LRM, monkeypatch: pytest.MonkeyPa
     sizes = passes(monkeypatch, small)
     halved = train_lrm.train(replace(lrm, out=str(tmp_path / "halved")))
     assert sizes == [4, 2, 2, 2, 2, 2, 2]
-    assert capsys.readouterr().out.count("2 pairs at a time from now on, with the same loss") == 1
+    assert capsys.readouterr().out.count("from now on passes are of 2, with the same loss") == 1
     for a, b in zip(rows(whole), rows(halved), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
     with pytest.raises(InputError, match="a training pass of 4 pairs: does not fit into the GPU's memory .*--accumulate"):

@@ -21,4 +21,4 @@ aot: $(VENV)/.done
 	$(VENV)/bin/python bench/aot.py
 
 mutations: $(VENV)/.done
-	$(VENV)/bin/python tests/mutations.py
+	$(VENV)/bin/python tests/mutate.py

@@ -1,23 +1,7 @@
-"""python tests/mutations.py [NAME …]: break the method in small ways, one at a time, and see that a test notices.
+"""Small ways to break the method, each of which a test must notice: ``python tests/mutate.py`` tries them."""
 
-Works on a copy of the project in a temporary directory. Prints ``killed`` or ``SURVIVED`` a mutation; exits with 1 if
-one survives or no longer applies to the source.
-"""
-
-import importlib
-import multiprocessing
-import os
-import shutil
-import sys
-import tempfile
 from collections.abc import Iterator
-from multiprocessing.sharedctypes import Synchronized
-from pathlib import Path
 from typing import NamedTuple
-
-ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT = 300  # seconds; a mutation that hangs is noticed, too
-FAILED, HUNG, ANOTHER = 1, -1, -2  # exit codes: pytest's for failed tests, and ours
 
 
 class Mutation(NamedTuple):
@@ -252,7 +236,7 @@ MUTATIONS: list[Mutation] = [
     *of("surgery.py", "test_surgery.py",
         ("time embedding without SiLU", "self.time_emb_proj(self.nonlinearity(temb))", "self.time_emb_proj(temb)"),
         ("other blocks are fused too", "block.time_embedding_norm == \"default\"", "True")),
-    *of("policy.py", "test_checkpoint.py",
+    *of("policy.py", "test_lora.py",
         ("reference with the adapters on", "layer._disable_adapters = True", "layer._disable_adapters = False"),
         ("adapters stay off", "layer._disable_adapters = False", "pass")),
     *of("policy.py", "test_golden.py::test_golden[lpo_sd15_weights0]",
@@ -278,10 +262,11 @@ MUTATIONS: list[Mutation] = [
     *of("runs.py", "test_faults.py::test_a_second_run_is_refused test_faults.py::test_a_half_written_row_is_dropped",
         ("workers inherit the lock", "fcntl.lockf(file", "fcntl.flock(file"),
         ("a part of a row stays", "file.truncate(file.read().rfind(b\"\\n\") + 1)", "file.read()")),
-    *of("checkpoint.py", "test_checkpoint.py test_run_state.py",
+    *of("checkpoint.py", "test_run_state.py",
         ("states of other parameters are read", "if {n: p.shape for n, p in self.parameters.items()} != ",
          "if False and "),
-        ("weights are not restored", "parameter.data.copy_(shard.part(state[name], parameter))", "pass"),
+        ("weights are not restored", "parameter.data.copy_(shard.part(state[name], parameter))", "pass")),
+    *of("checkpoint.py", "test_lora.py",
         ("alpha of the file is ignored", "if config and name.endswith", "if False and name.endswith"),
         ("rslora is ignored", "(rank**0.5 if config.get(\"use_rslora\") else rank)", "rank"),
         ("alphas of modules are ignored", "config.get(\"alpha_pattern\") or {}", "{}"),
@@ -294,8 +279,8 @@ MUTATIONS: list[Mutation] = [
     *of("pairs.py", "test_pairs.py",
         ("labels are not checked", "if (wrong := judged & ~good).any():", "if (wrong := judged & ~good).any() and False:"),
         ("the table's own counts are ignored", "    if not (good := (counts >= 1) & (counts < 2**31)).all():",
-         "    counts = counts * 0 + 1\n    if False:"),
-        ("a table of other pairs passes", "    if len(wrong):", "    if False:")),
+         "    counts = counts * 0 + 1\n    if False:")),
+    *of("pairs.py", "test_choose.py", ("a table of other pairs passes", "    if len(wrong):", "    if False:")),
     *of("score.py", "test_score.py",
         ("rows share their noise", "rows.to(self.device), timestep", "0 * rows.to(self.device), timestep"),
         ("pictures are scored at the size of the training alone", "(path, base, resolution=resolution)", "(path, base)")),
@@ -310,7 +295,7 @@ MUTATIONS: list[Mutation] = [
     *of("files.py", "test_models.py",
         ("each process makes what is made once", "fcntl.flock(lock, fcntl.LOCK_EX)", "pass"),
         ("what killed processes left stays", "            _remove(left)", "            pass")),
-    *of("sources.py", "test_pairs.py",
+    *of("sources.py", "test_sources.py",
         ("splits are mixed", "return [file for file in files if splits[file] == split]", "return files"),
         ("a stray file is left out", "if stray := [file.name for file in files if not splits[file]]:", "if stray := []:"),
         ("a conversion is known by its time", "return about.st_size, about.st_mtime_ns, f.read()",
@@ -387,7 +372,7 @@ MUTATIONS: list[Mutation] = [
         ("gaps of the first picture, preferred or not", "sign * (first - second))", "first - second)"),
         ("ties have signed gaps", "np.abs(first - second)", "first - second"),
         ("a stopped table begins again", "scored(config, table, scorers, first or 0)", "scored(config, table, scorers, 0)")),
-    *of("data.py", "test_pairs.py", ("the filter keeps its bound", "(clip > 0)", "(clip >= 0)")),
+    *of("data.py", "test_data.py", ("the filter keeps its bound", "(clip > 0)", "(clip >= 0)")),
     *of("files.py", "test_bad_data.py::test_a_compressed_checkpoint_and_a_tensor_larger_than_its_file",
         ("compressed checkpoints are unpacked", "if sum(member.file_size for member in members.infolist()) >", "if 1e99 <"),
         ("a tensor may be larger than its file", " or leaf.nbytes > leaf.untyped_storage().nbytes()", "")),
@@ -408,77 +393,3 @@ MUTATIONS: list[Mutation] = [
     *of("runs.py", "test_hostile.py",
         ("tokens are recorded", "        if SECRET.search(name) and len(value) >= 8:", "        if False:")),
 ]
-
-
-def preload() -> None:
-    """Import once what the tests import, so that the processes below need not; not lpo_fast itself."""
-    import torch
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-    for name in ("pytest", "hypothesis", "pyarrow.parquet", "peft", "diffusers.training_utils",
-                 "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"):
-        importlib.import_module(name)
-
-
-def child(copy: Path, tests: tuple[str, ...], code: Synchronized) -> None:
-    """In a process of its own: run the tests on the copy, quietly."""
-    import pytest
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1), os.dup2(quiet, 2)
-    os.chdir(copy)
-    os.environ["PYTHONPATH"] = str(copy)
-    sys.path.insert(0, str(copy))
-    sys.dont_write_bytecode = True  # a mutation of the same length within the same second would go unseen
-    code.value = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)])
-    if Path(sys.modules["lpo_fast"].__file__).resolve().parent.parent != copy:
-        code.value = ANOTHER
-
-
-def run(copy: Path, tests: tuple[str, ...]) -> int:
-    """pytest's exit code in the copy."""
-    context = multiprocessing.get_context("fork")
-    code = context.Value("i", HUNG)
-    process = context.Process(target=child, args=(copy, tests, code))
-    process.start()
-    process.join(TIMEOUT)
-    if process.is_alive():
-        process.kill()
-        process.join()
-    return code.value
-
-
-def main(names: list[str]) -> int:
-    """Try the mutations, all or those named; the exit code."""
-    chosen = [m for m in MUTATIONS if not names or any(name in m.name for name in names)]
-    bad = [m.name for m in chosen if (ROOT / "lpo_fast" / m.file).read_text(encoding="utf-8").count(m.old) != 1]
-    for name in bad:
-        print(f"NOT FOUND ONCE  {name}")
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder).resolve()
-        for part in ("lpo_fast", "kernels", "bench", "tests"):
-            if (ROOT / part).is_dir():
-                shutil.copytree(ROOT / part, copy / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copyfile(ROOT / "pyproject.toml", copy / "pyproject.toml")
-        preload()
-        for tests in sorted({m.tests for m in chosen}):
-            if code := run(copy, tests):
-                print(f"{' '.join(tests)} fails without a mutation: code {code} ({ANOTHER}: another copy was imported)")
-                return 1
-        survived = 0
-        for mutation in chosen:
-            file = copy / "lpo_fast" / mutation.file
-            source = file.read_text(encoding="utf-8")
-            if mutation.name in bad:
-                continue
-            file.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
-            alive = run(copy, mutation.tests) not in (FAILED, HUNG)
-            file.write_text(source, encoding="utf-8")
-            survived += alive
-            print(f"{'SURVIVED' if alive else 'killed'}  {mutation.file}: {mutation.name}", flush=True)
-    print(f"{len(chosen) - survived - len(bad)} killed, {survived} survived, {len(bad)} not found once")
-    return 1 if survived or bad else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

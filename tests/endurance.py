@@ -1,4 +1,4 @@
-"""python tests/endurance.py [--steps 5000] [--out FILE.md]: long training runs take no more memory at their end than early on.
+"""python tests/endurance.py [--steps 5000] [--out FILE.md] [STAGE …]: long runs take no more memory at their end.
 
 Both stages' real commands on the embedded world, a process each, in tiny batches, with all that a long run does now and then:
 states, checkpoints, validations, pictures, worker processes. Every EVERY steps the process writes down what the kernel says of
@@ -118,11 +118,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: lpo lrm")
     options = parser.parse_args()
     from lpo_fast import runs
     from lpo_fast.shapes import PIPELINE
     rows, series, bad, commit = [], [], False, runs.commit()
-    for stage in FLAGS:
+    for stage in options.stages or FLAGS:
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             samples = watch(stage, Path(folder), PIPELINE, options.steps)
@@ -138,8 +139,8 @@ def main() -> int:
                 print(rows[-1], flush=True)
     text = "\n".join([
         "# Memory of long runs", "",
-        f"`python tests/endurance.py --steps {options.steps}`, commit {commit}, {time.strftime('%Y-%m-%d')}, on "
-        f"{os.cpu_count()} {platform.machine()} cores that other work shared.",
+        f"`{' '.join(['python tests/endurance.py --steps', str(options.steps), *options.stages])}`, commit {commit}, "
+        f"{time.strftime('%Y-%m-%d')}, on {os.cpu_count()} {platform.machine()} cores that other work shared.",
         ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft", "accelerate")) + ".", "",
         f"Samples every {EVERY} optimizer steps; the last 80 % of them are judged, and {LIMIT:.0%} of growth is allowed. Every "
         "50 steps a state is saved; LPO writes a checkpoint every 4 epochs and draws a validation grid every 8; LRM training "

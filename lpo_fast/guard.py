@@ -77,10 +77,11 @@ class Update:
         try:
             return gradients(self.pairs)
         except torch.OutOfMemoryError as error:
+            size = f"{self.pairs} pair{'s' * (self.pairs > 1)}"
             if self.pairs == 1 or not self.halves:
-                raise InputError(f"{self.pairs} pair{'s' * (self.pairs > 1)}", f"does not fit into the GPU's memory ({str(error).splitlines()[0]})",
+                raise InputError(size, f"does not fit into the GPU's memory ({str(error).splitlines()[0]})",
                                  self.remedy, "a training pass of") from error
-        runs.say(f"warning: a training pass of {self.pairs} pairs does not fit into the GPU's memory: from now on passes are of "
+        runs.say(f"warning: a training pass of {size} does not fit into the GPU's memory: from now on passes are of "
                  f"{self.pairs // 2}, with the same loss; to make room, {self.remedy}")
         self.pairs //= 2
         return None

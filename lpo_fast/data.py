@@ -9,16 +9,19 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from lpo_fast.errors import InputError
-from lpo_fast.files import parse_json
+from lpo_fast.files import parse_json, room
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # not EPS, which runs Ghostscript
 LARGEST_PICTURE = 2**26  # pixels, 8,192 × 8,192: RGB of it has 200 MB
+LARGEST_TEXT, A_VALUE = 2**31, 64  # bytes of a column and, in Python, of each value: 13 million prompts of 100 letters
+EXPANDS = 100  # times that tables with pictures may be larger than their files, if they are larger than LARGEST_TEXT
 
 
 def read_prompts(path: str, caption_key: str = "caption") -> list[str]:
@@ -98,8 +101,12 @@ def _csv(file: Path, key: str) -> list[tuple[str, object]]:
 
 
 def _parquet(file: Path, key: str) -> list[tuple[str, object]]:
-    table = read_table(file, (key,), "--prompts")
-    return [(f"row {i}", caption) for i, caption in enumerate(table[key].to_pylist())]
+    require_columns(file, (key,), "--prompts")
+    try:
+        with room(3 * LARGEST_TEXT):
+            return [(f"row {i}", caption) for i, caption in enumerate(read_columns([file], (key,))[key].to_pylist())]
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(str(file), f"cannot be read ({error})", "write it again", "--prompts") from error
 
 
 def parquet_files(path: Path, flag: str) -> list[Path]:
@@ -129,14 +136,44 @@ def require_columns(path: Path, columns: Sequence[str], flag: str) -> None:
         raise InputError(str(path), f"has no column {missing[0]!r}, only {', '.join(names)}", "rename its columns", flag)
 
 
-def read_table(path: Path, columns: Sequence[str], flag: str) -> pa.Table:
-    """Some columns of a .parquet file or of all such files in a directory."""
-    require_columns(path, columns, flag)
-    try:
-        tables = [pq.read_table(file, columns=list(columns)) for file in parquet_files(path, flag)]
-        return pa.concat_tables(tables, promote_options="default")
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(str(path), f"cannot be read ({error})", "write it again", flag) from error
+def read_columns(files: list[Path], columns: Sequence[str] | None = None, most: int = 0) -> pa.Table:
+    """Some columns of .parquet files, or all. Raises ValueError if they take more than ``most`` bytes, else LARGEST_TEXT, as
+    those of files of kilobytes may: rows come few at a time, and are counted."""
+    most, tables, size = most or LARGEST_TEXT, [], 0
+    for file in files:
+        parquet = pq.ParquetFile(file)
+        schema = pa.schema([parquet.schema_arrow.field(name) for name in columns]) if columns else parquet.schema_arrow
+        batches = parquet.iter_batches(_rows(parquet, schema, most), columns=schema.names, use_threads=False)
+        rows, found = parquet.metadata.num_rows * len(schema) * A_VALUE, []
+        while rows + size <= most and (batch := next(batches, None)) is not None:
+            found.append(batch.select(schema.names))
+            size += sum(map(_size, found[-1].columns))
+        if (size := size + rows) > most:
+            raise ValueError(f"{file.name} holds more than {most:,} bytes of text and numbers")
+        tables.append(pa.Table.from_batches(found, schema))
+    return pa.concat_tables(tables, promote_options="default")
+
+
+def _rows(parquet: pq.ParquetFile, schema: pa.Schema, most: int) -> int:
+    """How many rows take ``most`` bytes or less: no value is larger than its row group's column, unless metadata lie."""
+    if any(pa.types.is_dictionary(field.type) for field in schema):
+        return 2**16  # the values come once, and their numbers
+    groups = map(parquet.metadata.row_group, range(parquet.metadata.num_row_groups))
+    columns, paths = (g.column(i) for g in groups for i in range(g.num_columns)), tuple(f"{name}." for name in schema.names)
+    sizes = (column.total_uncompressed_size for column in columns if f"{column.path_in_schema}.".startswith(paths))
+    return min(max(most // max([1, *sizes]), 1), 64)
+
+
+def largest(files: Sequence[Path] = ()) -> int:
+    """Bytes that tables with pictures may take; without pictures: LARGEST_TEXT."""
+    return max(LARGEST_TEXT, EXPANDS * sum(file.stat().st_size for file in files))
+
+
+def _size(column: pa.Array) -> int:
+    """Bytes of a column's values, each for itself."""
+    if pa.types.is_dictionary(column.type) and isinstance(column.dictionary, pa.StringArray | pa.LargeStringArray):
+        return pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0
+    return column.nbytes
 
 
 def opened(file: Path | io.BytesIO) -> Image.Image:

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
 import stat
 import sys
@@ -34,6 +35,23 @@ SUMS = "checksums.json"  # of a directory: {file: SHA-256}
 RECORD = 1024  # bytes that names and records take beside a parameter and its optimizer's state
 LARGEST_CONFIG = 100_000  # bytes; the official ones have 3,000. YAML's sexagesimal numbers take time quadratic in it
 LARGEST_PICTURE = 2**28  # bytes of a picture that is named by its file
+
+
+@contextmanager
+def room(size: int) -> Iterator[None]:
+    """Within the block this process may take so many bytes more than it has; ValueError beyond. The net below other limits.
+
+    Threads that start there count with their stacks and heaps, of which a machine with many cores has many: start none.
+    """
+    limits, have = resource.getrlimit(resource.RLIMIT_AS), int(Path("/proc/self/statm").read_text().split()[0])
+    most = have * resource.getpagesize() + size
+    resource.setrlimit(resource.RLIMIT_AS, (most if limits[0] < 0 else min(most, limits[0]), limits[1]))
+    try:
+        yield
+    except MemoryError as error:
+        raise ValueError(f"it takes more than {size:,} bytes of memory") from error
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 @contextmanager

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lpo_fast.data import column_names, parquet_files
+from lpo_fast.data import column_names, largest, parquet_files, read_columns
 from lpo_fast.errors import InputError
-from lpo_fast.files import once, read_picture
+from lpo_fast.files import once, read_picture, room
 
 SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}.*\.parquet")  # split-00000-of-00655-….parquet, as on the hub
 NAMED = re.compile(r"((train|validation|valid|val|dev|test)(_\w+)?)(-.*)?\.parquet")
@@ -61,7 +61,8 @@ class Source:
         """All values of a small column."""
         name, index = self.require(spec, key)
         try:
-            return _element(self.read(name), index).to_pylist()
+            with room(3 * largest()):
+                return _element(self.read(name), index).to_pylist()
         except (pa.ArrowException, OSError, ValueError) as error:  # also bytes that are not UTF-8
             raise InputError(spec, f"cannot be read from {self.path} ({error})", "name a column that has it in every row",
                              flag_of(key)) from error
@@ -130,8 +131,7 @@ class Parquet(Source):
         return _fingerprint(self.files)
 
     def read(self, name: str) -> pa.ChunkedArray:
-        tables = [pq.read_table(file, columns=[name]) for file in self.files]
-        return pa.concat_tables(tables, promote_options="default")[name]
+        return read_columns(self.files, (name,))[name]
 
     def identity(self) -> set[object]:
         return {file.resolve() for file in self.files}
@@ -156,9 +156,12 @@ class Parquet(Source):
         """A column as an Arrow file. Its metadata stay behind, which would have datasets decode pictures."""
         schema = pa.unify_schemas([pa.schema([pq.read_schema(file).field(name)]) for file in self.files],
                                   promote_options="permissive").remove_metadata()
-        with pa.OSFile(str(target), "wb") as out, pa.ipc.new_stream(out, schema) as stream:
+        left = largest(self.files)
+        with room(3 * left), pa.OSFile(str(target), "wb") as out, pa.ipc.new_stream(out, schema) as stream:
             for file in self.files:
-                for batch in pq.ParquetFile(file).iter_batches(batch_size=READ, columns=[name]):
+                for batch in pq.ParquetFile(file).iter_batches(batch_size=READ, columns=[name], use_threads=False):
+                    if (left := left - batch.nbytes) < 0:
+                        raise ValueError(f"its pictures take more than {largest(self.files):,} bytes")
                     stream.write_table(pa.table(batch).cast(schema))
 
     def first(self, count: int, *specs: str) -> Iterator[list]:

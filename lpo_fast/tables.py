@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from lpo_fast import checkpoint
+from lpo_fast.data import largest, read_columns
 from lpo_fast.errors import InputError
-from lpo_fast.files import parse_json
+from lpo_fast.files import parse_json, room
 
 Picture = Image.Image | str | os.PathLike | bytes
 Rows = pa.Table | list[dict]
@@ -30,7 +31,7 @@ def read(table: str, prompt_key: str, image_key: str, new_key: str) -> tuple[Row
         raise InputError(table, "no such file" if file.suffix in KINDS else f"unknown kind {file.suffix!r}",
                          f"name a table: {', '.join(KINDS)}", "--table")
     try:
-        rows = {".csv": _csv, ".jsonl": _jsonl, ".parquet": pq.read_table}[file.suffix](file)
+        rows = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}[file.suffix](file)
     except (OSError, ValueError, csv.Error) as error:  # also UnicodeDecodeError and pyarrow's own
         raise InputError(table, f"cannot be read ({error})", "mend it", "--table") from error
     if not len(rows):
@@ -62,6 +63,11 @@ def _csv(file: Path) -> list[dict]:
     if bad := next((line for line, row in rows if None in row or None in row.values()), None):
         raise ValueError(f"line {bad} has another number of fields")
     return [row for _, row in rows]
+
+
+def _parquet(file: Path) -> pa.Table:
+    with room(3 * largest([file])):
+        return read_columns([file], most=largest([file]))
 
 
 def _jsonl(file: Path) -> list[dict]:

@@ -7,6 +7,8 @@ import os
 import resource
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import fuzz
@@ -104,30 +106,33 @@ def test_bad_pictures_are_left_out_and_counted(tmp_path: Path) -> None:
         seen.share()
 
 
-def within(room: int, bombs: list[bytes]) -> None:
-    """Decode them in a process that may not take so much more than it has; the exit code is how many were read."""
+def within(room: int, attempts: list[Callable[[], object]]) -> None:
+    """Make them in a process that may not take so much more than it has; the exit code is how many raised nothing."""
     have = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (have + room,) * 2)
-    read = 0
-    for bomb in bombs:
+    done = 0
+    for attempt in attempts:
         try:
-            data.decode(bomb, 8)
-            read += 1
+            attempt()
+            done += 1
         except MemoryError:
             os._exit(100)
         except Exception:
             pass
-    os._exit(read)
+    os._exit(done)
+
+
+def forked(room: int, attempts: list[Callable[[], object]]) -> int:
+    process = multiprocessing.get_context("fork").Process(target=within, args=(room, attempts))
+    process.start()
+    process.join(60)
+    return process.exitcode
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bombs_take_no_memory() -> None:
-    bombs = [make() for make in BOMBS.values()]
-    process = multiprocessing.get_context("fork").Process(target=within, args=(200_000_000, bombs))
-    process.start()
-    process.join(60)
-    assert process.exitcode == 0
+    assert forked(200_000_000, [partial(data.decode, make(), 8) for make in BOMBS.values()]) == 0
 
 
 @pytest.mark.parametrize("cell", ["/dev/zero", "fifo", "large", "gone", "a\0b", "x" * 5000])
@@ -139,6 +144,83 @@ def test_a_named_picture_is_a_file_of_some_size(cell: str, tmp_path: Path) -> No
     for name in (cell, str(tmp_path / cell)):
         with pytest.raises((ValueError, OSError)):
             pairs.Source(str(tmp_path / "p.parquet"), "--pairs", []).encoded({"bytes": None, "path": name})
+
+
+# Tables that are small files and large in memory
+
+
+def same(value: object, rows: int) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int8)), pa.array([value]))
+
+
+def varint(number: int, size: int = 0) -> bytes:
+    """As Thrift writes an i64, in at least so many bytes."""
+    number *= 2
+    digits = [number >> shift & 127 for shift in range(0, max(7 * size, number.bit_length()), 7)]
+    return bytes([*(digit | 128 for digit in digits[:-1]), digits[-1]])
+
+
+def bomb(file: Path, size: int, rows: int, kind: str) -> None:
+    """So many rows of a text of that size. kind: how it is stored."""
+    stored = {"store_schema": kind == "numbers"} if kind in ("numbers", "dictionary", "lies") else {"use_dictionary": False}
+    if kind == "prefixes":
+        stored["column_encoding"] = {"caption": "DELTA_BYTE_ARRAY"}
+    text = same("x" * size, rows) if "store_schema" in stored else ["x" * size] * rows
+    others = {"jpg_0": same(b"x", rows), "jpg_1": same(b"x", rows), "label_0": same(1.0, rows), "label_1": same(0.0, rows)}
+    pq.write_table(pa.table({"caption": text, **others}), file, compression="zstd", **stored)
+    if kind == "lies":
+        content, true = file.read_bytes(), pq.read_metadata(file).row_group(0).column(0).total_uncompressed_size
+        assert content.count(varint(true)) == 1
+        file.write_bytes(content.replace(varint(true), varint(1, len(varint(true)))))
+        assert pq.read_metadata(file).row_group(0).column(0).total_uncompressed_size == 1
+
+
+def refused(read: Callable[[str], object], file: Path) -> None:
+    with pytest.raises(InputError, match=f"{file.name}.* (holds|takes) more than [0-9,]+ bytes"):
+        read(str(file))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")
+@pytest.mark.parametrize("kind, size, rows", [
+    ("dictionary", 10**6, 10**6), ("numbers", 10**6, 10**6), ("plain", 10**6, 150), ("prefixes", 10**7, 15),
+    ("dictionary", 1, 1_500_000), ("dictionary", 4 * 10**7, 99), ("lies", 4 * 10**7, 99)])
+def test_a_text_bomb_is_refused(kind: str, size: int, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As prompts, pairs and a table: a file of kilobytes, with a limit a thirty-second of what it is."""
+    monkeypatch.setattr(data, "LARGEST_TEXT", 2**26)
+    bomb(tmp_path / "p.parquet", size, rows, kind)
+    assert (tmp_path / "p.parquet").stat().st_size < 100_000
+    readers = data.read_prompts, pairs.read, lambda table: tables.read(table, "caption", "jpg_0", "score")
+    assert forked(6 * 2**26, [partial(refused, read, tmp_path / "p.parquet") for read in readers]) == 3
+
+
+def test_a_picture_bomb_is_not_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "LARGEST_TEXT", 2**26)
+    pq.write_table(pa.table({"caption": ["a"] * 999, "jpg_0": same(b"x" * 10**6, 999), "jpg_1": same(b"x", 999), "label_0": [
+        1.0] * 999, "label_1": [0.0] * 999}), tmp_path / "p.parquet", store_schema=False)
+    with pytest.raises(InputError, match="p.parquet: cannot be converted .*its pictures take more than"):
+        pairs.PairDataset(pairs.read(str(tmp_path / "p.parquet"), cache_dir=str(tmp_path / "cache")), 8)
+    assert [file.suffix for file in (tmp_path / "cache").rglob("*") if file.is_file()] == [".lock"]
+
+
+def test_columns_are_counted_and_come_as_they_are(tmp_path: Path) -> None:
+    """Ten texts of 100 letters; values by number, lists, two files."""
+    texts = [str(i) * 100 for i in range(10)]
+    table = pa.table({"a": texts, "b": pa.array(texts).dictionary_encode(), "c": [[text] for text in texts], "d": range(10)})
+    for name in ("1.parquet", "2.parquet"):
+        pq.write_table(table, tmp_path / name, row_group_size=3)
+    both = sorted(tmp_path.iterdir())
+    assert data.read_columns(both).equals(pa.concat_tables([table, table]))
+    for name in "abc":
+        assert data.read_columns(both, [name], most=4_000)[name].to_pylist() == table[name].to_pylist() * 2
+        with pytest.raises(ValueError, match=r"2.parquet holds more than 3,270 bytes"):
+            data.read_columns(both, [name], most=2 * 10 * (100 + 64) - 10)
+
+
+def test_the_net_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(ValueError, match="takes more than 100,000,000 bytes of memory"), files.room(10**8):
+        bytearray(2 * 10**8)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before and bytearray(2 * 10**8)
 
 
 # Prompts

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from measure import copy_bytes_per_second, table
+from measure import copy_bytes_per_second, table, write
 
 ROWS = pytest.StashKey[dict]()
 KEY = "op", "size", "pass", "how"
@@ -59,10 +59,7 @@ def save(folder: Path, row: dict) -> None:
     rate = sorted(r["copy GB/s"] for r in rows)
     page = (f"# {row['device']}\n\nTimes in µs on the GPU (wall clock); copy within the device: {rate[0]:.0f} to "
             f"{rate[-1]:.0f} GB/s. How: bench/measure.py.\n\n{table(rows)}\n" + "".join(f"- {line}\n" for line in made))
-    for target, text in ((path, json.dumps(rows, indent=1) + "\n"), (path.with_suffix(".md"), page)):
-        aside = target.with_suffix(".new")
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, target)
+    write(path, rows, page)
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:

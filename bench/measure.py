@@ -7,6 +7,7 @@ at least twice the L2 cache, and keep as many results alive, so that memory and 
 """
 
 import itertools
+import json
 import math
 import os
 import shutil
@@ -149,6 +150,14 @@ def benchmarks(operator: Operator) -> Callable:
         benchmark.extra_info.update(row)
         record(row)
     return test
+
+
+def write(path: Path, rows: list[dict], page: str) -> None:
+    """Rows as JSON, and the page beside them as Markdown: a killed run leaves no half file."""
+    for target, text in ((path, json.dumps(rows, indent=1) + "\n"), (path.with_suffix(".md"), page)):
+        aside = target.with_suffix(".new")
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, target)
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable]) -> str:

@@ -5,7 +5,6 @@ the median of the rounds' ratios. Work counts attention by matrix products (torc
 """
 
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import clock, environment, markdown
+from measure import clock, environment, markdown, write
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -147,10 +146,7 @@ def keep(folder: Path | None, name: str, about: str, row: dict) -> list[dict]:
     rows = [row if r["row"] == row["row"] else r for r in rows] + ([] if row["row"] in names else [row])
     made = sorted({", ".join(f"{k} {r[k]}" for k in ("device", "torch", "triton", "python", "commit", "date")) for r in rows})
     page = f"# {name}\n\n{about}\n\n{table(rows)}\n![waterfall]({name}.png)\n\n" + "".join(f"- {line}\n" for line in made)
-    for target, text in ((path, json.dumps(rows, indent=1) + "\n"), (path.with_suffix(".md"), page)):
-        aside = target.with_suffix(".new")
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, target)
+    write(path, rows, page)
     picture(rows, path.with_suffix(".png"))
     return rows
 

@@ -6,6 +6,7 @@ What depends on files is preflight.py's.
 import math
 import re
 
+from lpo_fast import cli
 from lpo_fast.config import LPO, LRM, Demo
 from lpo_fast.errors import InputError
 
@@ -93,7 +94,7 @@ def lora_flags(config: LPO, defaults: LPO) -> None:
     """Refuse what a command line says of a LoRA where --full trains none. defaults: the settings without that line."""
     for key in ("rank", "alpha", "targets"):
         if config.full and getattr(config, key) != getattr(defaults, key):
-            _refuse(config, key, "full fine-tuning has no LoRA", f"drop {_flag(key)} or --full")
+            _refuse(config, key, "full fine-tuning has no LoRA", f"drop {cli.flag(key)} or --full")
 
 
 def component(name: str) -> bool:
@@ -115,12 +116,8 @@ def _names(config: LPO | LRM) -> None:
             _refuse(config, key, "is no name of a directory", "use a name without / and ..")
 
 
-def _flag(key: str) -> str:
-    return "--" + key.replace("_", "-")
-
-
 def _refuse(config: LPO | LRM | Demo, key: str, problem: str, remedy: str) -> None:
-    raise InputError(str(getattr(config, key)), problem, remedy, _flag(key))
+    raise InputError(str(getattr(config, key)), problem, remedy, cli.flag(key))
 
 
 def _at_least(config: LPO | LRM | Demo, bound: float, *keys: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from lpo_fast.errors import InputError
+from lpo_fast.errors import InputError, PeerError
 
 Settings = TypeVar("Settings")
 
@@ -29,16 +29,23 @@ def parse(kind: Any, argv: list[str] | None, name: str, **more: Any) -> Any:
         raise
 
 
-def command(kind: type[Settings], run: Callable[[Settings], None], argv: list[str] | None, name: str) -> int:
-    """Parse ``kind``, a frozen dataclass, and run; the exit code: 0, 2 for a user's error, 130 when interrupted."""
+def command(kind: type[Settings], run: Callable[[Settings], None], argv: list[str] | None, name: str,
+            stopped: str = "stopped") -> int:
+    """Parse ``kind``, a frozen dataclass, and run; the exit code."""
     settings = parse(kind, argv, name)
+    return code(lambda: run(settings), stopped)
+
+
+def code(run: Callable[[], None], stopped: str = "stopped") -> int:
+    """A command's exit code: 0, 2 for a user's error, 1 if another process failed, 130 when interrupted: then it says
+    ``stopped``."""
     try:
-        run(settings)
-    except InputError as problem:
+        run()
+    except (InputError, PeerError) as problem:
         print(f"error: {problem}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(problem, InputError) else 1
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print(stopped, file=sys.stderr)
         return 130
     return 0
 

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from lpo_fast import backbone, checkpoint, launch, models, speed, surgery
 from lpo_fast.backbone import Text
 from lpo_fast.config import LPO, LRM
-from lpo_fast.policy import Policy, trainable
+from lpo_fast.policy import Policy, add_lora
 from lpo_fast.reward import LatentRewardModel
 
 META = torch.device("meta")
@@ -161,9 +161,7 @@ def policy(config: LPO, precision: str, text: Text) -> Policy:
     if config.checkpointing != "none":
         unet.enable_gradient_checkpointing(partial(checkpointed, precision, config.checkpointing))
     if not config.full:
-        checkpoint.add_lora(unet, config.rank, config.alpha or config.rank, config.targets, config.seed)
-        for parameter in trainable(unet):
-            parameter.data = parameter.data.float()
+        add_lora(unet, config)
     sizes = checkpoint.size_conditions(model, backbone.family_of(unet.config), unet, config.resolution)
     return Policy(unet, text, sizes if sizes is None else sizes.to(META), full=config.full,
                   precision=precision)

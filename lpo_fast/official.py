@@ -18,7 +18,7 @@ from typing import Any, get_args
 from lpo_fast import checks, cli, files
 from lpo_fast.config import LPO, Precision
 from lpo_fast.errors import InputError
-from lpo_fast.official_lrm import typed
+from lpo_fast.official_lrm import flat, typed
 
 # Official keys and the fields that they set, where the value is taken over as it is.
 SAME = {
@@ -107,14 +107,6 @@ def load(file: str) -> dict:
 def plain(value: object) -> dict:
     """Nested mappings as dicts."""
     return {key: plain(item) if isinstance(item, Mapping) else item for key, item in value.items()}
-
-
-def flat(config: dict, prefix: str = "") -> dict[str, object]:
-    """Nested dicts as one, with dotted keys."""
-    found = {}
-    for key, value in config.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 def override(config: dict[str, object], changes: dict[str, str]) -> dict[str, object]:

@@ -210,14 +210,15 @@ def _read(file: Path) -> tuple[dict[str, Any], str]:
     if len(families) != 1 or not set(map(str, names)) <= {*CONFIGS, "_self_"}:
         raise InputError(str(file), f"its defaults are {names}", f"name one of {', '.join(CONFIGS)} and _self_ there",
                          "--config-name")
-    return _flat(tree), families[0]
+    return flat(tree), families[0]
 
 
-def _flat(tree: dict, before: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(tree: dict, before: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted keys."""
+    found = {}
     for name, value in tree.items():
-        flat |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
-    return flat
+        found |= flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
+    return found
 
 
 def _value(text: str, name: str) -> Any:

@@ -81,6 +81,13 @@ def trainable(unet: nn.Module) -> list[nn.Parameter]:
     return [p for p in unet.parameters() if p.requires_grad]
 
 
+def add_lora(unet: nn.Module, config: LPO) -> None:
+    """Attach the LoRA that a run trains, in fp32."""
+    checkpoint.add_lora(unet, config.rank, config.alpha or config.rank, config.targets, config.seed)
+    for parameter in trainable(unet):
+        parameter.data = parameter.data.float()
+
+
 def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy, Schedule]:
     """The policy with a LoRA attached (or all weights trainable), its text features and its sampler's schedule.
 
@@ -104,9 +111,7 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
     if too_long:
         runs.say(f"{too_long} of {len(own)} prompts exceed {tokenizers[0].model_max_length} tokens and are cut")
     if not config.full:
-        checkpoint.add_lora(unet, config.rank, config.alpha or config.rank, config.targets, config.seed)
-        for parameter in trainable(unet):
-            parameter.data = parameter.data.float()
+        add_lora(unet, config)
         if config.lora:
             checkpoint.load_lora(unet, Path(config.lora))
     sizes = checkpoint.size_conditions(model, family, unet, config.resolution)

@@ -12,7 +12,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from diffusers import AutoencoderKL, ConfigMixin, UNet2DConditionModel
 from torch.utils._pytree import tree_leaves
 
-from lpo_fast import backbone, checkpoint, checks, data, files, latents, models, outputs, pairs, runs, schedule, speed
+from lpo_fast import backbone, checkpoint, checks, cli, data, files, latents, models, outputs, pairs, runs, schedule, speed
 from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
 from lpo_fast.pairs import Pairs
@@ -316,7 +316,7 @@ def directory(config: LPO | LRM, source: Path | None = None) -> None:
         value = list(value) if isinstance(value, tuple) else value
         if key not in MAY_CHANGE and before.get(key) != value:
             raise InputError(str(value), f"the run in {config.out} was started with {before.get(key)}",
-                             "resume with its own settings", f"--{key.replace('_', '-')}")
+                             "resume with its own settings", cli.flag(key))
 
 
 def same_models(config: LPO | LRM) -> None:

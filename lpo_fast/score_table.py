@@ -171,16 +171,8 @@ def gaps(name: str, given: str, scorer: Scorer, pictures: list, table: Pairs, ro
 
 def main(argv: list[str] | None = None) -> int:
     """The command; 0, or 2 for a user's error, 130 if interrupted (the same command goes on)."""
-    config = cli.parse(ScoreTable, argv, "score_table")
-    try:
-        print(f"score table: {make(config)}")
-    except InputError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return cli.command(ScoreTable, lambda config: print(f"score table: {make(config)}"), argv, "score_table",
+                       stopped="stopped; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import tyro
 
 from lpo_fast import checks, cli, config, official, official_lrm
 from lpo_fast.config import LPO, LRM, Demo
-from lpo_fast.errors import InputError, PeerError
 
 
 def run(settings: Demo | LRM | LPO) -> None:
@@ -84,18 +83,8 @@ def parse(argv: list[str]) -> Demo | LRM | LPO:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code: 0, 2 for a user's error, 128 + n when stopped by signal n."""
-    try:
-        run(parse(sys.argv[1:] if argv is None else argv))
-    except InputError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except PeerError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:  # inside the loops it is caught, and saves first
-        print("stopped outside the training loop", file=sys.stderr)
-        return 130
-    return 0
+    return cli.code(lambda: run(parse(sys.argv[1:] if argv is None else argv)),
+                    stopped="stopped outside the training loop")  # inside it is caught, and saves first
 
 
 if __name__ == "__main__":

@@ -66,6 +66,11 @@ class Text:
     def __len__(self) -> int:
         return len(self.context)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that networks read."""
+        return [self.context, self.pooled, *(self.null.tensors if self.null else [])]
+
     def bring(self, prompts: Tensor) -> None:
         """All prompts' features are where they are used (else see ``Windowed``)."""
 
@@ -118,6 +123,11 @@ class Windowed:
             self.all = replace(text, context=text.context.pin_memory(), pooled=text.pooled.pin_memory())
         self.numbers = torch.full((size,), -1, device=device)
         self.here = Text(*(torch.zeros(size, *x.shape[1:], dtype=x.dtype, device=device) for x in (text.context, text.pooled)))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that networks read: what is on the device."""
+        return [self.numbers, *self.here.tensors, *self.null.tensors]
 
     def bring(self, prompts: Tensor) -> None:
         """Prompt numbers on the host, int64 [up to size]: those that will be asked for next."""

@@ -22,6 +22,7 @@ from lpo_fast.reward import LatentRewardModel
 
 LORA_OFFICIAL, LORA_DIFFUSERS = "unet_lora.pt", "pytorch_lora_weights.safetensors"
 STATE, STATE_BEFORE, STATE_SUMS = "state.pt", "state.before.pt", "state.sha256"
+SUMS = 100  # lines of STATE_SUMS: each save that fails leaves one of a state that never was
 NAME = re.compile(r"\^?[\w.]+")  # of modules in a LoRA's config
 
 
@@ -339,7 +340,7 @@ def save_state(file: Path, at: dict, parts: dict[str, object]) -> None:
         with replacing(file, file.with_name(STATE_BEFORE)) as aside:
             sums = [save_pickle({"at": at} | saved, aside), *state_sums(file.parent)]
             with replacing(file.with_name(STATE_SUMS)) as listed:  # first: if killed here, the two states that stay are in it
-                listed.write_text("\n".join(sums[:3]) + "\n", encoding="utf-8")
+                listed.write_text("\n".join(sums[:SUMS]) + "\n", encoding="utf-8")
 
 
 def load_state(file: Path, parts: dict[str, object]) -> dict:

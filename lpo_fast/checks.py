@@ -44,6 +44,8 @@ def lpo(config: LPO) -> None:
         _refuse(config, "resume_from", "--resume goes on from the run directory", "drop one of the two")
     if config.lora and config.resume_from:
         _refuse(config, "resume_from", "--lora starts from other weights", "drop one of the two")
+    if config.deterministic and config.attention != "sdpa":
+        _refuse(config, "attention", "gives other bits on repeat, or is chosen by time", "use sdpa, or drop --deterministic")
     if config.full and config.lora:
         _refuse(config, "lora", "full fine-tuning has no LoRA to start from", "drop --lora or --full")
     if config.shard and not config.full:

@@ -1,13 +1,12 @@
 """What a long run needs: optimizer steps that survive what is not finite or does not fit, and signs that training goes wrong.
 
 A step whose gradient is not finite changes nothing: ``torch.amp.GradScaler`` finds out on the device and skips it, in fp16 with
-a scale that it lowers, in other precisions with a scale of 1 (a power of two when it has been lowered: exact). Such steps are
-counted, what led to the first of them is kept for ``python -m lpo_fast.guard FILE``, and too many in a row stop the run.
+a scale that it lowers, in other precisions with a scale of 1. Such steps are counted, what led to the first of them is kept for
+``python -m lpo_fast.guard FILE``, and too many in a row stop the run.
 """
 
 import math
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lpo_fast import files, ranks, runs, shard
 from lpo_fast.config import LPO, LRM
@@ -27,21 +27,36 @@ SKIPPED = "skipped.pt"  # in a run's directory
 BATCHES = 5  # of prompts, the first ones of a run and its latest, that are compared
 
 
+class Unscaled(torch.amp.GradScaler):
+    """A scale that stays 1: skipped steps do not lower it."""
+
+    def __init__(self, device: str):
+        super().__init__(device, init_scale=1.0)
+
+    def update(self, new_scale: float | None = None) -> None:
+        """Ready for the next step."""
+        super().update(1.0)
+
+
 def scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
     """What skips steps without a finite gradient; see above."""
-    if precision == "fp16":
-        return torch.amp.GradScaler(device.type)
-    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
+    return torch.amp.GradScaler(device.type) if precision == "fp16" else Unscaled(device.type)
 
 
 @contextmanager
-def memory() -> Iterator[None]:
-    """InputError where the GPU's memory does not suffice and nothing can be done about it."""
+def told() -> Iterator[None]:
+    """InputError where the GPU's memory does not suffice and nothing can be done about it, or for what --deterministic rules
+    out."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise InputError("the GPU's memory", f"does not suffice ({str(error).splitlines()[0]})",
                          "see what takes how much with --dry-run, and README's table of settings that save memory") from error
+    except RuntimeError as error:
+        if "deterministic implementation" not in str(error):
+            raise
+        raise InputError("True", f"cannot be had here ({str(error).splitlines()[0][:160]})", "leave it out",
+                         "--deterministic") from error
 
 
 class Update:
@@ -113,10 +128,11 @@ class Steps:
 
     def keep(self, step: int, inputs: dict[str, object]) -> None:
         """SKIPPED: the inputs of the first such step, and the weights, if the disk has room for them."""
-        file = self.out / SKIPPED
+        file, size = self.out / SKIPPED, sum(x.nbytes for x in tree_leaves(inputs) if isinstance(x, Tensor))
         if file.exists() or not ranks.main():
             return
         try:
+            files.check_room(self.out, 10 * size, "make room")  # states go before
             with files.replacing(file) as aside:
                 files.save_pickle(inputs | {"step": step}, aside)
             runs.say(f"warning: step {step} has no finite loss and was skipped; its inputs: {file}")
@@ -133,9 +149,9 @@ class Watch:
     """Signs of a collapse, each said once with advice."""
 
     def __init__(self, clip_eps: float):
-        self.eps, self.said, self.spread = clip_eps, set(), None
-        self.shares: deque[float] = deque(maxlen=BATCHES)
-        self.first: list[float] = []
+        """state: what was seen, part of a saved run: first and latest shares of valid pairs, the first pictures' spread, and
+        which signs were said."""
+        self.eps, self.state = clip_eps, {"first": [], "shares": [], "spread": None, "said": []}
 
     def batch(self, metrics: dict[str, float], trained: list[dict[str, float]]) -> list[str]:
         """Warnings after a prompt batch; metrics: ``train_lpo.batch_metrics``, trained: rows of its optimizer steps."""
@@ -145,12 +161,11 @@ class Watch:
             found.append(("scores", "the reward model gives scores that are not finite: their pairs are left out; check it "
                           "with python -m lpo_fast.score, or use --mixed-precision bf16"))
         share = metrics["total_valid_samples_num"] / max(metrics["pairs_possible"], 1)
-        if len(self.first) < BATCHES:
-            self.first.append(share)
-        self.shares.append(share)
-        recent = mean(self.shares)
-        if recent < mean(self.first) / 5:
-            found.append(("valid pairs", f"valid pairs fell from {mean(self.first):.0%} to {recent:.0%}: candidates have "
+        first, shares = self.state["first"], [*self.state["shares"], share][-BATCHES:]
+        self.state |= {"first": (first + [share])[:BATCHES], "shares": shares}
+        before, recent = mean(self.state["first"]), mean(shares)
+        if recent < before / 5:
+            found.append(("valid pairs", f"valid pairs fell from {before:.0%} to {recent:.0%}: candidates have "
                           "become alike to the reward model; stop here, or lower --threshold-min and --threshold-max"))
         drift = [max(abs(row["train_ratio_win"] - 1), abs(row["train_ratio_lose"] - 1)) for row in trained]
         drift = [value for value in drift if math.isfinite(value)]
@@ -167,7 +182,7 @@ class Watch:
         pixels = np.stack([np.asarray(picture, np.float32) / 255 for picture in drawn])
         grouped = pixels.reshape(-1, each, pixels[0].size)
         now = float(np.sqrt(grouped.var(1, ddof=1).mean() * 2))
-        first = self.spread = now if self.spread is None else self.spread
+        first = self.state["spread"] = now if self.state["spread"] is None else self.state["spread"]
         if now < first / 2:
             return self.once([("diversity", f"pictures of one prompt differ by {now:.3f}, less than half of the first "
                                f"validation's {first:.3f}: the model has lost variety; use an earlier checkpoint, a lower "
@@ -176,8 +191,8 @@ class Watch:
 
     def once(self, found: list[tuple[str, str]]) -> list[str]:
         """Those that were not said before."""
-        new = [(name, text) for name, text in found if name not in self.said]
-        self.said |= {name for name, _ in new}
+        new = [(name, text) for name, text in found if name not in self.state["said"]]
+        self.state["said"] += [name for name, _ in new]
         return [f"warning: {text}" for _, text in new]
 
 
@@ -186,34 +201,41 @@ def replay(file: Path) -> list[str]:
     kept = files.read_pickle(file, "FILE")
     if not kept.keys() >= {"config", "step", "weights"}:
         raise InputError(str(file), "holds no skipped step", f"name a run's {SKIPPED}", "FILE")
-    about, lines = (replay_lrm if "rows" in kept else replay_lpo)(kept)
-    return [f"step {kept['step']}, {about}", *(list(filter(None, lines)) or [
+    plain = kept["config"] | {"compile": "none", "attention": "sdpa", "validation_prompts": ()}
+    with told():
+        about, lines = replay_lrm(kept, plain) if "rows" in kept else replay_lpo(kept, plain)
+    weights = f"with the weights after {kept['after']} steps"  # metrics are read late, steps may come between
+    return [f"step {kept['step']}, {about}, {weights}", *(list(dict.fromkeys(filter(None, lines))) or [
         "all is finite here: the device, its precision or the weights differed"])]
 
 
-def replay_lpo(kept: dict) -> tuple[str, list[str]]:
+def replay_lpo(kept: dict, settings: dict) -> tuple[str, list[str]]:
     """The step's pairs in words, and what is not finite."""
     from lpo_fast import checkpoint, policy, speed, train_lpo
     from lpo_fast.sample import Pairs
-    config, device = LPO(**kept["config"]), speed.device()
+    config, device = LPO(**settings), speed.device()
     pairs = Pairs(*(x.to(device) for x in kept["pairs"]))
     actor, sched = policy.load(config, kept["prompts"], device)
     checkpoint.Trained(actor.unet).load_state_dict(kept["weights"])
     pairs = pairs._replace(prompt=torch.searchsorted(kept["numbers"].to(device), pairs.prompt))
     lines = [broken(f"pairs, {name}", x) for name, x in zip(Pairs._fields, pairs, strict=True) if x.is_floating_point()]
-    at = pairs.x_t, pairs.t, pairs.prompt
-    lines += [broken("policy's output", actor.train(*at)), broken("reference's output", actor.reference(*at))]
-    out = train_lpo.evaluate(actor, sched, pairs, torch.full((len(pairs.t),), 1 / len(pairs.t), device=device),
-                             beta=config.beta, eps=config.clip_eps, guidance=config.train_guidance)
-    out.loss.backward()
+    for first in range(0, len(pairs.t), config.train_batch_size):
+        part = pairs.take(slice(first, first + config.train_batch_size))
+        at = part.x_t, part.t, part.prompt
+        lines += [broken("policy's output", actor.train(*at)), broken("reference's output", actor.reference(*at))]
+        out = train_lpo.evaluate(actor, sched, part, torch.full_like(part.x_t[:, 0, 0, 0], 1 / len(pairs.t)), beta=config.beta,
+                                 eps=config.clip_eps, guidance=config.train_guidance)
+        out.loss.backward()
+        lines.append(broken("loss", out.loss))
     about = f"{len(pairs.t)} pairs at timesteps {sorted(set(pairs.t.tolist()), reverse=True)}"
-    return about, [*lines, broken("loss", out.loss), *broken_parameters(actor.unet)]
+    return about, [*lines, *broken_parameters(actor.unet)]
 
 
-def replay_lrm(kept: dict) -> tuple[str, list[str]]:
+def replay_lrm(kept: dict, settings: dict) -> tuple[str, list[str]]:
     """The step's pairs in words, and what is not finite; the pictures are read again."""
     from lpo_fast import checkpoint, config, pairs, preflight, speed, train_lrm
-    settings = LRM(**kept["config"] | {"columns": config.Columns(**kept["config"]["columns"])})
+    own = {key: value for key, value in settings.items() if key in LRM.__dataclass_fields__}
+    settings = LRM(**own | {"columns": config.Columns(**own["columns"])})
     lrm, encoder = train_lrm.load(settings, speed.device())
     checkpoint.Trained(lrm).load_state_dict(kept["weights"])
     source = pairs.PairDataset(preflight.training_pairs(settings)["train"], settings.resolution or encoder.resolution)
@@ -221,12 +243,13 @@ def replay_lrm(kept: dict) -> tuple[str, list[str]]:
               for i, (row, compare) in enumerate(zip(source.pairs.rows, source.pairs.compare, strict=True))}
     batch = pairs.collate([source[number[row]] for row in kept["rows"].tolist()])
     batch = train_lrm.encoded(encoder, batch, kept["step"], settings)
-    loss, _ = train_lrm.pair_loss(lrm, encoder, batch, kept["step"], settings,
-                                  (~batch["corrupt"].to(encoder.device) / batch["counts"]).sum())
-    loss.backward()
-    about = f"rows {kept['rows'].tolist()} of {settings.pairs}"
+    weight = (~batch["corrupt"].to(encoder.device) / batch["counts"]).sum()
     lines = [broken("VAE's posterior, mean", batch["mean"]), broken("VAE's posterior, standard deviation", batch["std"])]
-    return about, [*lines, broken("loss", loss), *broken_parameters(lrm)]
+    for part in train_lrm.parts(batch, -(-settings.batch_size // settings.accumulate)):
+        loss, _ = train_lrm.pair_loss(lrm, encoder, part, kept["step"], settings, weight)
+        loss.backward()
+        lines.append(broken("loss", loss))
+    return f"rows {kept['rows'].tolist()} of {settings.pairs}", [*lines, *broken_parameters(lrm)]
 
 
 def broken_parameters(module: torch.nn.Module) -> list[str]:

@@ -54,6 +54,15 @@ class Policy:
         with adapters_off(self.adapters):
             return self._compiled(self.unet, x_t, t, prompts)
 
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Within the block nothing is compiled: torch's modes, which count operations, look into plain code alone."""
+        compiled, self._compiled = self._compiled, self._evaluate
+        try:
+            yield
+        finally:
+            self._compiled = compiled
+
     def _evaluate(self, unet: nn.Module, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         with speed.autocast(self.precision):
             return backbone.predict(unet, x_t, t, self.text[prompts], self.sizes)

@@ -24,6 +24,8 @@ def _together() -> Iterator[None]:
     """Around what needs all processes."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise PeerError(f"rank {index()}: another process has failed, and says why, or was killed; this one ends") from error
 

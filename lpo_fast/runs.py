@@ -5,6 +5,7 @@ metrics.jsonl holds what the seed determines (two equal runs write equal bytes),
 
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import math
@@ -273,6 +274,18 @@ def say(line: str) -> None:
     if ranks.main():
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
+
+
+def digest(value: object) -> str:
+    """SHA-256 of lists of texts and numbers."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def same(before: str, now: str, path: str, flag: str) -> None:
+    """Raise InputError if what a resumed run reads is not what it read before; digests of both."""
+    if before != now:
+        raise InputError(path, "holds other rows than when this run began", "resume with the run's own, or start a run in "
+                         "another directory", flag)
 
 
 def memory() -> str:

@@ -140,11 +140,12 @@ def text_home(size: int) -> torch.device:
 
 
 def deterministic(setting: bool) -> None:
-    """Equal bits on repeat on one GPU: operations that have a deterministic form use it, others warn. CPUs need nothing."""
+    """Equal bits on repeat on one GPU: operations use their deterministic form, those without raise RuntimeError (see
+    ``guard.told``). CPUs need nothing."""
     if setting:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(setting, warn_only=True)
+    torch.use_deterministic_algorithms(setting)  # with warn_only attention's backward pass would not
 
 
 def layout(unet: nn.Module) -> nn.Module:
@@ -181,23 +182,34 @@ def compiled(function: Callable, setting: str, *, graphs: bool = False) -> Calla
         return function
     torch._functorch.config.force_non_lazy_backward_lowering = True  # one that cannot be compiled shows in the forward
     graphs = graphs and torch.cuda.is_available()
-    fast = torch.compile(function, fullgraph=True, dynamic=False, mode=MODES[setting, graphs])
+    fast, ran = torch.compile(function, fullgraph=True, dynamic=False, mode=MODES[setting, graphs]), False
 
     def call(*arguments):
-        nonlocal fast
+        nonlocal fast, ran
         if fast is function:
             return function(*arguments)
         try:
             if graphs:
                 torch.compiler.cudagraph_mark_step_begin()
             returned = fast(*arguments)
-        except TorchDynamoException as error:  # also what its backend raises
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of a first call: compilers fail in many ways, and the function's own errors come again
+            if ran and not isinstance(error, TorchDynamoException):
+                raise
             runs.say(f"warning: {function.__qualname__} cannot be compiled and runs as it is, slower: "
                      f"{str(error).strip().splitlines()[0][:200]}")
             fast = function
             return function(*arguments)
+        ran = True
         return tuple(x.clone() for x in returned) if graphs else returned
     return call
+
+
+def stay(*tensors: Tensor) -> None:
+    """Say that these are never anywhere else: a CUDA graph reads them where they are, and others' copies at every replay."""
+    for tensor in tensors:
+        torch._dynamo.mark_static_address(tensor)
 
 
 def unread() -> int:

@@ -34,11 +34,11 @@ def run(settings: Demo | LRM | LPO) -> None:
             result, out = evaluate.demo(settings)
             runs.say(evaluate.verdict(result))
         case LRM():
-            with guard.memory():
+            with guard.told():
                 out = train_lrm.train(settings)
             runs.say(f"latent reward model: {out / keeping.FINAL}")
         case LPO():
-            with guard.memory():
+            with guard.told():
                 out = train_lpo.train(settings)
             runs.say(f"weights: {out / ('unet' if settings.full else checkpoint.LORA_DIFFUSERS)}")
     if ranks.main():

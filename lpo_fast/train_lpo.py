@@ -188,11 +188,12 @@ def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Cal
     if ranks.main():
         with files.writing(out):
             (out / "exp_config.py").write_text(official.render(config, judge.lrm), encoding="utf-8")
+    known = runs.digest(prompts)
     texts, trained_weights = [*prompts, *config.validation_prompts], checkpoint.Trained(policy.unet)
 
     def inputs(fed: Pairs) -> dict[str, object]:
         numbers = fed.prompt.unique().cpu()
-        return {"config": asdict(config), "prompts": [texts[n] for n in numbers], "numbers": numbers,
+        return {"config": asdict(config), "prompts": [texts[n] for n in numbers], "numbers": numbers, "after": at["step"],
                 "pairs": [x.cpu() for x in fed], "weights": trained_weights.state_dict()}
     skips, watch = guard.Steps(out, None if config.shard else inputs), guard.Watch(config.clip_eps)
     parts = {"weights": trained_weights, "optimizer": optimizer, "ema": ema,
@@ -200,7 +201,8 @@ def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Cal
     if resumed:
         at = checkpoint.load_state(out / checkpoint.STATE, parts)
         run.truncate(at.pop("metrics"))
-        index, left, skips.state = at.pop("index"), at.pop("pairs"), at.pop("skips")
+        index, left, skips.state, watch.state = at.pop("index"), at.pop("pairs"), at.pop("skips"), at.pop("watch")
+        runs.same(at.pop("texts"), known, config.prompts, "--prompts")
         pairs = left and Pairs(*(x.to(device) for x in left))
         if pairs and isinstance(policy.text, Windowed) and len(index) > config.batch_size * ranks.count():
             raise InputError(str(ranks.count()), f"processes hold the text of too few prompts for the {len(index)} of the "
@@ -212,6 +214,7 @@ def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Cal
     elif not source:
         draw.compared("before")
     step = speed.compiled(sample.choose, config.compiled, graphs=True)
+    speed.stay(*policy.text.tensors, *judge.text.tensors, sched.timesteps, sched.table, sched.alphas_cumprod, gap)
     slots = min(config.batch_size, -(-len(prompts) // ranks.count()))
     size = config.batch_size * ranks.count()
     left = batches_left(config, len(prompts), at, pairs is not None)
@@ -241,8 +244,8 @@ def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Cal
 
     def save() -> None:
         """The state that --resume goes on from; pairs that are still to be trained on are part of it."""
-        left = None if pairs is None else [x.cpu() for x in pairs]
-        here = {"metrics": run.size, "skips": skips.state, "index": None if pairs is None else index.cpu(), "pairs": left}
+        here = {"metrics": run.size, "skips": skips.state, "watch": watch.state, "texts": known,
+                "index": None if pairs is None else index.cpu(), "pairs": None if pairs is None else [x.cpu() for x in pairs]}
         checkpoint.save_state(out / checkpoint.STATE, at | here, parts)
 
     if config.in_place:
@@ -321,7 +324,7 @@ def work(policy: Policy, score: Score, sched: Schedule, shape: tuple[int, int, i
     """Operations that a prompt's sampling and a pair's training need."""
     x, t = torch.zeros(1, *shape, device=sched.table.device), sched.timesteps[:1]
     pair, k, (first, last) = Pairs(x, x, x, t, t * 0, t > 0), config.num_candidates, config.window
-    with accounting.countable(policy.unet):
+    with accounting.countable(policy.unet), policy.plain():
         step = accounting.operations(lambda: policy.predict(x, t, t * 0))
         judged = accounting.operations(lambda: score(x, t, t * 0))
         trained = accounting.operations(lambda: evaluate(

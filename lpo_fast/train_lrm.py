@@ -214,14 +214,16 @@ def _train(config: LRM, used: dict[str, Pairs]) -> Path:
     out = Path(config.out)
     if ranks.main():
         keeping.check_room(out, lrm, config, validated="validation" in used)
+    table = runs.digest([used["train"].captions, *(x.tolist() for x in (used["train"].rows, used["train"].labels))])
     resumed = config.resume and bool(checkpoint.states(out))  # else it was killed before its first state
     run = runs.Run(config, resumed)
     if ranks.main():
         with files.writing(out):
             (out / "config.yaml").write_text(official_lrm.render(config, lrm.family.name, ranks.count()), encoding="utf-8")
-    state = {"weights": checkpoint.Trained(lrm), "optimizer": optimizer, "decay": decay, "scaler": update.scaler}
+    state = {"weights": checkpoint.Trained(lrm), "optimizer": optimizer, "decay": decay,
+             "scaler": update.scaler if encoder.precision == "fp16" else None}
     skips = guard.Steps(out, lambda rows: {"config": asdict(config), "rows": ranks.gather(rows.to(device))[0].cpu(),
-                                           "weights": state["weights"].state_dict()})
+                                           "weights": state["weights"].state_dict(), "after": at["step"]})
     at = {"step": 0, "checkpoints": [], "corrupt": {use: [] for use in used}, "stage": {"metrics": {}}}
     if resumed:
         at = checkpoint.load_state(out / checkpoint.STATE, state)
@@ -229,6 +231,7 @@ def _train(config: LRM, used: dict[str, Pairs]) -> Path:
         for use, rows in at["corrupt"].items():
             corrupt[use].rows = set(rows)
         skips.state = at["skips"]
+        runs.same(at["pairs"], table, config.pairs, "--pairs")
     epoch = steps_an_epoch(config, len(used["train"]))
     loader = fetch(sets["train"], batch_sampler=list(batches(config, len(used["train"]), at["step"])))
     if config.resume and not resumed:
@@ -272,7 +275,8 @@ def _train(config: LRM, used: dict[str, Pairs]) -> Path:
 
     def save() -> None:
         """The state that --resume goes on from."""
-        at.update(metrics=run.size, skips=skips.state, corrupt={use: sorted(c.rows) for use, c in corrupt.items()})
+        at.update(metrics=run.size, skips=skips.state, pairs=table,
+                  corrupt={use: sorted(c.rows) for use, c in corrupt.items()})
         if ranks.main():
             checkpoint.save_state(out / checkpoint.STATE, at, state)
             keeping.prune(out, at)

@@ -14,7 +14,7 @@ from test_data import plain, table
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from lpo_fast import backbone, checkpoint, config, sample, schedule, speed, train_lpo, train_lrm
+from lpo_fast import backbone, checkpoint, config, policy, sample, schedule, speed, train_lpo, train_lrm
 from lpo_fast.config import LPO, LRM
 from lpo_fast.shapes import world
 
@@ -106,6 +106,40 @@ def test_lrm(traced: None, lrm: LRM, capsys: pytest.CaptureFixture) -> None:
     assert graphs == 2
     for a, b in zip(rows(plain_run, "train"), rows(made, "train"), strict=True):
         assert a.pop("kind") == b.pop("kind") and a == pytest.approx(b, rel=1e-3, abs=1e-6)
+
+
+def test_operations_are_counted_beside_compiled_steps(traced: None, lpo: LPO) -> None:
+    """As a run on a GPU does before its first step: the numbers are those of plain code, and the steps stay compiled."""
+    prompts, device = json.loads(Path(lpo.prompts).read_text()), torch.device("cpu")
+    found = []
+    for setting in ("none", "default"):
+        settings = replace(lpo, compile=setting)
+        actor, sched = policy.load(settings, prompts, device)
+        judge = policy.load_score(settings, prompts, device)
+        compiled = actor._compiled
+        found.append(train_lpo.work(actor, judge, sched, policy.latent_shape(settings, actor.unet), settings))
+        assert actor._compiled is compiled
+    assert found[0] == found[1] and min(found[0].values()) > 0
+
+
+def test_a_cuda_graph_would_copy_nothing_of_the_run(monkeypatch: pytest.MonkeyPatch, lpo: LPO) -> None:
+    """What is copied into a CUDA graph of the sampling step at every replay, since its place may change, is a batch's."""
+    inputs: list[tuple[int, ...]] = []
+
+    def backend(graph: torch.fx.GraphModule, examples: list) -> Callable:
+        nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        for node, example in zip(nodes, examples, strict=True):
+            static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
+            if isinstance(example, torch.Tensor) and not static and not isinstance(example, torch.nn.Parameter):
+                inputs.append(tuple(example.shape))
+        return graph.forward
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    compiled = speed.compiled
+    monkeypatch.setattr(speed, "compiled", lambda function, setting, graphs=False: (
+        compiled(function, setting, graphs=True) if graphs else function))
+    train_lpo.train(replace(lpo, compile="default", max_batches=1))
+    assert inputs and all(not shape or shape[0] in (lpo.batch_size, lpo.num_candidates) for shape in inputs), inputs
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(capsys: pytest.CaptureFixture) -> None:

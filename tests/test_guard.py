@@ -68,7 +68,7 @@ def test_a_step_without_finite_loss_changes_nothing(lpo: LPO, monkeypatch: pytes
     assert all(torch.equal(x, weights(other)[name]) for name, x in weights(run).items())
     assert guard.main([str(run / guard.SKIPPED)]) == 0
     said = capsys.readouterr().out
-    assert "step 5, 4 pairs at timesteps" in said and "all is finite here" in said
+    assert "step 5, 4 pairs at timesteps" in said and "with the weights after 6 steps" in said and "all is finite here" in said
 
 
 def test_replay_names_what_is_not_finite(lpo: LPO, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -97,6 +97,25 @@ def test_too_many_in_a_row_end_the_run(lpo: LPO, monkeypatch: pytest.MonkeyPatch
     run = train_lpo.train(replace(lpo, resume=True))
     losses = [row["train_loss"] for row in rows(run)]
     assert losses[:3] == [None] * 3 and all(math.isfinite(loss) for loss in losses[3:]) and len(losses) == 6
+
+
+def test_skipped_steps_leave_the_scale_as_it_is() -> None:
+    """After as many as would have driven a scale that halves to 0."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    update = guard.Update(optimizer, guard.scaler(torch.device("cpu"), "no"), 1.0, 1, "")
+
+    def gradients(factor: float) -> Callable[[int], torch.Tensor]:
+        def run(_: int) -> torch.Tensor:
+            loss = (weight * factor * torch.tensor([3.0, 0.0, 4.0])).sum()
+            update.scaler.scale(loss).backward()
+            return loss.detach()
+        return run
+    for _ in range(160):
+        update(gradients(math.nan))
+    assert weight.tolist() == [1.0, 1.0, 1.0]
+    _, norm = update(gradients(1.0))
+    assert norm.item() == 5.0 and torch.allclose(weight.detach(), torch.tensor([0.4, 1.0, 0.2]))
 
 
 def test_the_scaler_of_other_precisions_changes_nothing(lpo: LPO, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -230,6 +249,18 @@ def test_memory_that_does_not_suffice_elsewhere(lrm: LRM, monkeypatch: pytest.Mo
     assert "error: the GPU's memory: does not suffice (CUDA out of memory" in capsys.readouterr().err
 
 
+def test_a_poisoned_step_among_others(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metrics are read at the end of a prompt batch of three steps: what is kept says how many steps the weights have seen.
+    With as many validation prompts as prompts, and passes of two pairs."""
+    lpo = replace(lpo, train_batch_size=2, accumulate=2, validation_prompts=tuple(PROMPTS), validation_pictures=1,
+                  validate_epochs=100)
+    injected(monkeypatch, lambda call, pairs: poisoned(pairs) if call == 2 else pairs)
+    run = train_lpo.train(lpo)
+    assert [row["train_loss"] is None for row in rows(run)] == [False, True, False, False, False, False]
+    said = guard.replay(run / guard.SKIPPED)[0]
+    assert said.startswith("step 1, 4 pairs at ") and said.endswith("with the weights after 3 steps")
+
+
 def batch(valid: int, score: float = 1.0) -> dict[str, float]:
     return {"preference_scores_mean": score, "total_valid_samples_num": valid, "pairs_possible": 100}
 
@@ -251,6 +282,15 @@ def test_watch() -> None:
     assert "scores that are not finite" in watch.batch(batch(50, math.nan), [step(math.nan, math.nan)])[0]
 
 
+def test_watch_goes_on_after_a_resumption() -> None:
+    """What was good is known from the saved state."""
+    before, after = guard.Watch(0.1), guard.Watch(0.1)
+    for _ in range(5):
+        before.batch(batch(50), [step()])
+    after.state = json.loads(json.dumps(before.state))
+    assert [line for _ in range(5) for line in after.batch(batch(5), [step()])][0].startswith("warning: valid pairs fell")
+
+
 def test_watch_of_pictures() -> None:
     """Two prompts, two pictures each, of levels that differ by 0.5, then by 0.3, then by 0.2; other prompts do not count."""
     def grid(difference: float) -> list[Image.Image]:
@@ -258,7 +298,7 @@ def test_watch_of_pictures() -> None:
         return [Image.fromarray(np.full((4, 4, 3), round(255 * level), np.uint8)) for level in levels]
     watch = guard.Watch(0.1)
     assert not watch.pictures(grid(0.5), 2) and not watch.pictures(grid(0.3), 2)
-    assert watch.spread == pytest.approx(0.5, abs=0.01)
+    assert watch.state["spread"] == pytest.approx(0.5, abs=0.01)
     told, = watch.pictures(grid(0.2), 2)
     assert "differ by 0.200, less than half of the first validation's 0.500" in told
     assert not watch.pictures(grid(0.2), 2) and not watch.pictures([], 2) and not watch.pictures(grid(0.2), 1)

@@ -220,6 +220,25 @@ def test_states_and_their_list_are_never_apart(tmp_path: Path, monkeypatch) -> N
         assert names(tmp_path) <= {"state.pt", "state.before.pt", "state.sha256"}
 
 
+def test_saves_that_fail_again_and_again_leave_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk refuses each new state once the list has its sum."""
+    file, real = tmp_path / "state.pt", os.replace
+    for step in (1, 2):
+        checkpoint.save_state(file, {"step": step}, parts())
+
+    def refused(a: Path, b: Path) -> None:
+        if Path(b) == file:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(a, b)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refused)
+        for step in range(3, 13):
+            with pytest.raises(InputError, match="what was saved before is whole"):
+                checkpoint.save_state(file, {"step": step}, parts())
+            files.sweep(tmp_path)
+    assert checkpoint.load_state(file, parts()) == {"step": 2}
+
+
 @pytest.mark.parametrize("harm", ["flipped", "cut", "gone"])
 def test_a_damaged_state_gives_way_to_the_one_before(tmp_path: Path, harm: str, capsys) -> None:
     file = tmp_path / "state.pt"

@@ -238,3 +238,26 @@ def test_tf32_can_be_turned_off_everywhere(settings, monkeypatch) -> None:
     for backend, value in zip(backends, before, strict=True):
         backend.allow_tf32 = value
     assert seen == [[True, True], [False, False], [True, True]]
+
+
+def test_other_prompts_are_not_resumed(settings: config.LPO, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of prompts depends on how many there are, and what is saved are their numbers."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train_lpo.train(settings)
+    prompts = json.loads(Path(settings.prompts).read_text())
+    Path(settings.prompts).write_text(json.dumps(prompts[::-1]))
+    with pytest.raises(InputError, match="--prompts .*prompts.json: holds other rows than when this run began"):
+        train_lpo.train(replace(settings, resume=True))
+    Path(settings.prompts).write_text(json.dumps(prompts, indent=2))
+    train_lpo.train(replace(settings, resume=True))
+
+
+def test_deterministic_runs_are_equal_in_every_byte(settings: config.LPO, tmp_path: Path) -> None:
+    """Twice the same, and the same as without: on a CPU nothing changes."""
+    runs = [train_lpo.train(replace(settings, out=str(tmp_path / str(i)), deterministic=i < 2, validation_prompts=("a",)))
+            for i in range(3)]
+    assert not torch.are_deterministic_algorithms_enabled()
+    for name in ("metrics.jsonl", "checkpoint_0/unet_lora.pt", checkpoint.LORA_DIFFUSERS, "pictures/validation_0.png"):
+        assert len({(run / name).read_bytes() for run in runs}) == 1, name

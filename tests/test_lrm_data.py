@@ -209,3 +209,16 @@ def test_the_handed_on_model_is_the_one_that_is_judged(settings: LRM, monkeypatc
     final = weights(train_lrm.train(replace(settings, validation_pairs=settings.pairs, eval_on_start=False)))
     assert all(torch.equal(x, seen[1][name]) and torch.equal(x, seen[3][name]) for name, x in final.items())
     assert not torch.equal(seen[2]["visual_projection.weight"], seen[3]["visual_projection.weight"])
+
+
+def test_other_pairs_are_not_resumed(settings: LRM, tmp_path: Path) -> None:
+    train_lrm.train(replace(settings, max_steps=2))
+    table(tmp_path / "p.parquet", ["a", "b", "a", "a", "c", "e"], jpg_0=[RED, plain((0, 255, 0))] * 3)
+    with pytest.raises(InputError, match="--pairs .*p.parquet: holds other rows than when this run began"):
+        train_lrm.train(replace(settings, resume=True, max_steps=2))
+
+
+def test_deterministic_runs_are_equal_in_every_byte(settings: LRM, tmp_path: Path) -> None:
+    runs = [train_lrm.train(replace(settings, out=str(tmp_path / str(i)), deterministic=i < 2)) for i in range(3)]
+    for name in ("metrics.jsonl", f"{keeping.FINAL}/state_dict.pt"):
+        assert len({(run / name).read_bytes() for run in runs}) == 1, name

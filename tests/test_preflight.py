@@ -236,6 +236,7 @@ def test_lpo_numbers(lpo: LPO, key: str, value: float) -> None:
     ({"full": True, "lora": "x"}, "--lora", "full fine-tuning has no LoRA"),
     ({"shard": True}, "--shard", "a LoRA is small"),
     ({"full": True, "shard": True, "compile": "max"}, "--compile", "does not go with --shard"),
+    ({"deterministic": True, "attention": "auto"}, "--attention", "gives other bits on repeat, or is chosen by time"),
     ({"full": True, "shard": True, "optimizer": "adamw8bit"}, "--optimizer", "can be sharded"),
     ({"full": True, "shard": True, "optimizer": "adafactor"}, "--optimizer", "can be sharded"),
     ({"full": True, "shard": True, "mixed_precision": "fp16"}, "--mixed-precision", "means fp16 here"),

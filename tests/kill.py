@@ -282,7 +282,7 @@ def main() -> None:
     title, what, more = "# Killed training runs", "SIGKILL", []
     if options.ranks > 1:
         ends, told = sorted(sum((trial.ends for trial in both), [])), sum(trial.told for trial in both)
-        title, what = f"# One of {options.ranks} processes killed", "SIGKILL to one process"
+        title, what = f"## One of {options.ranks} processes killed", "SIGKILL to one process"
         more = [f"The others had ended after {ends[len(ends) // 2]:.1f} s (median), {ends[-1]:.1f} s at most. The launcher "
                 f"named the signal every time; {told} times another process said that one had failed: else it was not in "
                 "the loop.", ""]

@@ -203,6 +203,7 @@ loaded = lru_cache(1)(Bench)  # the models of one family at a time
 def test(family: str, row: str, work: Path, benchmark, request: pytest.FixtureRequest) -> None:
     if row.startswith("xformers") and (problem := speed.xformers_problem()):
         pytest.skip(f"xformers {problem}")
+    waterfall.skip_if_known(request.config.getoption("--results"), f"lpo-{family}", row)
     torch.manual_seed(0)
     torch._dynamo.reset()
     bench = loaded(family, work)

@@ -197,5 +197,6 @@ def measure(bench: Bench, row: str, benchmark, cache: Path, results: Path | None
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("family", PAIRS)
 def test(family: str, row: str, work: Path, benchmark, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    waterfall.skip_if_known(request.config.getoption("--results"), f"lrm-{family}", row)
     rows = measure(loaded(family, work), row, benchmark, tmp_path, request.config.getoption("--results"))
     print("\n" + waterfall.table(rows))

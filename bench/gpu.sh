@@ -2,17 +2,18 @@
 # bench/gpu.sh [STAGE ...]: everything that wants a GPU, in stages of at most 8 minutes; without one a dry run on the CPU.
 #
 # Stages: test_<op> and bench_<op> of every kernel, test_launch, doctor; the loops' waterfalls, lpo-<family> and lrm-<family>;
-# memory-<setting>, README's memory settings as measured; world-<seed>, the embedded world. All by default, less those that an earlier call has
-# finished (build/gpu/; remove it to begin again). Logs and the benchmarks' rows go to $OUT (bench/results) as they come,
-# beside the rows that bench/results has already. PYTHON: the interpreter; .site/ may hold packages that it lacks. COMMIT:
-# what is measured, where there is no git. Exit status 1 if a stage fails.
+# memory-<setting>, README's memory settings as measured; world-<seed>, the embedded world. All by default, less those that an
+# earlier call has finished (build/gpu/; remove it to begin again); a waterfall goes on with its next row. Logs and rows go to
+# $OUT (bench/results) as they come, beside the rows that bench/results has already. PYTHON: the interpreter; .site/ may hold
+# packages that it lacks. COMMIT: what is measured, where there is no git. Exit status 1 if a stage fails.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-bench/results} python=${PYTHON:-python3} state=build/gpu
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$PWD/build/inductor} BENCH_WORK=${BENCH_WORK:-$PWD/build/models}
 export PYTHONPATH=$PWD/.site:$PWD${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$out" "$state"
-[ "$out" -ef bench/results ] || cp -n bench/results/*.json "$out" 2>/dev/null
+here=$(realpath "$out")
+[ "$out" -ef bench/results ] || (cd bench/results && find . -name '*.json' ! -path './cpu/*' -exec cp -n --parents {} "$here" \;)
 
 stages=("$@")
 if [ $# -eq 0 ]; then

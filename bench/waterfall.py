@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from measure import clock, environment, markdown, write
@@ -149,6 +150,14 @@ def keep(folder: Path | None, name: str, about: str, row: dict) -> list[dict]:
     write(path, rows, page)
     picture(rows, path.with_suffix(".png"))
     return rows
+
+
+def skip_if_known(folder: Path | None, name: str, row: str) -> None:
+    """End a benchmark whose row was measured on this device at this commit: a stage that was cut off goes on with the next."""
+    path, now = folder and folder / machine() / f"{name}.json", environment()
+    rows = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else []
+    if any(r["row"] == row and all(r[key] == now[key] for key in ("device", "torch", "commit")) for r in rows):
+        pytest.skip(f"is in {path}, of this commit; remove it to measure again")
 
 
 def table(rows: list[dict]) -> str:

@@ -150,6 +150,7 @@ def page(unit: str, seconds: float, spans: list[tuple[str, float, float]], on_cp
     else:
         rows = on_cpu
     whole = sum(spent for _, spent, _ in rows) or 1.0
+    lines += [f"Shares of {whole / 1e3:,.1f} ms, all of them together.", ""]
     lines += ["| ms | share | calls | " + ("kernel" if spans else "operator, own time") + " |", "|---|---|---|---|"]
     for name, spent, count in sorted(rows, key=lambda row: -row[1])[:ROWS]:
         shown = name.replace("|", "\\|")

@@ -1,5 +1,6 @@
 """What the commands share: settings from a command line, and an error of the user's as one line and exit code 2."""
 
+import difflib
 import io
 import re
 import sys
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from lpo_fast import config
 from lpo_fast.errors import InputError, PeerError
 
 Settings = TypeVar("Settings")
@@ -19,14 +21,24 @@ def parse(kind: Any, argv: list[str] | None, name: str, **more: Any) -> Any:
     box = io.StringIO()
     try:
         with redirect_stderr(box):
-            return tyro.cli(kind, args=sys.argv[1:] if argv is None else argv, prog=f"python -m lpo_fast.{name}",
-                            config=(tyro.conf.FlagCreatePairsOff,), **more)
+            return tyro.cli(kind, args=sys.argv[1:] if argv is None else argv, prog=f"python -m lpo_fast.{name}", **more)
     except SystemExit as end:
         if end.code:  # tyro's box, in Unicode or ASCII: paragraphs between rulers
             inside = (line.strip("│| ") for line in box.getvalue().splitlines() if line[:1] not in "╭╰+")
             text = re.sub(" +", " ", " ".join(inside))
+            if unknown := re.match(r"Unrecognized (?:or misplaced )?options?: (--[\w.-]+)", text):
+                text = f"{unknown[1]}: {_unknown(unknown[1], name)}"
             print(f"error: {re.sub('[.]? (─|-){4,} ', '; ', text)}", file=sys.stderr)
         raise
+
+
+def _unknown(option: str, name: str) -> str:
+    """What to say of an option that a command does not have."""
+    key = option.removeprefix("--").replace("-", "_")
+    stages = [stage.__name__.lower() for stage in (config.LPO, config.LRM) if key.removeprefix("no_") in stage.__annotations__]
+    near = difflib.get_close_matches(key, {**config.LPO.__annotations__, **config.LRM.__annotations__}, 1)
+    return ("is no option here" + (f", but one of {' and '.join(stages)}" if stages else "")
+            + (f"; did you mean {flag(near[0])}?" if near and not stages else f"; see python -m lpo_fast.{name} --help"))
 
 
 def command(kind: type[Settings], run: Callable[[Settings], None], argv: list[str] | None, name: str,

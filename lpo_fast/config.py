@@ -133,7 +133,7 @@ class LPO:
     tf32: bool = True
     """TensorFloat-32 in what runs in fp32 on CUDA."""
     profile: bool = False
-    """Profile the run's third prompt batch: a trace and a page below profile/ in the run directory."""
+    """Profile the third prompt batch, or the last of a shorter run: profile/table.md and a trace in the run directory."""
 
     save_epochs: int = 1
     """Epochs between checkpoints."""

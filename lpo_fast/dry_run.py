@@ -239,6 +239,8 @@ def memory_table(always: dict[str, int], activations: int, gradients: int, phase
     return table(["memory, GiB: estimate, not yet checked on a GPU", ""], [
         *([name, gib(size)] for name, size in always.items() if size), ["held in all phases", gib(sum(always.values()))],
         ["a training pass's activations", gib(activations)], ["a training pass's gradients", gib(gradients)],
+        ["what its backward pass takes beside them", gib(next(size for name, size in phases.items() if name.startswith(
+            "training")) - sum(always.values()) - activations - gradients)],
         *([f"most while {name}", gib(size)] for name, size in phases.items()),
         [f"peak ({top.partition(',')[0]})", gib(phases[top])]]) + [
         "optimizer states: " + ", ".join(f"{name} {gib(size)}" for name, size in optimizers.items()),

@@ -270,7 +270,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         if len(argv) != 1 or argv[0].startswith("-"):
-            raise InputError(" ".join(argv) or "(none)", "names no single file", f"give RUN/{SKIPPED}", "FILE")
+            raise InputError(" ".join(argv) or "(none)", "is no single file", f"name a run's {SKIPPED}", "FILE")
+        if not Path(argv[0]).is_file():
+            raise InputError(argv[0], "no such file", f"name a run's {SKIPPED}", "FILE")
         print("\n".join(replay(Path(argv[0]))))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -10,7 +10,7 @@ import difflib
 import os
 import runpy
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -109,9 +109,10 @@ def plain(value: object) -> dict:
     return {key: plain(item) if isinstance(item, Mapping) else item for key, item in value.items()}
 
 
-def override(config: dict[str, object], changes: dict[str, str]) -> dict[str, object]:
-    """Values of the command line in place of the file's, read as the kind of value that stands there."""
-    config = dict(config)
+def override(config: dict[str, object], changes: dict[str, str], others: Collection[str] = ()) -> dict[str, object]:
+    """Values of the command line in place of the file's, read as the kind of value that stands there. others: keys that may be
+    missing there."""
+    config = dict.fromkeys(others) | config
     for key, text in changes.items():
         flag = f"--config.{key}"
         if key not in config:
@@ -231,7 +232,7 @@ def attention(notes: list[str]) -> str:
 def parse(argv: list[str]) -> tuple[LPO, list[str]]:
     """Settings and notes of an official launch line; our own flags win over the file."""
     file, changes, rest = split(argv)
-    config, notes = settings(override(flat(load(file)), changes))
+    config, notes = settings(override(flat(load(file)), changes, SAME.keys() | WORKED_OUT if Path(file).suffix in DATA else ()))
     if rest:
         given = cli.parse(LPO, rest, "train --config FILE.py", default=config)
         checks.lora_flags(given, config)

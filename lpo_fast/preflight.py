@@ -21,7 +21,8 @@ TRACKERS = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
 # Settings that a resumed run may change.
 MAY_CHANGE = {"out", "resume", "epochs", "max_batches", "save_epochs", "save_steps", "keep_checkpoints", "preempt_exit_code",
               "pictures", "log_with", "tracker_project", "tracker_entity", "run_name", "num_workers", "cache_dir",
-              "cache_latents", "max_corrupt", "shard", "dry_run", "resume_from"}  # the state holds what came from a checkpoint
+              "cache_latents", "max_corrupt", "shard", "dry_run", "checkpointing", "compile", "profile",
+              "resume_from"}  # the state holds what came from a checkpoint
 
 
 def lpo(config: LPO) -> tuple[list[str], Path | None]:
@@ -301,14 +302,16 @@ def directory(config: LPO | LRM, source: Path | None = None) -> None:
             raise InputError(config.out, f"holds later checkpoints than {source.name}, up to {last.name}", "go on from the "
                              "last one, remove the later ones, or choose another directory", "--out")
         return
+    if os.environ.get("RANK", "0") == "0" and (process := runs.holder(out)):
+        raise runs.in_use(out, process)
     states = checkpoint.states(out)
     if out.is_dir() and not (out / "config.json").is_file() and not all(path.name.startswith(".") for path in out.iterdir()):
         raise InputError(config.out, "holds something else than a run", "choose a directory of its own", "--out")
     if not config.resume and states:
         raise InputError(config.out, "holds a run already", "choose another directory, or go on with --resume", "--out")
     if not config.resume and (found := sorted(path.name for path in out.glob("checkpoint[_-]*"))):
-        raise InputError(config.out, f"holds {found[0]} of another run", "choose another directory, or remove its checkpoints",
-                         "--out")
+        raise InputError(config.out, f"holds {found[0]} of another run", "choose another directory, go on with --resume, or "
+                         "remove its checkpoints", "--out")
     if not config.resume or not states:
         return
     before = read_config(out, "--out")

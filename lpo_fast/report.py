@@ -144,6 +144,8 @@ def plot(title: str, how: str, x_name: str, y_name: str, ref: tuple | None, *ser
             axes.annotate(ref[1], (1.01, ref[0]), xycoords=("axes fraction", "data"), va="center")
         if y_name.startswith("share"):
             axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -0.02), min(high, 1.02))
         axes.locator_params("x", integer=True, nbins=7)
         axes.set(xlabel=x_name, ylabel=y_name, frame_on=False)
         figure.savefig(text := io.StringIO(), format="svg", transparent=True)
@@ -196,12 +198,15 @@ def headline(found: dict, train: list[dict], batches: list[dict], checks: list[d
     note = ("Bars: share of right pictures, full at 100 %. Brackets and whiskers: 95 % intervals over pictures, taken "
             f"as independent, not over training runs. {note}.")
     if not stages:
-        logged = [(column(checks, "accuracy"), "last validation accuracy of the reward model"),
-                  (column(train, "implicit_acc"), "last implicit accuracy of the policy")]
-        tiles = [(f"{y[-1]:.1%}", text) for y, text in logged if np.isfinite(y[-1:]).any()]
+        valid, implicit = column(checks, "accuracy"), column(train, "implicit_acc")
+        late = implicit[-max(len(implicit) // 10, 10):]
+        late = late[np.isfinite(late)]
+        logged = [(valid[-1:], "last validation accuracy of the reward model"),
+                  (late, f"implicit accuracy of the policy, mean of the last {len(late)} steps")]
+        tiles = [(f"{y.mean():.1%}", text) for y, text in logged if np.isfinite(y).any()]
         kept, possible = (np.nansum(column(batches, key)) for key in ("total_valid_samples_num", "pairs_possible"))
         tiles += [(f"{kept:,.0f}", f"pairs kept of {possible:,.0f} possible")] * bool(possible)
-        note = "No evaluation is recorded in this run."
+        note = "No evaluation is recorded in this run; python -m lpo_fast.evaluate judges a model's pictures."
     return (f'<div class="tiles">{"".join(f"<div><b>{value}</b>{text}</div>" for value, text in tiles)}</div>'
             f'<p>{verdict}</p><div class="bars">{"".join(bars.values())}</div><p class="muted">{note}</p>')
 
@@ -220,7 +225,8 @@ def pictures(folder: Path) -> str:
                          f"{MARKS.get(str(about.get(f'{stage}_right')), '')}</span>")
         cards.append(card + "</div></figure>")
     rest = f'<details><summary>{len(cards) - OPEN} more</summary><div class="pictures">{"".join(cards[OPEN:])}</div>'
-    how = f"{len(cards)} of {len(numbers)} pairs, in order, same seeds. ✓: shows what its caption asks for."
+    how = f"{len(cards)} of {len(numbers)} pairs, in order, same seeds."
+    how += " ✓: shows what its caption asks for." * any("after_right" in c for c in captions if isinstance(c, dict))
     grid = section("Pictures before and after alignment", how, *cards[:OPEN], cls="pictures")
     return grid + (rest + "</details>" if len(cards) > OPEN else "")
 

@@ -52,7 +52,10 @@ def claim(out: Path) -> Iterator[None]:
         return
     made = not out.exists()
     with files.writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # /proc
+            raise InputError(str(out), f"cannot be made ({error.strerror})", "choose another directory", "--out") from error
         lock = _lock(out)
     try:
         files.sweep(out)
@@ -65,6 +68,21 @@ def claim(out: Path) -> Iterator[None]:
         lock.close()
 
 
+def holder(out: Path) -> str:
+    """Which process holds a run directory; "" if none does."""
+    with suppress(OSError), open(out / LOCK, "r+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return (file.read().strip() or "another run") if error.errno in (errno.EACCES, errno.EAGAIN) else ""
+    return ""
+
+
+def in_use(out: Path, by: str) -> InputError:
+    """The refusal of a run directory that another process holds."""
+    return InputError(str(out), f"is in use by {by}", "wait for its end or stop it, or choose another directory", "--out")
+
+
 def _lock(out: Path) -> TextIO:
     """The open lock file, which says who holds it."""
     while True:
@@ -74,8 +92,7 @@ def _lock(out: Path) -> TextIO:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
-                raise InputError(str(out), f"is in use by {file.read().strip() or 'another run'}",
-                                 "wait for its end or stop it, or choose another directory", "--out") from error
+                raise in_use(out, file.read().strip() or "another run") from error
             print(f"warning: {out} cannot be locked ({error.strerror}): start no second run there", file=sys.stderr)
         try:
             if os.path.samestat(os.stat(out / LOCK), os.fstat(file.fileno())):

@@ -64,7 +64,8 @@ def parse(argv: list[str]) -> Demo | LRM | LPO:
     if official.is_launch(argv):
         settings, notes = official.parse(argv)
         if os.environ.get("RANK", "0") == "0":  # of many processes one
-            print(*(f"note: {note}" for note in notes), sep="\n", flush=True)
+            for note in notes:
+                print(f"note: {note}", flush=True)
         return settings
     if any(a.partition("=")[0] in ("--config-path", "--config-name", "-cp", "-cn") for a in argv):
         return replace(official_lrm.parse([a for a in argv if a != "--dry-run"]), dry_run="--dry-run" in argv)
@@ -74,8 +75,9 @@ def parse(argv: list[str]) -> Demo | LRM | LPO:
               | Annotated[LPO, tyro.conf.subcommand("lpo", default=defaults.lpo)])
     if not argv or argv[0].startswith("--") and argv[0] != "--help":
         argv = ["demo", *argv]
-    settings = cli.parse(stages, argv, "train",
-                         description="Latent reward models and latent preference optimization for Stable Diffusion.")
+    settings = cli.parse(stages, argv, "train", description=(
+        "Latent reward models and latent preference optimization for Stable Diffusion. Defaults are those of the recipe for "
+        "the model that --model names; without one, SD1.5's."))
     if isinstance(settings, LPO):
         checks.lora_flags(settings, defaults.lpo)
     return settings

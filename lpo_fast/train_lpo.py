@@ -19,6 +19,7 @@ from tqdm import tqdm
 from lpo_fast import (
     accounting,
     checkpoint,
+    cli,
     files,
     guard,
     noise,
@@ -219,8 +220,12 @@ def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Cal
     size = config.batch_size * ranks.count()
     left = batches_left(config, len(prompts), at, pairs is not None)
     total = min(at["done"] + left, at.setdefault("start", at["done"]) + (config.max_batches or math.inf))
+    if at["epoch"] > config.epochs or at["done"] > total:
+        key = "epochs" if at["epoch"] > config.epochs else "max_batches"
+        raise InputError(str(getattr(config, key)), f"the run in {out} is beyond: {at['epoch']} epochs and {at['done']} "
+                         "batches are done", "use more, or take a checkpoint_{epoch}", cli.flag(key))
     if config.resume and not resumed:
-        runs.say(f"{out} holds no saved state: the run starts from the beginning")
+        runs.say(f"warning: {out} holds no saved state: the run starts from the beginning")
     runs.say(f"LPO on {device}, precision {policy.precision} | {len(prompts)} prompts | {at['done']} of {total} batches done | "
              f"{sum(p.numel() for p in trainable(policy.unet)):,} parameters train | {ranks.named(ranks.count())}")
     pooled = config.train_batch_size * config.accumulate * ranks.count()
@@ -313,6 +318,7 @@ def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Cal
                  "the reward model's accuracy")
     if ema:
         ema.copy_to(trainable(policy.unet))
+        runs.say(f"what is exported is the average of the weights, --ema-decay {config.ema_decay:g}")
     outputs.export(out, policy.unet, config)
     draw.compared("after")
     run.close()

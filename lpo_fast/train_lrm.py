@@ -232,10 +232,12 @@ def _train(config: LRM, used: dict[str, Pairs]) -> Path:
             corrupt[use].rows = set(rows)
         skips.state = at["skips"]
         runs.same(at["pairs"], table, config.pairs, "--pairs")
+    if at["step"] > config.max_steps:
+        raise InputError(str(config.max_steps), f"the run in {out} is beyond, at step {at['step']}", "use more", "--max-steps")
     epoch = steps_an_epoch(config, len(used["train"]))
     loader = fetch(sets["train"], batch_sampler=list(batches(config, len(used["train"]), at["step"])))
     if config.resume and not resumed:
-        runs.say(f"{out} holds no saved state: the run starts from the beginning")
+        runs.say(f"warning: {out} holds no saved state: the run starts from the beginning")
     runs.say(f"LRM on {device}, precision {encoder.precision} | {len(used['train'])} of {len(used['train'].captions)} pairs | "
              f"{at['step']} of {config.max_steps} steps done | "
              f"{sum(p.numel() for p in lrm.parameters() if p.requires_grad):,} parameters train | {ranks.named(ranks.count())}")

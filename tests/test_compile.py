@@ -151,6 +151,19 @@ def test_what_cannot_be_compiled_runs_as_it_is(capsys: pytest.CaptureFixture) ->
     assert speed.compiled(reads, "none") is reads
 
 
+def test_a_compiler_may_fail_in_any_way(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """At the first call the function runs as it is; what a compiled one raises later is its own."""
+    def broken(graph: torch.fx.GraphModule, examples: list) -> Callable:
+        def call(*_) -> None:
+            raise RuntimeError("out of resource: shared memory")  # as Triton says at the first launch
+        return call
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    function = speed.compiled(lambda x: x * 2, "default")
+    assert function(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert "cannot be compiled and runs as it is, slower: out of resource" in capsys.readouterr().out
+
+
 def test_errors_of_the_function_itself_pass(traced: None) -> None:
     function = speed.compiled(lambda x: torch.cat([x, x[:, :1]]), "default")
     with pytest.raises(RuntimeError):

@@ -357,6 +357,9 @@ def test_a_second_run_is_refused(settings, tmp_path, capsys) -> None:
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith(f"error: --out {out}: is in use by process {owner.pid} on {platform.node()}; wait")
         assert names(out) == {runs.LOCK}
+        (out / "checkpoint_0").mkdir()  # whatever the other one has written by now
+        assert train.main(argv(settings)) == 2 and "is in use by process" in capsys.readouterr().err
+        (out / "checkpoint_0").rmdir()
     finally:
         os.kill(owner.pid, signal.SIGKILL)
         owner.join()

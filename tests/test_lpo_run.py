@@ -261,3 +261,13 @@ def test_deterministic_runs_are_equal_in_every_byte(settings: config.LPO, tmp_pa
     assert not torch.are_deterministic_algorithms_enabled()
     for name in ("metrics.jsonl", "checkpoint_0/unet_lora.pt", checkpoint.LORA_DIFFUSERS, "pictures/validation_0.png"):
         assert len({(run / name).read_bytes() for run in runs}) == 1, name
+
+
+def test_a_resumed_run_is_not_beyond_what_is_asked_for(settings: config.LPO) -> None:
+    """Nothing is exported under settings that other weights belong to; what memory and speed want may change."""
+    train_lpo.train(replace(settings, epochs=2))
+    with pytest.raises(InputError, match="--epochs 1: the run in .* is beyond: 2 epochs and 6 batches are done"):
+        train_lpo.train(replace(settings, epochs=1, resume=True))
+    with pytest.raises(InputError, match="--max-batches 4: the run in .* is beyond: 2 epochs and 6 batches are done"):
+        train_lpo.train(replace(settings, epochs=2, max_batches=4, resume=True))
+    train_lpo.train(replace(settings, epochs=2, resume=True, checkpointing="selective"))

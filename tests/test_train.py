@@ -288,7 +288,7 @@ def test_a_directory_with_something_else_is_refused(settings, tmp_path):
      "'paged_adamw8bit', 'adafactor'); For full helptext, run python -m lpo_fast.train lpo --help"),
     (["lpo", "--rank", "x"], "Error parsing --rank: invalid literal for int() with base 10: 'x'; Argument helptext:"),
     (["lop"], "Unrecognized options: lop; Available subcommands: demo, lrm, lpo; "),
-    (["--config", f"{Path(__file__).parent}/official/configs/sd15.py", "--nosuch"], "--nosuch: is no option here; see python -m lpo_fast.train --config FILE.py --help"),
+    (["--config", f"{Path(__file__).parent}/official/configs/sd15.py", "--nosuch"], "--nosuch: is no option here; see "),
     (["lrm", "--checkpointing", "full"], "--checkpointing: is no option here, but one of lpo; "),
     (["lpo", "--batchsize", "3"], "--batchsize: is no option here; did you mean --batch-size?"),
 ])

@@ -26,7 +26,7 @@ def parse(kind: Any, argv: list[str] | None, name: str, **more: Any) -> Any:
         if end.code:  # tyro's box, in Unicode or ASCII: paragraphs between rulers
             inside = (line.strip("│| ") for line in box.getvalue().splitlines() if line[:1] not in "╭╰+")
             text = re.sub(" +", " ", " ".join(inside))
-            if unknown := re.match(r"Unrecognized (?:or misplaced )?options?: (--[\w.-]+)", text):
+            if unknown := re.search(r"Unrecognized (?:or misplaced )?options?: (--[\w.-]+)", text):
                 text = f"{unknown[1]}: {_unknown(unknown[1], name)}"
             print(f"error: {re.sub('[.]? (─|-){4,} ', '; ', text)}", file=sys.stderr)
         raise

@@ -152,7 +152,8 @@ def test_few_rows(tmp_path: Path, n: int) -> None:
     lines(tmp_path / "lrm" / "metrics.jsonl", lrm_rows(n))
     text = page(tmp_path)
     assert text.count('role="img"') == 8
-    assert "last implicit accuracy of the policy" in text and f"pairs kept of {12 * n} possible" in text
+    assert f"implicit accuracy of the policy, mean of the last {n} steps" in text
+    assert f"pairs kept of {12 * n} possible" in text
 
 
 def test_killed_run(tmp_path: Path) -> None:

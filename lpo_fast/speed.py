@@ -189,8 +189,8 @@ def compiled(function: Callable, setting: str, *, graphs: bool = False) -> Calla
         if fast is function:
             return function(*arguments)
         if not ran:
-            runs.say(f"compiling {function.__qualname__}: minutes the first time; what is compiled is kept in "
-                     f"{torch._inductor.runtime.cache_dir_utils.cache_dir()}")
+            from torch._inductor.runtime.cache_dir_utils import cache_dir
+            runs.say(f"compiling {function.__qualname__}: minutes the first time; what is compiled is kept in {cache_dir()}")
         try:
             if graphs:
                 torch.compiler.cudagraph_mark_step_begin()

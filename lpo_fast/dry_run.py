@@ -244,7 +244,7 @@ def memory_table(always: dict[str, int], activations: int, gradients: int, phase
         *([f"most while {name}", gib(size)] for name, size in phases.items()),
         [f"peak ({top.partition(',')[0]})", gib(phases[top])]]) + [
         "optimizer states: " + ", ".join(f"{name} {gib(size)}" for name, size in optimizers.items()),
-        "passes are counted as not compiled; on top: CUDA's context, its libraries' workspaces, what PyTorch's allocator keeps"]
+        "passes as not compiled; on top: CUDA's context, its libraries' workspaces, what PyTorch's allocator keeps"]
 
 
 def table(header: list[str], rows: list[list[object]]) -> list[str]:

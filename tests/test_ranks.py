@@ -28,6 +28,7 @@ from diffusers import UNet2DConditionModel
 from lpo_fast import checkpoint, ranks, schedule, train_lpo
 from lpo_fast.backbone import Text
 from lpo_fast.config import LPO
+from lpo_fast.guard import Update
 from lpo_fast.policy import Policy, trainable
 from lpo_fast.sample import Pairs
 model, out = sys.argv[1:]

@@ -154,7 +154,7 @@ def test_other_numbers_of_processes_go_on(cut: tuple, tmp_path: Path, copied) ->
                for a, b in zip(rows(second), rows(folder / "second"), strict=True))
     ended = copied(folder / "average")
     before = load_file(ended / WEIGHTS)
-    train_lpo.train(replace(alone, out=str(ended), ema_decay=0.5, resume=True, batch_size=2, train_batch_size=2, max_batches=1))
+    train_lpo.train(replace(alone, out=str(ended), ema_decay=0.5, resume=True, batch_size=2, train_batch_size=2))
     after = load_file(ended / WEIGHTS)
     assert all(torch.equal(before[name], after[name]) for name in before)  # nothing was left to do
     assert not equal(ended / WEIGHTS, folder / "whole" / WEIGHTS, 1e-5)

@@ -118,6 +118,23 @@ def test_skipped_steps_leave_the_scale_as_it_is() -> None:
     assert norm.item() == 5.0 and torch.allclose(weight.detach(), torch.tensor([0.4, 1.0, 0.2]))
 
 
+def test_a_pass_that_fails_leaves_no_gradient() -> None:
+    """Of a step of two passes the second does not fit: both are gone through again, by smaller ones."""
+    weight, sizes = torch.nn.Parameter(torch.tensor([2.0])), []
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    update = guard.Update(optimizer, guard.scaler(torch.device("cpu"), "no"), 1e9, 4, "")
+
+    def gradients(size: int) -> torch.Tensor:
+        for number in range(8 // size):
+            if size == 4 and number == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            sizes.append(size)
+            update.scaler.scale(weight.sum() * size / 8).backward()
+        return weight.detach()
+    _, norm = update(gradients)
+    assert sizes == [4, 2, 2, 2, 2] and norm.item() == 1.0 and weight.item() == 1.0
+
+
 def test_the_scaler_of_other_precisions_changes_nothing(lpo: LPO, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = train_lpo.train(lpo)
     monkeypatch.setattr(guard, "scaler", lambda *_: torch.amp.GradScaler("cpu", enabled=False))
@@ -212,7 +229,18 @@ def test_replay_of_an_lrm_step_names_what_is_not_finite(lrm: LRM, monkeypatch: p
     assert not any(line.startswith("logit_scale") for line in lines)  # the weights are finite
 
 
-def test_lrm_steps_that_fail_in_a_row_end_the_run(lrm: LRM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replay_takes_the_weights_that_were_kept(lrm: LRM, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        passes(patch, lambda step, x: x * math.nan)
+        file = train_lrm.train(replace(lrm, max_steps=1, warmup_steps=0)) / guard.SKIPPED
+    assert guard.replay(file)[1].startswith("all is finite here")
+    kept = torch.load(file, weights_only=True)
+    kept["weights"]["visual_projection.weight"][0, 0] = math.inf
+    torch.save(kept, file)
+    assert any(line.startswith("visual_projection.weight: 1 of ") for line in guard.replay(file))
+
+
+def test_lrm_steps_that_fail_in_a_row_end_the_run(lrm: LRM, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(guard, "IN_A_ROW", 2)
     with monkeypatch.context() as patch:
         passes(patch, lambda step, x: x * math.nan)
@@ -220,6 +248,7 @@ def test_lrm_steps_that_fail_in_a_row_end_the_run(lrm: LRM, monkeypatch: pytest.
             train_lrm.train(lrm)
     losses = [row["loss"] for row in rows(train_lrm.train(replace(lrm, resume=True)))]
     assert losses[:2] == [None] * 2 and math.isfinite(losses[2])
+    assert "2 of 3 optimizer steps had no finite gradient and were skipped" in capsys.readouterr().out
 
 
 def test_lrm_memory_that_does_not_suffice(lrm: LRM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:

@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from measure import environment, markdown
+from measure import markdown, stamp
 
 from lpo_fast import checkpoint, train_lpo
 from lpo_fast.shapes import evaluate
@@ -57,9 +57,8 @@ def main() -> None:
                               "first batch's pairs as the recipe's", "s"], rows)
             print(table, flush=True)
             if args.out:
-                about = ", ".join(f"{k} {v}" for k, v in environment().items())
                 args.out.write_text(f"# The embedded world under each lever\n\n`python bench/levers.py --seeds "
-                                    f"{' '.join(map(str, args.seeds))} --pictures {args.pictures}`; {about}. Rows with * are "
+                                    f"{' '.join(map(str, args.seeds))} --pictures {args.pictures}`; {stamp()}. Rows with * are "
                                     f"approximations. Seconds hold compilation.\n\n{table}", encoding="utf-8")
 
 

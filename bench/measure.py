@@ -152,6 +152,11 @@ def benchmarks(operator: Operator) -> Callable:
     return test
 
 
+def stamp() -> str:
+    """``environment`` in a line."""
+    return ", ".join(f"{key} {value}" for key, value in environment().items())
+
+
 def write(path: Path, rows: list[dict], page: str) -> None:
     """Rows as JSON, and the page beside them as Markdown: a killed run leaves no half file."""
     for target, text in ((path, json.dumps(rows, indent=1) + "\n"), (path.with_suffix(".md"), page)):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import random_models
 import torch
-from measure import environment, markdown
+from measure import markdown, stamp
 
 from lpo_fast.shapes import evaluate, world
 
@@ -82,8 +82,7 @@ def main() -> None:
             table = markdown(["setting", "GB of the GPU", "GiB by --dry-run", "GiB measured", "ratio"], rows)
             print(table, flush=True)
             if args.out:
-                about = ", ".join(f"{k} {v}" for k, v in environment().items())
-                args.out.write_text(f"# Peak memory\n\n`python bench/memory.py`; {about}.\n\n{table}", encoding="utf-8")
+                args.out.write_text(f"# Peak memory\n\n`python bench/memory.py`; {stamp()}.\n\n{table}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lpo_fast import files, ranks, runs, shard
+from lpo_fast import cli, files, ranks, runs, shard
 from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
 
@@ -199,28 +200,28 @@ class Watch:
 def replay(file: Path) -> list[str]:
     """Run a skipped step again, on this device, and say what is not finite: inputs, weights, outputs, loss, gradients."""
     kept = files.read_pickle(file, "FILE")
-    if not kept.keys() >= {"config", "step", "weights"}:
+    if not kept.keys() >= {"config", "step", "after", "size", "weights"}:
         raise InputError(str(file), "holds no skipped step", f"name a run's {SKIPPED}", "FILE")
-    plain = kept["config"] | {"compile": "none", "attention": "sdpa", "validation_prompts": ()}
     with told():
-        about, lines = replay_lrm(kept, plain) if "rows" in kept else replay_lpo(kept, plain)
+        about, lines = (replay_lrm if "rows" in kept else replay_lpo)(kept)
     weights = f"with the weights after {kept['after']} steps"  # metrics are read late, steps may come between
     return [f"step {kept['step']}, {about}, {weights}", *(list(dict.fromkeys(filter(None, lines))) or [
         "all is finite here: the device, its precision or the weights differed"])]
 
 
-def replay_lpo(kept: dict, settings: dict) -> tuple[str, list[str]]:
+def replay_lpo(kept: dict) -> tuple[str, list[str]]:
     """The step's pairs in words, and what is not finite."""
     from lpo_fast import checkpoint, policy, speed, train_lpo
     from lpo_fast.sample import Pairs
-    config, device = LPO(**settings), speed.device()
+    config = replace(LPO(**kept["config"]), compile="none", attention="sdpa", validation_prompts=())
+    device = speed.device()
     pairs = Pairs(*(x.to(device) for x in kept["pairs"]))
     actor, sched = policy.load(config, kept["prompts"], device)
     checkpoint.Trained(actor.unet).load_state_dict(kept["weights"])
     pairs = pairs._replace(prompt=torch.searchsorted(kept["numbers"].to(device), pairs.prompt))
     lines = [broken(f"pairs, {name}", x) for name, x in zip(Pairs._fields, pairs, strict=True) if x.is_floating_point()]
-    for first in range(0, len(pairs.t), config.train_batch_size):
-        part = pairs.take(slice(first, first + config.train_batch_size))
+    for first in range(0, len(pairs.t), kept["size"]):
+        part = pairs.take(slice(first, first + kept["size"]))
         at = part.x_t, part.t, part.prompt
         lines += [broken("policy's output", actor.train(*at)), broken("reference's output", actor.reference(*at))]
         out = train_lpo.evaluate(actor, sched, part, torch.full_like(part.x_t[:, 0, 0, 0], 1 / len(pairs.t)), beta=config.beta,
@@ -231,21 +232,19 @@ def replay_lpo(kept: dict, settings: dict) -> tuple[str, list[str]]:
     return about, [*lines, *broken_parameters(actor.unet)]
 
 
-def replay_lrm(kept: dict, settings: dict) -> tuple[str, list[str]]:
+def replay_lrm(kept: dict) -> tuple[str, list[str]]:
     """The step's pairs in words, and what is not finite; the pictures are read again."""
     from lpo_fast import checkpoint, config, pairs, preflight, speed, train_lrm
-    own = {key: value for key, value in settings.items() if key in LRM.__dataclass_fields__}
-    settings = LRM(**own | {"columns": config.Columns(**own["columns"])})
+    settings = LRM(**kept["config"] | {"columns": config.Columns(**kept["config"]["columns"]), "compile": "none"})
     lrm, encoder = train_lrm.load(settings, speed.device())
     checkpoint.Trained(lrm).load_state_dict(kept["weights"])
     source = pairs.PairDataset(preflight.training_pairs(settings)["train"], settings.resolution or encoder.resolution)
-    number = {int(row) + len(source.pairs.captions) * int(compare): i
-              for i, (row, compare) in enumerate(zip(source.pairs.rows, source.pairs.compare, strict=True))}
+    number = {source.pairs.key(i): i for i in range(len(source))}
     batch = pairs.collate([source[number[row]] for row in kept["rows"].tolist()])
     batch = train_lrm.encoded(encoder, batch, kept["step"], settings)
     weight = (~batch["corrupt"].to(encoder.device) / batch["counts"]).sum()
     lines = [broken("VAE's posterior, mean", batch["mean"]), broken("VAE's posterior, standard deviation", batch["std"])]
-    for part in train_lrm.parts(batch, -(-settings.batch_size // settings.accumulate)):
+    for part in train_lrm.parts(batch, kept["size"]):
         loss, _ = train_lrm.pair_loss(lrm, encoder, part, kept["step"], settings, weight)
         loss.backward()
         lines.append(broken("loss", loss))
@@ -268,16 +267,14 @@ def broken(name: str, x: Tensor) -> str:
 def main(argv: list[str] | None = None) -> int:
     """python -m lpo_fast.guard RUN/skipped.pt: run a skipped step again. Exit code 2 if the file cannot be used."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
+
+    def run() -> None:
         if len(argv) != 1 or argv[0].startswith("-"):
             raise InputError(" ".join(argv) or "(none)", "is no single file", f"name a run's {SKIPPED}", "FILE")
         if not Path(argv[0]).is_file():
             raise InputError(argv[0], "no such file", f"name a run's {SKIPPED}", "FILE")
         print("\n".join(replay(Path(argv[0]))))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.code(run)
 
 
 if __name__ == "__main__":

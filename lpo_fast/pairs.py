@@ -47,6 +47,10 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def key(self, i: int) -> int:
+        """What keys the noise of a run's pair: its row, and another number if it is one picture at two timesteps."""
+        return int(self.rows[i]) + len(self.captions) * bool(self.compare[i])
+
 
 def read(path: str, flag: str = "--pairs", columns: Columns | None = None, split: str = "", cache_dir: str = "") -> Pairs:
     """All pairs of a table, captions and labels checked; no picture is read. Raises InputError naming flag and row."""
@@ -241,7 +245,7 @@ class PairDataset(Dataset):
         """
         pairs, row = self.pairs, int(self.pairs.rows[i])
         places, compare = pairs.pictures[i], bool(pairs.compare[i])
-        item = {"row": row + len(pairs.captions) * compare, "caption": pairs.captions[row],
+        item = {"row": pairs.key(i), "caption": pairs.captions[row],
                 "labels": torch.from_numpy(pairs.labels[row]), "count": int(pairs.counts[row]), "compare": compare,
                 "corrupt": False}
         if self.cache is not None:

@@ -12,7 +12,22 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from diffusers import AutoencoderKL, ConfigMixin, UNet2DConditionModel
 from torch.utils._pytree import tree_leaves
 
-from lpo_fast import backbone, checkpoint, checks, cli, data, files, latents, models, outputs, pairs, runs, schedule, speed
+from lpo_fast import (
+    backbone,
+    checkpoint,
+    checks,
+    cli,
+    data,
+    files,
+    latents,
+    models,
+    outputs,
+    pairs,
+    ranks,
+    runs,
+    schedule,
+    speed,
+)
 from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
 from lpo_fast.pairs import Pairs
@@ -297,13 +312,13 @@ def directory(config: LPO | LRM, source: Path | None = None) -> None:
     writable(out)
     if config.log_with and config.log_with not in TRACKERS:
         raise InputError(config.log_with, "no such tracker", f"use {', '.join(TRACKERS)}", "--log-with")
+    if ranks.main() and (process := runs.holder(out)):
+        raise runs.in_use(out, process)
     if source and config.in_place:
         if (last := outputs.checkpoints(out)[-1]) != source and not last.samefile(source):
             raise InputError(config.out, f"holds later checkpoints than {source.name}, up to {last.name}", "go on from the "
                              "last one, remove the later ones, or choose another directory", "--out")
         return
-    if os.environ.get("RANK", "0") == "0" and (process := runs.holder(out)):
-        raise runs.in_use(out, process)
     states = checkpoint.states(out)
     if out.is_dir() and not (out / "config.json").is_file() and not all(path.name.startswith(".") for path in out.iterdir()):
         raise InputError(config.out, "holds something else than a run", "choose a directory of its own", "--out")

@@ -71,10 +71,7 @@ def claim(out: Path) -> Iterator[None]:
 def holder(out: Path) -> str:
     """Which process holds a run directory; "" if none does."""
     with suppress(OSError), open(out / LOCK, "r+", encoding="utf-8") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            return (file.read().strip() or "another run") if error.errno in (errno.EACCES, errno.EAGAIN) else ""
+        return _taken(file)
     return ""
 
 
@@ -83,16 +80,26 @@ def in_use(out: Path, by: str) -> InputError:
     return InputError(str(out), f"is in use by {by}", "wait for its end or stop it, or choose another directory", "--out")
 
 
+def _taken(file: TextIO) -> str:
+    """Take the lock of a lock file; who has it, or "" now that this process does. Raises OSError where there are no locks."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which workers would inherit and keep
+        return ""
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        file.seek(0)
+        return file.read().strip() or "another run"
+
+
 def _lock(out: Path) -> TextIO:
     """The open lock file, which says who holds it."""
     while True:
         file = open(out / LOCK, "a+", encoding="utf-8")
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which workers would inherit and keep
+            if process := _taken(file):
+                raise in_use(out, process)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                file.seek(0)
-                raise in_use(out, file.read().strip() or "another run") from error
             print(f"warning: {out} cannot be locked ({error.strerror}): start no second run there", file=sys.stderr)
         try:
             if os.path.samestat(os.stat(out / LOCK), os.fstat(file.fileno())):

@@ -28,19 +28,18 @@ def run(settings: Demo | LRM | LPO) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(*lines, sep="\n", flush=True)
         return
-    match settings:
-        case Demo():
-            checks.demo(settings)
-            result, out = evaluate.demo(settings)
-            runs.say(evaluate.verdict(result))
-        case LRM():
-            with guard.told():
+    with guard.told():
+        match settings:
+            case Demo():
+                checks.demo(settings)
+                result, out = evaluate.demo(settings)
+                runs.say(evaluate.verdict(result))
+            case LRM():
                 out = train_lrm.train(settings)
-            runs.say(f"latent reward model: {out / keeping.FINAL}")
-        case LPO():
-            with guard.told():
+                runs.say(f"latent reward model: {out / keeping.FINAL}")
+            case LPO():
                 out = train_lpo.train(settings)
-            runs.say(f"weights: {out / ('unet' if settings.full else checkpoint.LORA_DIFFUSERS)}")
+                runs.say(f"weights: {out / ('unet' if settings.full else checkpoint.LORA_DIFFUSERS)}")
     if ranks.main():
         runs.say(f"report: {report.write(out)}")
 

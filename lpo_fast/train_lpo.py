@@ -195,10 +195,10 @@ def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Cal
     def inputs(fed: Pairs) -> dict[str, object]:
         numbers = fed.prompt.unique().cpu()
         return {"config": asdict(config), "prompts": [texts[n] for n in numbers], "numbers": numbers, "after": at["step"],
-                "pairs": [x.cpu() for x in fed], "weights": trained_weights.state_dict()}
+                "size": update.pairs, "pairs": [x.cpu() for x in fed], "weights": trained_weights.state_dict()}
     skips, watch = guard.Steps(out, None if config.shard else inputs), guard.Watch(config.clip_eps)
     parts = {"weights": trained_weights, "optimizer": optimizer, "ema": ema,
-             "scaler": scaler if policy.precision == "fp16" else None}  # else its scale is 1, or a power of two
+             "scaler": scaler if policy.precision == "fp16" else None}  # else its scale is 1
     if resumed:
         at = checkpoint.load_state(out / checkpoint.STATE, parts)
         run.truncate(at.pop("metrics"))

@@ -223,7 +223,8 @@ def _train(config: LRM, used: dict[str, Pairs]) -> Path:
     state = {"weights": checkpoint.Trained(lrm), "optimizer": optimizer, "decay": decay,
              "scaler": update.scaler if encoder.precision == "fp16" else None}
     skips = guard.Steps(out, lambda rows: {"config": asdict(config), "rows": ranks.gather(rows.to(device))[0].cpu(),
-                                           "weights": state["weights"].state_dict(), "after": at["step"]})
+                                           "weights": state["weights"].state_dict(), "after": at["step"],
+                                           "size": update.pairs})
     at = {"step": 0, "checkpoints": [], "corrupt": {use: [] for use in used}, "stage": {"metrics": {}}}
     if resumed:
         at = checkpoint.load_state(out / checkpoint.STATE, state)

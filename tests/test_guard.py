@@ -287,6 +287,7 @@ def test_a_poisoned_step_among_others(lpo: LPO, monkeypatch: pytest.MonkeyPatch)
     run = train_lpo.train(lpo)
     assert [row["train_loss"] is None for row in rows(run)] == [False, True, False, False, False, False]
     said = guard.replay(run / guard.SKIPPED)[0]
+    assert torch.load(run / guard.SKIPPED, weights_only=True)["size"] == 2  # of a pass
     assert said.startswith("step 1, 4 pairs at ") and said.endswith("with the weights after 3 steps")
 
 

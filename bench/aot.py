@@ -32,8 +32,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from lpo_fast.launch import Launch, recording
-from lpo_fast.operators import OPERATORS, Operator
+from lpo_fast.system.launch import Launch, recording
+from lpo_fast.verify.operators import OPERATORS, Operator
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MIN_WARPS = 16  # times 64 bytes a thread under way: 32 KB a multiprocessor, what an H100's memory takes at its latency

@@ -23,12 +23,18 @@ import waterfall
 from measure import clock
 from torch import Tensor
 
-from lpo_fast import backbone, config, guard, policy, sample, schedule, select, speed, train_lpo
-from lpo_fast.loss import guide
-from lpo_fast.sample import CounterNoise, Pairs
+from lpo_fast import config
+from lpo_fast.lpo import batches, judging, policies, sampling
+from lpo_fast.lpo import steps as lpo_steps
+from lpo_fast.lpo.sampling import CounterNoise, Pairs
+from lpo_fast.method import schedule, select
+from lpo_fast.method.loss import guide
+from lpo_fast.models import attention, loras, texts
+from lpo_fast.run import optimization
+from lpo_fast.system import compilation, devices
 
 CUDA = torch.cuda.is_available()
-DEVICE = speed.device()
+DEVICE = devices.device()
 FAMILIES = ("sd15", "sd21", "sdxl") if CUDA else ("small",)
 ROUNDS = 3 if CUDA else 7
 OURS, DEFAULT = "static shapes, no host reads, kernels", "compiled"
@@ -51,13 +57,13 @@ Parts = dict[str, Callable[[], object]]
 @contextmanager
 def layout(channels_last: bool):
     """Our loop with denoisers laid out so."""
-    before = speed.layout
+    before = devices.layout
     if not channels_last:
-        speed.layout = lambda unet: unet
+        devices.layout = lambda unet: unet
     try:
         yield
     finally:
-        speed.layout = before
+        devices.layout = before
 
 
 class Ours:
@@ -65,26 +71,26 @@ class Ours:
 
     def __init__(self, settings: config.LPO, prompts: list[str], channels_last: bool):
         with layout(channels_last):
-            self.policy, self.sched = policy.load(settings, prompts, DEVICE)
-            self.judge = policy.load_score(settings, prompts, DEVICE)
-        self.config, self.shape = settings, policy.latent_shape(settings, self.policy.unet)
+            self.policy, self.sched = policies.load(settings, prompts, DEVICE)
+            self.judge = judging.load_score(settings, prompts, DEVICE)
+        self.config, self.shape = settings, policies.latent_shape(settings, self.policy.unet)
         self.gap = select.gaps(self.sched, "none", settings.threshold_min, settings.threshold_min)
-        self.step = speed.compiled(sample.choose, settings.compiled, graphs=True)
-        optimizer = speed.optimizer(settings.optimizer, self.policy.unet.parameters(), lr=settings.learning_rate,
+        self.step = compilation.compiled(sampling.choose, settings.compiled, graphs=True)
+        optimizer = optimization.optimizer(settings.optimizer, self.policy.unet.parameters(), lr=settings.learning_rate,
                                     weight_decay=settings.weight_decay)
-        self.update = guard.Update(optimizer, guard.scaler(DEVICE, self.policy.precision), settings.max_grad_norm,
+        self.update = optimization.Update(optimizer, optimization.scaler(DEVICE, self.policy.precision), settings.max_grad_norm,
                                    settings.train_batch_size, "use --checkpointing")
         self.index = torch.arange(settings.batch_size, device=DEVICE)
 
     def sample(self) -> Pairs:
         """A prompt batch's pairs."""
-        return train_lpo.sample_pairs(self.policy, self.judge, self.sched, self.gap, self.shape, self.index, self.config, 0,
+        return batches.sample_pairs(self.policy, self.judge, self.sched, self.gap, self.shape, self.index, self.config, 0,
                                       slots=len(self.index), step=self.step)[0]
 
     def train(self, pairs: Pairs) -> list[float]:
         """Optimizer steps on them; metrics are read at the end."""
         size = self.config.train_batch_size
-        steps = [train_lpo.train_step(self.policy, self.sched, pairs.take(slice(at, at + size)), self.update, self.config)
+        steps = [lpo_steps.train_step(self.policy, self.sched, pairs.take(slice(at, at + size)), self.update, self.config)
                  for at in range(0, len(pairs.t), size)]
         return torch.stack(steps).tolist()
 
@@ -104,7 +110,7 @@ class Ours:
     def signal(self, pairs: Pairs) -> Tensor:
         """log r_w − log r_l, not clamped, [N]."""
         found = []
-        for micro in train_lpo.micro_batches(pairs, self.config.train_batch_size):
+        for micro in lpo_steps.micro_batches(pairs, self.config.train_batch_size):
             at, how = (micro.x_t, micro.t, micro.prompt), self.config.guidance_scale
             means = [schedule.mean(self.sched, micro.x_t, guide(*out.float().chunk(2), how), micro.t)
                      for out in (self.policy.train(*at), self.policy.reference(*at))]
@@ -115,7 +121,7 @@ class Ours:
     def perturb(self) -> None:
         """LoRAs that differ from nothing, the same in every row."""
         generator = torch.Generator().manual_seed(0)
-        for parameter in policy.trainable(self.policy.unet):
+        for parameter in loras.trainable(self.policy.unet):
             parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
 
 
@@ -149,7 +155,7 @@ class Bench:
         fp32.perturb()
         self.signal = fp32.signal(self.pairs)
         with waterfall.plain_attention():
-            each = train_lpo.work(fp32.policy, fp32.judge, fp32.sched, fp32.shape, self.config)
+            each = lpo_steps.work(fp32.policy, fp32.judge, fp32.sched, fp32.shape, self.config)
         self.needed = each["prompts"] * len(self.prompts) + each["pairs"] * len(self.pairs.t)
         del fp32
         before = waterfall.allocated()
@@ -184,7 +190,7 @@ class Bench:
         if row not in SETTINGS:
             ours = Ours(replace(self.config, compile="none"), self.prompts, False)
             text = ours.policy.text
-            parts = self.statement(encode=lambda prompts: backbone.Text(text[prompts].context.to(self.official.dtype),
+            parts = self.statement(encode=lambda prompts: texts.Text(text[prompts].context.to(self.official.dtype),
                                                                         text[prompts].pooled.to(self.official.dtype)),
                                    score=ours.judge)
             if row == ROWS[2]:
@@ -201,7 +207,7 @@ loaded = lru_cache(1)(Bench)  # the models of one family at a time
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test(family: str, row: str, work: Path, benchmark, request: pytest.FixtureRequest) -> None:
-    if row.startswith("xformers") and (problem := speed.xformers_problem()):
+    if row.startswith("xformers") and (problem := attention.xformers_problem()):
         pytest.skip(f"xformers {problem}")
     waterfall.skip_if_known(request.config.getoption("--results"), f"lpo-{family}", row)
     torch.manual_seed(0)

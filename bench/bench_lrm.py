@@ -24,10 +24,16 @@ import waterfall
 from measure import clock
 from torch import Tensor
 
-from lpo_fast import backbone, checkpoint, config, guard, inputs, latents, models, noise, speed, train_lrm
+from lpo_fast import config
+from lpo_fast.data import latent_cache
+from lpo_fast.lrm import checkpoint, encoding, steps
+from lpo_fast.method import noise
+from lpo_fast.models import locate, vaes
+from lpo_fast.run import optimization
+from lpo_fast.system import devices
 
 CUDA = torch.cuda.is_available()
-DEVICE, META = speed.device(), torch.device("meta")
+DEVICE, META = devices.device(), torch.device("meta")
 PAIRS = {"sd15": 16, "sdxl": 4} if CUDA else {"small": 2}  # a process: an eighth of the recipe's batch
 ROUNDS = 3 if CUDA else 7
 OURS, CACHED = "one null prompt, no up blocks", "cached latents"
@@ -49,16 +55,16 @@ class Ours:
     """Our loop's parts for one row, as ``train_lrm.train`` makes them."""
 
     def __init__(self, settings: config.LRM, batch: dict, channels_last: bool = False, device: torch.device = DEVICE):
-        model = models.model(settings)
+        model = locate.model(settings)
         self.lrm = checkpoint.new_lrm(model, generator=torch.Generator().manual_seed(settings.seed)).to(device).train()
         if channels_last:
-            speed.layout(self.lrm.unet)
-        self.encoder = inputs.Encoder(model, self.lrm, settings.seed, speed.precision(settings.mixed_precision, "bf16"),
+            devices.layout(self.lrm.unet)
+        self.encoder = encoding.Encoder(model, self.lrm, settings.seed, devices.precision(settings.mixed_precision, "bf16"),
                                          compile=settings.compile)
         if device != META:
-            optimizer = speed.optimizer(settings.optimizer, self.lrm.parameters(), lr=settings.learning_rate,
+            optimizer = optimization.optimizer(settings.optimizer, self.lrm.parameters(), lr=settings.learning_rate,
                                         weight_decay=settings.weight_decay)
-            self.update = guard.Update(optimizer, guard.scaler(device, self.encoder.precision), settings.max_grad_norm,
+            self.update = optimization.Update(optimizer, optimization.scaler(device, self.encoder.precision), settings.max_grad_norm,
                                        -(-len(batch["rows"]) // settings.accumulate), "use a larger --accumulate")
         self.config, self.pixels = settings, batch["pixels"]
         self.batch = {key: value for key, value in batch.items() if key != "pixels"}
@@ -70,13 +76,13 @@ class Ours:
 
     def train(self) -> Tensor:
         """An optimizer step on them; its metrics."""
-        return train_lrm.train_step(self.lrm, self.encoder, self.batch | {"moments": self.moments}, 0, self.update,
+        return steps.train_step(self.lrm, self.encoder, self.batch | {"moments": self.moments}, 0, self.update,
                                     self.config)
 
     def backward(self) -> None:
         """The same without the optimizer, which has no matrix products and reads its scale: for the meta device."""
-        batch = train_lrm.encoded(self.encoder, self.batch | {"moments": self.moments}, 0, self.config)
-        train_lrm.pair_loss(self.lrm, self.encoder, batch, 0, self.config, torch.ones((), device=META))[0].backward()
+        batch = steps.encoded(self.encoder, self.batch | {"moments": self.moments}, 0, self.config)
+        steps.pair_loss(self.lrm, self.encoder, batch, 0, self.config, torch.ones((), device=META))[0].backward()
 
     def parts(self, cache: Path | None = None) -> Parts:
         """What is timed. cache: the folder of a full cache, which this makes."""
@@ -84,7 +90,7 @@ class Ours:
         if cache is None:
             return parts
         self.encode()
-        full = latents.Cache(cache, tuple(self.moments.shape[2:]), self.moments.dtype, {})
+        full = latent_cache.Cache(cache, tuple(self.moments.shape[2:]), self.moments.dtype, {})
         numbers = torch.arange(self.moments.shape[:2].numel())
         full.write(numbers, self.moments.flatten(0, 1))
 
@@ -99,7 +105,7 @@ class Stated:
     def __init__(self, settings: config.LRM, batch: dict, ids: list[Tensor], device: torch.device = DEVICE):
         self.loop, self.pixels, self.ids = official_lrm_loop.load(settings, device), batch["pixels"], ids
         rows, labels, counts, compare = (batch[key].to(device) for key in ("rows", "labels", "counts", "compare"))
-        self.how = *inputs.timesteps(settings, 0, rows, compare, labels), counts
+        self.how = *encoding.timesteps(settings, 0, rows, compare, labels), counts
         self.latents: Tensor | None = None
 
     def encode(self, z: Tensor | None = None) -> None:
@@ -123,7 +129,7 @@ class Bench:
         self.config, self.family = replace(recipe.lrm, model=str(model), batch_size=n), family
         exact = replace(self.config, mixed_precision="no", compile="none")
         size = json.loads((model / "unet" / "config.json").read_text())["sample_size"]
-        self.batch = batch(n, size * backbone.pixels_per_latent(model))
+        self.batch = batch(n, size * vaes.pixels_per_latent(model))
         one_by_one = Ours(replace(exact, accumulate=n), self.batch)
         one_by_one.encode()
         self.loss = one_by_one.train()[0].item()

@@ -2,6 +2,6 @@
 
 from measure import benchmarks
 
-from lpo_fast.operators import OPERATORS
+from lpo_fast.verify.operators import OPERATORS
 
 test_pair_loss = benchmarks(OPERATORS["pair_loss"])

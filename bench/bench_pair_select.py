@@ -2,6 +2,6 @@
 
 from measure import benchmarks
 
-from lpo_fast.operators import OPERATORS
+from lpo_fast.verify.operators import OPERATORS
 
 test_pair_select = benchmarks(OPERATORS["pair_select"])

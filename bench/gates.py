@@ -22,7 +22,7 @@ from measure import HERE, markdown
 ROOT = HERE.parent
 VERSIONS = """
 import json, measure, numpy, triton
-from lpo_fast import launch
+pass  # moved
 print(json.dumps(measure.environment() | {"numpy": numpy.__version__}))
 """
 

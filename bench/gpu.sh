@@ -17,7 +17,7 @@ here=$(realpath "$out")
 
 stages=("$@")
 if [ $# -eq 0 ]; then
-    for file in lpo_fast/launch.py kernels/*.py; do stages+=("test_$(basename "$file" .py)"); done
+    for file in lpo_fast/system/launch.py kernels/*.py; do stages+=("test_$(basename "$file" .py)"); done
     stages+=(doctor)
     for file in kernels/*.py; do stages+=("bench_$(basename "$file" .py)"); done
     if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from measure import markdown, stamp
 
-from lpo_fast import checkpoint, train_lpo
+from lpo_fast import train_lpo
+from lpo_fast.models import loras
 from lpo_fast.shapes import evaluate
 
 LEVERS: dict[str, dict] = {
@@ -48,7 +49,7 @@ def main() -> None:
             start = time.perf_counter()
             run = train_lpo.train(replace(base, **LEVERS[name], out=str(work / f"lpo_{number}")))
             seconds = time.perf_counter() - start
-            shown = evaluate.judge(*evaluate.draw(run / checkpoint.LORA_DIFFUSERS, args.pictures, seed))
+            shown = evaluate.judge(*evaluate.draw(run / loras.LORA_DIFFUSERS, args.pictures, seed))
             found[name] = pairs(run)
             same = found[name][0] == found[args.levers[0]][0]
             rows.append([seed, name, f"{before:.1%}", f"{shown['right'] / args.pictures:.1%}", f"{shown['diversity']:.1f}",

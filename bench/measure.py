@@ -25,7 +25,7 @@ import pytest
 import torch
 import torch._functorch.config
 
-from lpo_fast.operators import Operator, error
+from lpo_fast.verify.operators import Operator, error
 
 HERE = Path(__file__).parent
 ROUNDS, ROUND = (20, 0.02) if torch.cuda.is_available() else (10, 0.003)  # rounds of a benchmark; seconds of one

@@ -122,10 +122,10 @@ def ours(work: Path) -> None:
 
 def scores(work: Path, name: str) -> dict[str, np.ndarray]:
     """S(x, t, prompt) of an LRM that was trained by us, through what LPO calls."""
-    from lpo_fast import policy
     from lpo_fast.config import LPO
+    from lpo_fast.lpo import judging
     config = LPO(model=str(work / name), lrm=str(work / f"lrm_{name}" / "checkpoint-final"))
-    score, io = policy.load_score(config, PROMPTS, torch.device("cpu")), fixed()
+    score, io = judging.load_score(config, PROMPTS, torch.device("cpu")), fixed()
     with torch.no_grad():
         return {f"scores {name}": score(io["x"], io["t"], torch.arange(len(PROMPTS))).numpy()}
 
@@ -135,21 +135,23 @@ def sampling_and_step(work: Path) -> dict[str, np.ndarray]:
 
     The thresholds are such that about half of the pairs are kept; the official run is told them.
     """
-    from lpo_fast import checkpoint, policy, sample, select, train_lpo
     from lpo_fast.config import LPO
-    from lpo_fast.golden import Recorded
-    start = work / "lora_sdxl_6" / "checkpoint_0" / checkpoint.LORA_OFFICIAL
+    from lpo_fast.lpo import judging, policies, sampling, steps
+    from lpo_fast.method import select
+    from lpo_fast.models import loras
+    from lpo_fast.verify.golden import Recorded
+    start = work / "lora_sdxl_6" / "checkpoint_0" / loras.LORA_OFFICIAL
     config = LPO(model=str(work / "sdxl"), lrm=str(work / "lrm_sdxl" / "checkpoint-final"), rank=4, lora=str(start))
-    model, sched = policy.load(config, PROMPTS, torch.device("cpu"))
-    score, index = policy.load_score(config, PROMPTS, torch.device("cpu")), torch.arange(len(PROMPTS))
-    pairs, drawn = sample.trajectory(model.predict, score, sched, torch.zeros(1000), Recorded(fixed()), index,
+    model, sched = policies.load(config, PROMPTS, torch.device("cpu"))
+    score, index = judging.load_score(config, PROMPTS, torch.device("cpu")), torch.arange(len(PROMPTS))
+    pairs, drawn = sampling.trajectory(model.predict, score, sched, torch.zeros(1000), Recorded(fixed()), index,
                                      guidance=GUIDANCE, num_candidates=CANDIDATES)
     margin = (drawn.amax(1) - drawn.amin(1)).flatten()
     low, high = (torch.tanh(margin.median() / 2) * torch.tensor([0.9, 1.1])).tolist()
     gap = select.gaps(sched, "sigma", low, high)[pairs.t]
     kept = pairs.take(margin > gap)
     count = len(kept.t)
-    out = train_lpo.evaluate(model, sched, kept, torch.full((count,), 1 / count), guidance=GUIDANCE, beta=BETA, eps=EPS)
+    out = steps.evaluate(model, sched, kept, torch.full((count,), 1 / count), guidance=GUIDANCE, beta=BETA, eps=EPS)
     out.loss.backward()
     grads = {f"grad {name}": p.grad.numpy() for name, p in model.unet.named_parameters() if p.requires_grad}
     return {"thresholds": np.array([low, high]), "run scores": drawn.flatten(1).numpy(), "margin": margin.numpy(),

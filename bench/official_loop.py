@@ -27,10 +27,14 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from lpo_fast import backbone, checkpoint, models, speed
-from lpo_fast.backbone import Family, Text
 from lpo_fast.config import LPO
-from lpo_fast.reward import LatentRewardModel
+from lpo_fast.lrm import checkpoint
+from lpo_fast.lrm.reward import LatentRewardModel
+from lpo_fast.models import attention, denoisers, families, locate, loras
+from lpo_fast.models import texts as models_texts
+from lpo_fast.models.families import Family
+from lpo_fast.models.texts import Text
+from lpo_fast.system import devices
 
 
 class Pairs(NamedTuple):
@@ -82,7 +86,7 @@ class Official:
         for network in (unet, judge, *encoders):
             network.to(self.dtype).requires_grad_(False)
         self.reference = copy.deepcopy(unet)
-        checkpoint.add_lora(unet, config.rank, config.alpha or config.rank, config.targets, config.seed)
+        loras.add_lora(unet, config.rank, config.alpha or config.rank, config.targets, config.seed)
         self.unet = unet
         self.parameters = [p for p in unet.parameters() if p.requires_grad]
         for parameter in self.parameters:
@@ -92,7 +96,7 @@ class Official:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.half)
         self.ids, self.judge_ids, self.scheduler = ids, judge_ids, scheduler
         self.alphas = scheduler.alphas_cumprod.to(self.device)
-        null = backbone.encode(family, encoders, ids[1])
+        null = models_texts.encode(family, encoders, ids[1])
         zero = torch.zeros_like if family.zero_null else lambda features: features
         self.null = Text(zero(null.context), zero(null.pooled))
 
@@ -100,15 +104,15 @@ class Official:
 
     def encode(self, prompts: Tensor) -> Text:
         """The policy's text features of prompt numbers [B]."""
-        return backbone.encode(self.family, self.encoders, [i[prompts] for i in self.ids[0]])
+        return models_texts.encode(self.family, self.encoders, [i[prompts] for i in self.ids[0]])
 
     @torch.no_grad()
     def score(self, x: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         """S(x, t, prompt), [N], of latents [N, C, H, W]; the text encoders run on 2N sequences."""
         judge, n, null = self.judge, len(x), self.judge_ids[1]
         ids = [torch.cat([i[prompts], empty.repeat(n, 1)]) for i, empty in zip(self.judge_ids[0], null, strict=True)]
-        text = backbone.encode(judge.family, list(judge.text_encoders), ids)
-        down, mid = backbone.down_mid(judge.unet, torch.cat([x, x]), torch.cat([t, t]), text, judge.sizes)
+        text = models_texts.encode(judge.family, list(judge.text_encoders), ids)
+        down, mid = denoisers.down_mid(judge.unet, torch.cat([x, x]), torch.cat([t, t]), text, judge.sizes)
         text_mid, null_mid = mid.mean((2, 3)).chunk(2)
         scale = judge.guidance_scale[0]
         features = [stage.mean((2, 3))[:n] for stage in down] if judge.multi_scale else []
@@ -121,9 +125,9 @@ class Official:
         """The guided output of one evaluation, null and text pass as one batch."""
         both = Text(torch.cat([self.null.context.repeat(len(x), 1, 1), text.context]),
                     torch.cat([self.null.pooled.repeat(len(x), 1), text.pooled]))
-        with torch.autocast(speed.device().type, torch.float16, enabled=self.half and network is self.unet):
+        with torch.autocast(devices.device().type, torch.float16, enabled=self.half and network is self.unet):
             out = network(torch.cat([x, x]), torch.cat([t, t]), both.context,
-                          added_cond_kwargs=backbone.added_conditions(both, self.sizes)).sample
+                          added_cond_kwargs=denoisers.added_conditions(both, self.sizes)).sample
         null, conditional = (out.float() if network is self.unet else out).chunk(2)
         return null + self.config.guidance_scale * (conditional - null)
 
@@ -231,19 +235,19 @@ class Official:
 
 def load(config: LPO, prompts: list[str], device: torch.device) -> Official:
     """The official run of our settings: attention by xformers where it runs (the LRM's by torch), no channels-last."""
-    model, path, base = models.model(config), models.lrm(config), models.base(config)
-    unet = backbone.load_unet(model).to(device).eval()
-    if not speed.xformers_problem():
-        speed.attention(unet, "xformers")
-    speed.checkpointing(unet, config.checkpointing)
-    family, judge = backbone.family_of(unet.config), checkpoint.load_lrm(path, base, resolution=config.resolution)
-    tokenizers = [backbone.load_tokenizers(model, family),
-                  backbone.load_tokenizers(path if (Path(path) / "tokenizer").is_dir() else base, judge.family)]
-    ids = [tuple([i.to(device) for i in backbone.tokenize(own, texts)] for texts in (prompts, [""])) for own in tokenizers]
-    sizes = checkpoint.size_conditions(model, family, unet, config.resolution)
+    model, path, base = locate.model(config), locate.lrm(config), locate.base(config)
+    unet = denoisers.load_unet(model).to(device).eval()
+    if not attention.xformers_problem():
+        attention.attention(unet, "xformers")
+    attention.checkpointing(unet, config.checkpointing)
+    family, judge = families.family_of(unet.config), checkpoint.load_lrm(path, base, resolution=config.resolution)
+    tokenizers = [models_texts.load_tokenizers(model, family),
+                  models_texts.load_tokenizers(path if (Path(path) / "tokenizer").is_dir() else base, judge.family)]
+    ids = [tuple([i.to(device) for i in models_texts.tokenize(own, texts)] for texts in (prompts, [""])) for own in tokenizers]
+    sizes = denoisers.size_conditions(model, family, unet, config.resolution)
     how = {"clip_sample": False} | json.loads((model / "scheduler" / "scheduler_config.json").read_text())
     scheduler = DDIMScheduler.from_config(how)
     scheduler.set_timesteps(config.num_steps)
-    encoders = [encoder.to(device).eval() for encoder in backbone.load_text(model, family)]
+    encoders = [encoder.to(device).eval() for encoder in models_texts.load_text(model, family)]
     return Official(config, family, unet, encoders, judge.to(device).eval(), scheduler,
                     sizes if sizes is None else sizes.to(device), *ids)

@@ -21,10 +21,12 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler
 from torch import Tensor, nn
 
-from lpo_fast import backbone, checkpoint, models, speed
-from lpo_fast.backbone import Text
 from lpo_fast.config import LRM
-from lpo_fast.reward import LatentRewardModel
+from lpo_fast.lrm import checkpoint
+from lpo_fast.lrm.reward import LatentRewardModel
+from lpo_fast.models import denoisers, locate, texts, vaes
+from lpo_fast.models.texts import Text
+from lpo_fast.system import devices
 
 
 class Official:
@@ -33,11 +35,11 @@ class Official:
     def __init__(self, config: LRM, lrm: LatentRewardModel, vae: AutoencoderKL, scheduler: DDPMScheduler,
                  null_ids: list[Tensor]):
         self.config, self.lrm, self.vae, self.scheduler, self.null_ids = config, lrm, vae, scheduler, null_ids
-        self.device, self.precision = lrm.logit_scale.device, speed.precision(config.mixed_precision, "bf16")
-        nn.Module.to(vae, speed.DTYPES[self.precision])
+        self.device, self.precision = lrm.logit_scale.device, devices.precision(config.mixed_precision, "bf16")
+        nn.Module.to(vae, devices.DTYPES[self.precision])
         # The scale last, so that all weights are aligned.
         self.parameters = [p for p in lrm.parameters() if p is not lrm.logit_scale] + [lrm.logit_scale]
-        self.weights = torch.cat([p.data.flatten() for p in self.parameters]).to(speed.DTYPES[self.precision])
+        self.weights = torch.cat([p.data.flatten() for p in self.parameters]).to(devices.DTYPES[self.precision])
         for parameter, weight in zip(self.parameters, self.split(self.weights), strict=True):
             parameter.data = weight
         self.master = self.weights.float().clone().requires_grad_()
@@ -51,7 +53,7 @@ class Official:
 
     def latents(self, pixels: Tensor, z: Tensor | None = None) -> Tensor:
         """Samples of the VAE's posterior, [2B, C, h, w], of pixels [2, B, 3, H, W]. z: [2B, C, h, w], drawn if not given."""
-        with torch.no_grad(), speed.autocast(self.precision):
+        with torch.no_grad(), devices.autocast(self.precision):
             posterior = self.vae.encode(pixels.to(self.device).flatten(0, 1)).latent_dist
             x = posterior.sample() if z is None else posterior.mean + posterior.std * z
             return x * self.vae.config.scaling_factor
@@ -60,9 +62,9 @@ class Official:
         """Text features [B, P] and picture features [2B, P] of captions' ids [B, L] and noisy latents at t [2B]."""
         lrm, n = self.lrm, len(ids[0])
         both = [torch.cat([i, null.repeat(n, 1)]) for i, null in zip(ids, self.null_ids, strict=True)]
-        text = backbone.encode(lrm.family, list(lrm.text_encoders), both)
+        text = texts.encode(lrm.family, list(lrm.text_encoders), both)
         four = Text(*(torch.cat([part for part in field.chunk(2) for _ in (0, 1)]) for field in (text.context, text.pooled)))
-        down, mid = backbone.down_mid(lrm.unet, torch.cat([x, x]), torch.cat([t, t]), four, lrm.sizes)
+        down, mid = denoisers.down_mid(lrm.unet, torch.cat([x, x]), torch.cat([t, t]), four, lrm.sizes)
         text_mid, null_mid = mid.mean((2, 3)).chunk(2)
         mid = null_mid + self.config.guidance_scale[0] * (text_mid - null_mid)
         v = lrm.visual_projection(torch.cat([*(stage.mean((2, 3)).chunk(2)[0] for stage in down), mid], -1))
@@ -71,7 +73,7 @@ class Official:
     def loss(self, ids: list[Tensor], x: Tensor, t: Tensor, labels: Tensor, counts: Tensor,
              noise: Tensor | None = None) -> Tensor:
         """The pair loss of latents x [2B, C, h, w]. t, labels: [2, B]; counts: [B]; noise: as x, drawn if not given."""
-        with speed.autocast(self.precision):
+        with devices.autocast(self.precision):
             x_t = self.scheduler.add_noise(x, torch.randn_like(x) if noise is None else noise, t.flatten())
             text, v = self.features(ids, x_t, t.flatten())
         v, text = v / v.norm(dim=-1, keepdim=True), text / text.norm(dim=-1, keepdim=True)
@@ -105,11 +107,11 @@ class Official:
 
 def load(config: LRM, device: torch.device) -> Official:
     """The official run of our settings, from the same weights as ours."""
-    model = models.model(config)
-    lrm = checkpoint.new_lrm(model, clip=models.clip(config), generator=torch.Generator().manual_seed(config.seed),
+    model = locate.model(config)
+    lrm = checkpoint.new_lrm(model, clip=locate.clip(config), generator=torch.Generator().manual_seed(config.seed),
                              resolution=config.resolution, guidance_scale=config.guidance_scale)
     lrm.logit_scale.data.fill_(config.logit_scale)
-    lrm.unet = backbone.load_unet(model)
-    null_ids = [i.to(device) for i in backbone.tokenize(backbone.load_tokenizers(model, lrm.family), [""])]
-    return Official(config, lrm.to(device).train(), backbone.load_vae(models.vae(config)).to(device),
+    lrm.unet = denoisers.load_unet(model)
+    null_ids = [i.to(device) for i in texts.tokenize(texts.load_tokenizers(model, lrm.family), [""])]
+    return Official(config, lrm.to(device).train(), vaes.load_vae(locate.vae(config)).to(device),
                     DDPMScheduler.from_pretrained(model, subfolder="scheduler"), null_ids)

@@ -33,7 +33,8 @@ def make(work: Path) -> None:
     """Model and LRM, which either diffusers loads."""
     import random_models
 
-    from lpo_fast import backbone, checkpoint
+    from lpo_fast.lrm import checkpoint
+    from lpo_fast.models import texts
     model, folder = random_models.make("small", work / "sd"), work / "lrm_sd" / "checkpoint-final"
     unet = model / "unet" / "config.json"
     unet.write_text(json.dumps(json.loads(unet.read_text()) | {"sample_size": SIDE}))
@@ -42,22 +43,22 @@ def make(work: Path) -> None:
              "tokenizer": ["transformers", "CLIPTokenizer"], "safety_checker": [None, None], "feature_extractor": [None, None]}
     (model / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"} | parts))
     lrm = checkpoint.new_lrm(model, generator=torch.Generator().manual_seed(0))
-    checkpoint.save_lrm(lrm, backbone.load_tokenizers(model, lrm.family), folder)
+    checkpoint.save_lrm(lrm, texts.load_tokenizers(model, lrm.family), folder)
     for path in (model, folder):
         official_check.readable_by_old_versions(path)
     (work / "prompts.json").write_text(json.dumps([{"caption": prompt} for prompt in PROMPTS]))
 
 
 def statement(work: Path):
-    """official_loop's models; transformers 4 calls what backbone.load_text asks for by another name."""
+    """official_loop's models; transformers 4 calls what texts.load_text asks for by another name."""
     import official_loop
 
-    from lpo_fast import backbone
     from lpo_fast.config import LPO
+    from lpo_fast.models import families, texts
 
-    def load_text(path: Path, family: backbone.Family, folder: Path | None = None, state: object = None) -> list:
+    def load_text(path: Path, family: families.Family, folder: Path | None = None, state: object = None) -> list:
         return [kind.from_pretrained((folder or path) / name) for name, kind in family.encoders]
-    backbone.load_text = load_text
+    texts.load_text = load_text
     config = LPO(model=str(work / "sd"), lrm=str(work / "lrm_sd" / "checkpoint-final"), rank=4, num_candidates=CANDIDATES,
                  guidance_scale=GUIDANCE, beta=BETA, clip_eps=EPS, threshold_shape="none", threshold_min=-1.0)
     ours = official_loop.load(config, PROMPTS, torch.device("cpu"))

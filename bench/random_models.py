@@ -82,9 +82,11 @@ def make(family: str, folder: Path, save: Callable[[nn.Module, Path, str], None]
 def make_lrm(model: Path, folder: Path) -> Path:
     """An LRM of ``model`` that has learned nothing, without another copy of the networks: its denoiser is a link to the
     model's, and its text encoders are the model's, as the official code leaves them when they were frozen."""
-    from lpo_fast import backbone, checkpoint, meta
-    unet = backbone.empty_down_mid(model / "unet")
-    family = backbone.family_of(unet.config)
+    from lpo_fast.lrm import checkpoint
+    from lpo_fast.models import denoisers, families
+    from lpo_fast.preflight import meta
+    unet = denoisers.empty_down_mid(model / "unet")
+    family = families.family_of(unet.config)
     name, kind = family.encoders[-1]
     config = meta.built(kind, model / name).config
     width = config.projection_dim if family.time_ids else config.hidden_size

@@ -44,7 +44,8 @@ def settings(work: Path, family: str, precision: str):
 
 def lrm(work: Path, family: str, _: str) -> dict[str, float]:
     """A new LRM, saved; SDXL's as a link and new heads."""
-    from lpo_fast import backbone, checkpoint
+    from lpo_fast.lrm import checkpoint
+    from lpo_fast.models import texts
     folder = work / f"lrm_{family}"
     shutil.rmtree(folder, ignore_errors=True)
     start = time.perf_counter()
@@ -53,7 +54,7 @@ def lrm(work: Path, family: str, _: str) -> dict[str, float]:
         return {"save": time.perf_counter() - start}
     model = checkpoint.new_lrm(work / family, generator=torch.Generator().manual_seed(0))
     loaded = time.perf_counter()
-    checkpoint.save_lrm(model, backbone.load_tokenizers(work / family, model.family), folder)
+    checkpoint.save_lrm(model, texts.load_tokenizers(work / family, model.family), folder)
     return {"load": loaded - start, "save": time.perf_counter() - loaded}
 
 
@@ -66,18 +67,18 @@ def latent(family: str) -> torch.Tensor:
 @torch.no_grad()
 def score(work: Path, family: str, precision: str) -> dict[str, float]:
     """S(x, t, prompt)."""
-    from lpo_fast import policy
+    from lpo_fast.lpo import judging
     start = time.perf_counter()
-    scorer = policy.load_score(settings(work, family, precision), [PROMPT], DEVICE)
+    scorer = judging.load_score(settings(work, family, precision), [PROMPT], DEVICE)
     return {"load": time.perf_counter() - start} | timed(lambda: scorer(latent(family), torch.tensor([501]), torch.tensor([0])))
 
 
 @torch.no_grad()
 def predict(work: Path, family: str, precision: str) -> dict[str, float]:
     """The policy's null and text pass."""
-    from lpo_fast import policy
+    from lpo_fast.lpo import policies
     start = time.perf_counter()
-    model, _ = policy.load(settings(work, family, precision), [PROMPT], DEVICE)
+    model, _ = policies.load(settings(work, family, precision), [PROMPT], DEVICE)
     loaded = time.perf_counter() - start
     return {"load": loaded} | timed(lambda: model.predict(latent(family), torch.tensor([501]), torch.tensor([0])))
 

@@ -17,7 +17,7 @@ from measure import clock, environment, markdown, write
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lpo_fast import accounting
+from lpo_fast.run import accounting
 
 READS = {"_local_scalar_dense", "nonzero", "masked_select"}  # operations that the host waits for
 

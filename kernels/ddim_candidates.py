@@ -13,9 +13,12 @@ tensors, and guides and steps in twenty more.
 import torch
 from torch import Tensor
 
-from lpo_fast import noise as streams
-from lpo_fast import schedule
-from lpo_fast.launch import (
+from lpo_fast.method import noise as method_noise
+from lpo_fast.method import schedule
+from lpo_fast.method.loss import guide
+from lpo_fast.method.noise import CHOICE, Counter, normals_at
+from lpo_fast.method.schedule import SIGMA, Schedule
+from lpo_fast.system.launch import (
     DTYPES,
     channels_last,
     dense,
@@ -28,9 +31,6 @@ from lpo_fast.launch import (
     launch,
     tl,
 )
-from lpo_fast.loss import guide
-from lpo_fast.noise import CHOICE, Counter, normals_at
-from lpo_fast.schedule import SIGMA, Schedule
 
 BLOCK = 512  # elements of a program, four a thread: a Philox block, 16 bytes of fp32; not yet measured on a GPU
 
@@ -40,7 +40,7 @@ def ddim_candidates_reference(sched: Schedule, x_t: Tensor, outputs: Tensor, t: 
     """The definition, in the dtype of x_t; arguments as ``ddim_candidates``."""
     if isinstance(noise, Counter):
         seed, epoch = noise.run
-        noise = streams.normal(seed, epoch, noise.items, noise.step, candidates, x_t.shape[1:])
+        noise = method_noise.normal(seed, epoch, noise.items, noise.step, candidates, x_t.shape[1:])
     mean = schedule.mean(sched, x_t, guide(*outputs.to(x_t.dtype).chunk(2), guidance), t)
     return (mean + sched.table[t, SIGMA][:, None, None, None] * noise).contiguous()
 
@@ -110,7 +110,7 @@ def ddim_candidates(sched: Schedule, x_t: Tensor, outputs: Tensor, t: Tensor, *,
     if given:
         expect_tensor("noise", noise, (candidates, *x_t.shape), x_t, (dtype,), gradient=False)
     else:
-        streams.expect_counter("noise", noise, x_t)
+        method_noise.expect_counter("noise", noise, x_t)
     if not fused(x_t):
         return ddim_candidates_reference(sched, x_t, outputs, t, guidance=guidance, noise=noise, candidates=candidates)
     return _op(sched.table, x_t, outputs, t, [noise] if given else list(noise), candidates, float(guidance), sched.clip)

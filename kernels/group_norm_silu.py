@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpo_fast.launch import expect, expect_number, expect_tensor, expect_type, fused, jit, launch, power_of_2, tl
+from lpo_fast.system.launch import expect, expect_number, expect_tensor, expect_type, fused, jit, launch, power_of_2, tl
 
 WARPS, TILE = 8, 4096  # of a program; elements at once, 2 loads of 16 bytes a thread in fp16; not yet measured on a GPU
 CHUNK = 32768  # elements that one program reduces, if there are so many; not yet measured on a GPU

@@ -14,8 +14,10 @@ import math
 import torch
 from torch import Tensor
 
-from lpo_fast import loss
-from lpo_fast.launch import (
+from lpo_fast.method import loss
+from lpo_fast.method.loss import HALF_LOG_2PI, METRICS, StepDPO
+from lpo_fast.method.schedule import Schedule
+from lpo_fast.system.launch import (
     DTYPES,
     channels_last,
     dense,
@@ -29,8 +31,6 @@ from lpo_fast.launch import (
     power_of_2,
     tl,
 )
-from lpo_fast.loss import HALF_LOG_2PI, METRICS, StepDPO
-from lpo_fast.schedule import Schedule
 
 BLOCK = 1024  # elements of a program; not yet measured on a GPU
 SUMMED = 256  # partial sums that the last program takes at a time; not yet measured on a GPU

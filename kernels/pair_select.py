@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lpo_fast import noise, select
-from lpo_fast.launch import expect, expect_table, expect_tensor, fused, jit, launch, tl
-from lpo_fast.noise import CHOICE, Counter, words_at
+from lpo_fast.method import noise, select
+from lpo_fast.method.noise import CHOICE, Counter, words_at
+from lpo_fast.system.launch import expect, expect_table, expect_tensor, fused, jit, launch, tl
 
 BLOCK = 512  # elements of a program, 16 bytes a thread; not yet measured on a GPU
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lpo_fast.launch import channels_last, dense, expect, expect_table, expect_tensor, fused, jit, launch, power_of_2, tl
+from lpo_fast.system.launch import channels_last, dense, expect, expect_table, expect_tensor, fused, jit, launch, power_of_2, tl
 
 WARPS, TILE = 4, 4096  # of a program; elements at once, 4 loads of 16 bytes a thread in fp16; not yet measured on a GPU
 CHUNK = 65536  # elements that one forward program reduces, at most if there are rows enough; not yet measured on a GPU

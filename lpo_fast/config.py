@@ -1,6 +1,6 @@
 """Every setting of a run as frozen dataclasses, and the recipes as functions: shapes(), sd15(), sd21(), sdxl().
 
-checks.py refuses values that cannot work.
+preflight/settings.py refuses values that cannot work.
 """
 
 from dataclasses import dataclass, replace
@@ -208,7 +208,6 @@ class Columns:
     image_1_uid: str = "image_1_uid"
     """Key of the second picture."""
 
-
 @dataclass(frozen=True)
 class LRM:
     """Train a latent reward model from preference pairs (arXiv 2502.01051, section 3.2)."""
@@ -353,7 +352,6 @@ class LRM:
     run_name: str = ""
     """The run's name in the tracker; default: the tracker's choice."""
 
-
 @dataclass(frozen=True)
 class Demo:
     """Both stages on the embedded world: train an LRM, align the tiny pipeline with it, count the right pictures."""
@@ -364,7 +362,6 @@ class Demo:
     """All randomness is a function of it."""
     pictures: int = 200
     """Pictures of held-out captions that are judged before and after."""
-
 
 class Recipe(NamedTuple):
     """The settings of both stages for one kind of model."""

@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from diffusers.utils import is_xformers_available
 
-from lpo_fast import golden, launch, runs, speed
 from lpo_fast.errors import InputError
-from lpo_fast.launch import triton
-from lpo_fast.operators import OPERATORS, Operator, error
+from lpo_fast.run import environment, optimization
+from lpo_fast.system import devices, launch
+from lpo_fast.system.launch import triton
+from lpo_fast.verify import golden
+from lpo_fast.verify.operators import OPERATORS, Operator, error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,8 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: --golden {arguments.golden}: holds no golden vectors (configs.json is missing); name their directory",
               file=sys.stderr)
         return 2
-    here = runs.environment()
-    for key in ("python", *runs.PACKAGES, "commit"):
+    here = environment.environment()
+    for key in ("python", *environment.PACKAGES, "commit"):
         print(f"{key:>13}  {here[key] or 'not installed'}")
     print(f"{'device':>13}  {here['gpu'] or 'CPU only'} ({here['cores']} cores)")
     for line in attention(), eight_bit():
@@ -48,10 +50,10 @@ def attention() -> str:
 
 def eight_bit() -> str:
     """Whether a step of 8-bit AdamW runs here."""
-    parameter = torch.nn.Parameter(torch.zeros(8192, device=speed.device()))
+    parameter = torch.nn.Parameter(torch.zeros(8192, device=devices.device()))
     parameter.grad = torch.ones_like(parameter)
     try:
-        speed.optimizer("adamw8bit", [parameter], lr=1e-3, weight_decay=0.0).step()
+        optimization.optimizer("adamw8bit", [parameter], lr=1e-3, weight_decay=0.0).step()
         state = "works"
     except (InputError, RuntimeError, OSError) as problem:
         state = f"does not run ({problem})"
@@ -88,7 +90,7 @@ def kernel(operator: Operator, settings: dict, backward: bool, copy: float | Non
     Raises AssertionError if the result is wrong, RuntimeError if the kernel does not run.
     """
     torch.manual_seed(0)
-    arguments = operator.inputs(speed.device(), **settings)
+    arguments = operator.inputs(devices.device(), **settings)
     call, = operator.calls(operator.kernel, [arguments], backward)
     report = f"error {error(operator.name, call(), operator.truth(arguments, backward)):.1e}"
     if copy is not None:

@@ -1,6 +1,5 @@
 """The errors that are told in a line: what a user's input can cause, and the end of another process."""
 
-
 class InputError(ValueError):
     """What is wrong with ``value`` (usually of setting ``key``) and what to do about it; the command exits with 2."""
 

@@ -19,11 +19,18 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
-from lpo_fast import checkpoint, cli, compare, data, export, models, policy, preflight, runs, scorers
-from lpo_fast.checkpoint import LORA_OFFICIAL
+from lpo_fast import cli, export
 from lpo_fast.config import LPO, Precision
+from lpo_fast.data.prompts import read_prompts
 from lpo_fast.errors import InputError
+from lpo_fast.evaluation import compare, scorers
+from lpo_fast.lpo import drawing, policies
+from lpo_fast.models import locate
+from lpo_fast.models.loras import LORA_OFFICIAL
+from lpo_fast.preflight import models
+from lpo_fast.run import environment, logs
 from lpo_fast.score import Scorer, check_lrm
+from lpo_fast.system import writing
 
 RECORD = "settings.json"
 DRAWN = ("model", "vae", "resolution", "lora", "tuned", "caption_key", "seed", "steps", "guidance", "eta",
@@ -73,7 +80,6 @@ class Evaluate:
     mixed_precision: Precision = "auto"
     """Precision of the networks; auto: fp16 on CUDA, fp32 on a CPU."""
 
-
 def check(settings: Evaluate) -> tuple[list[str], dict[str, scorers.Score]]:
     """Refuse what cannot work, before a model is downloaded or converted; all prompts and the scorers by name."""
     cli.required(settings, "model", "prompts", "out")
@@ -84,29 +90,29 @@ def check(settings: Evaluate) -> tuple[list[str], dict[str, scorers.Score]]:
     cli.within(settings, 0, 1, "eta")
     if settings.lora and settings.tuned:
         raise InputError(settings.tuned, "--lora is given as well", "give one of them", "--tuned")
-    prompts = data.read_prompts(settings.prompts, settings.caption_key)
+    prompts = read_prompts(settings.prompts, settings.caption_key)
     specs = dict.fromkeys(settings.scorer)
     short = [spec.rpartition(":")[2] for spec in specs]
     named = {s if short.count(s) == 1 and s != "lrm" else spec: spec for s, spec in zip(short, specs, strict=True)}
     functions = {name: scorers.resolve(spec) for name, spec in named.items()}
     if settings.lora:
         export.read(settings.lora)
-    preflight.writable(Path(settings.out))
+    models.writable(Path(settings.out))
     return prompts, functions
 
 
 def check_models(settings: Evaluate, prompts: list[str]) -> None:
     """Refuse models that do not go together, and a directory of pictures of others."""
-    unet = preflight.pipeline(settings.model, "--model")
-    preflight.picture(LPO(model=settings.model, vae=settings.vae, resolution=settings.resolution), unet)
+    unet = models.pipeline(settings.model, "--model")
+    models.picture(LPO(model=settings.model, vae=settings.vae, resolution=settings.resolution), unet)
     if settings.lora:
         lora = export.read(settings.lora)
         with torch.device("meta"):
-            export.check_fit(lora, policy.UNet2DConditionModel.from_config(unet), settings.lora)
+            export.check_fit(lora, policies.UNet2DConditionModel.from_config(unet), settings.lora)
         lora.rank  # noqa: B018 - raises where ranks differ
     if settings.tuned:
         with export.assembled(settings.tuned, settings.model) as folder:
-            other = preflight.pipeline(folder, "--tuned")
+            other = models.pipeline(folder, "--tuned")
         if differ := [key for key in ("in_channels", "sample_size") if other.get(key) != unet.get(key)]:
             raise InputError(settings.tuned, f"its {differ[0]} is {other.get(differ[0])}, the base's {unet.get(differ[0])}",
                              "compare models of one latent size", "--tuned")
@@ -117,8 +123,8 @@ def check_models(settings: Evaluate, prompts: list[str]) -> None:
 
 def lrm_base(settings: Evaluate) -> str:
     """The directory that completes the LRM; "": the one that it names."""
-    file = models.locate(settings.lrm, "--lrm") / "lrm.json"
-    named = file.is_file() and preflight.read_config(file.parent, "--lrm", file.name).get("base")
+    file = locate.locate(settings.lrm, "--lrm") / "lrm.json"
+    named = file.is_file() and models.read_config(file.parent, "--lrm", file.name).get("base")
     return settings.lrm_base or ("" if named else settings.model)
 
 
@@ -139,12 +145,12 @@ def record(settings: Evaluate, prompts: list[str]) -> dict[str, object]:
 def directory(settings: Evaluate, wanted: dict[str, object]) -> None:
     """Refuse a directory that cannot be written, or that holds something else or pictures of other settings."""
     out = Path(settings.out)
-    preflight.writable(out)
+    models.writable(out)
     if not out.exists() or not any(out.iterdir()):
         return
     if not (out / RECORD).is_file():
         raise InputError(settings.out, "holds something else than an evaluation", "name another directory", "--out")
-    before = preflight.read_config(out, "--out", RECORD)
+    before = models.read_config(out, "--out", RECORD)
     for key, value in wanted.items():
         if before.get(key) != value:
             had = "" if isinstance(value, dict) or key == "prompts" else f" ({before.get(key)} then, {value} now)"
@@ -185,8 +191,8 @@ def draw_with(settings: Evaluate, model: str, prompts: list[str], items: list[in
         lora = export.read(settings.lora)
         config = replace(config, lora=settings.lora, rank=lora.rank, targets=tuple(lora.pairs))
     device = PartialState().device
-    loaded, sched = policy.load(config, [prompts[n] for n in numbers], device)
-    shape = policy.latent_shape(config, loaded.unet)
+    loaded, sched = policies.load(config, [prompts[n] for n in numbers], device)
+    shape = policies.latent_shape(config, loaded.unet)
     place = {number: i for i, number in enumerate(numbers)}
     for side, wanted in missing.items():
         predict = loaded.predict if side == "tuned" and settings.lora else loaded.reference
@@ -194,7 +200,7 @@ def draw_with(settings: Evaluate, model: str, prompts: list[str], items: list[in
         for first in range(0, len(wanted), size := 8 * settings.batch_size):
             part = wanted[first:first + size]
             index = torch.tensor([place[i // settings.pictures_per_prompt] for i in part])
-            drawn = policy.pictures(predict, sched, Path(settings.vae or model), index, shape, guidance=settings.guidance,
+            drawn = drawing.pictures(predict, sched, Path(settings.vae or model), index, shape, guidance=settings.guidance,
                                     seed=settings.seed, batch=settings.batch_size, items=torch.tensor(part),
                                     bring=loaded.bring)
             for i, pixels in zip(part, drawn.numpy(), strict=True):
@@ -206,7 +212,7 @@ def draw_with(settings: Evaluate, model: str, prompts: list[str], items: list[in
 def save(pixels: np.ndarray, file: Path) -> None:
     """Write a PNG that is there whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with checkpoint.replacing(file) as aside:
+    with writing.replacing(file) as aside:
         Image.fromarray(pixels).save(aside, "PNG")
 
 
@@ -237,7 +243,7 @@ def score(settings: Evaluate, prompts: list[str], items: list[int], functions: d
 def write(settings: Evaluate, rows: list[dict], names: list[str], prompts: int) -> str:
     """scores.csv, summary.json and page.html; the table."""
     out = Path(settings.out)
-    with checkpoint.replacing(out / "scores.csv") as aside, open(aside, "w", encoding="utf-8", newline="") as f:
+    with writing.replacing(out / "scores.csv") as aside, open(aside, "w", encoding="utf-8", newline="") as f:
         writer = csv.DictWriter(f, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -245,8 +251,8 @@ def write(settings: Evaluate, rows: list[dict], names: list[str], prompts: int) 
                                      for side in sides(settings)}) for name in names}
     finite = {name: {key: {k: v if np.isfinite(v) else None for k, v in value.items()} for key, value in entry.items()}
               for name, entry in result.items()}
-    runs.write_json(out / "summary.json", {"prompts": prompts, "pictures": len(rows), "scores": finite,
-                                           "settings": asdict(settings), "environment": runs.environment()})
+    logs.write_json(out / "summary.json", {"prompts": prompts, "pictures": len(rows), "scores": finite,
+                                           "settings": asdict(settings), "environment": environment.environment()})
     note = (f"{settings.lora or settings.tuned or 'no tuned model'} against {settings.model}: {prompts} prompts, {len(rows)} "
             f"pictures each, {settings.steps} steps, guidance {settings.guidance:g}, eta {settings.eta:g}, seed "
             f"{settings.seed}. Brackets: 95 % intervals over prompts; win rate: a tie is half.")
@@ -258,7 +264,7 @@ def run(settings: Evaluate) -> None:
     """The command, on every rank."""
     prompts, functions = check(settings)
     given = {key: getattr(settings, key) for key in ("model", "vae", "tuned") if getattr(settings, key)}
-    settings = replace(settings, **{key: str(models.locate(name, cli.flag(key))) for key, name in given.items()})
+    settings = replace(settings, **{key: str(locate.locate(name, cli.flag(key))) for key, name in given.items()})
     check_models(settings, prompts)
     wanted, prompts = record(settings, prompts), prompts[:settings.number or None]
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -266,7 +272,7 @@ def run(settings: Evaluate) -> None:
     out = Path(settings.out)
     if state.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
-        runs.write_json(out / RECORD, wanted)
+        logs.write_json(out / RECORD, wanted)
     each = settings.pictures_per_prompt
     items = [n * each + k for n in range(state.process_index, len(prompts), state.num_processes) for k in range(each)]
     draw(settings, prompts, items)

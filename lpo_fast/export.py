@@ -18,8 +18,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from lpo_fast import backbone, checkpoint, cli, models, preflight
+from lpo_fast import cli
 from lpo_fast.errors import InputError
+from lpo_fast.models import denoisers, locate, loras
+from lpo_fast.preflight import models
+from lpo_fast.system import writing
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 A, B = ".lora_A.weight", ".lora_B.weight"
@@ -42,7 +45,6 @@ class Export:
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Precision of the denoiser as it is saved; small changes drown in bf16's rounding."""
 
-
 @dataclass(frozen=True)
 class Lora:
     """A LoRA whose alpha is its rank: (A [r, in, …], B [out, r, …]) of each adapted module."""
@@ -61,7 +63,7 @@ class Lora:
 
 def read(path: str) -> Lora:
     """A LoRA file or its folder. Raises InputError for tensors that are no adapter of a denoiser."""
-    state = checkpoint.read_lora(Path(path))
+    state = loras.read_lora(Path(path))
     names = dict.fromkeys(name.removesuffix(A).removesuffix(B) for name in state)
     for name in names or ("",):
         a, b = state.get(name + A), state.get(name + B)
@@ -108,10 +110,10 @@ def assembled(name: str, model: str | Path) -> Iterator[str]:
 
 def save_merged(model: Path, lora: Lora | None, out: Path, dtype: str) -> None:
     """The model's directory with the LoRA in its denoiser; single-file checkpoints that lie beside its parts stay behind."""
-    unet = backbone.load_unet(model)
+    unet = denoisers.load_unet(model)
     if lora:
         merge(unet, lora)
-    with checkpoint.replacing(out) as aside:
+    with writing.replacing(out) as aside:
         aside.mkdir()
         for part in sorted(part for part in model.iterdir() if not part.name.startswith(".")):
             if part.is_dir() and part.name != "unet":
@@ -123,7 +125,7 @@ def save_merged(model: Path, lora: Lora | None, out: Path, dtype: str) -> None:
 
 def save_lora(lora: Lora, out: Path) -> None:
     """pytorch_lora_weights.safetensors in ``out``, of which every version of diffusers makes the same pictures."""
-    checkpoint.write_lora({name + suffix: tensor.contiguous() for name, pair in lora.pairs.items()
+    loras.write_lora({name + suffix: tensor.contiguous() for name, pair in lora.pairs.items()
                            for suffix, tensor in zip((A, B), pair, strict=True)}, out)
 
 
@@ -133,20 +135,20 @@ def check(settings: Export) -> Lora | None:
     if settings.tuned and (settings.lora or settings.form == "lora"):
         raise InputError(settings.tuned, "is full fine-tuning, and no LoRA", "drop --tuned, or --lora and --form lora",
                          "--tuned")
-    unet = preflight.pipeline(settings.model, "--model") if settings.model or settings.form == "merged" else None
+    unet = models.pipeline(settings.model, "--model") if settings.model or settings.form == "merged" else None
     place = Path(settings.lora)
     if settings.lora and (place / "unet").is_dir() and not any(
-            (place / name).is_file() for name in (checkpoint.LORA_DIFFUSERS, checkpoint.LORA_OFFICIAL)):
+            (place / name).is_file() for name in (loras.LORA_DIFFUSERS, loras.LORA_OFFICIAL)):
         raise InputError(settings.lora, "is full fine-tuning, and no LoRA", "name it with --tuned", "--lora")
     lora = None if settings.tuned else read(settings.lora)
     if settings.tuned:
-        with assembled(settings.tuned, models.locate(settings.model, "--model")) as folder:
-            preflight.pipeline(folder, "--tuned")
+        with assembled(settings.tuned, locate.locate(settings.model, "--model")) as folder:
+            models.pipeline(folder, "--tuned")
     elif unet:
         with torch.device("meta"):
             check_fit(lora, UNet2DConditionModel.from_config(unet), settings.lora)
     out = Path(settings.out)
-    preflight.writable(out)
+    models.writable(out)
     if out.is_dir() and any(out.iterdir()):
         raise InputError(settings.out, "is not empty", "name another directory", "--out")
     return lora
@@ -156,15 +158,15 @@ def run(settings: Export) -> None:
     """The command."""
     lora, out = check(settings), Path(settings.out)
     if settings.tuned:
-        with assembled(settings.tuned, models.locate(settings.model, "--model")) as folder:
+        with assembled(settings.tuned, locate.locate(settings.model, "--model")) as folder:
             save_merged(Path(folder), None, out, settings.dtype)
         print(f"model: {out}, denoiser in {settings.dtype}")
         return
     if settings.form == "lora":
         save_lora(lora, out)
-        print(f"LoRA: {out / checkpoint.LORA_DIFFUSERS}, {len(lora.pairs)} layers")
+        print(f"LoRA: {out / loras.LORA_DIFFUSERS}, {len(lora.pairs)} layers")
     else:
-        save_merged(models.locate(settings.model, "--model"), lora, out, settings.dtype)
+        save_merged(locate.locate(settings.model, "--model"), lora, out, settings.dtype)
         print(f"model: {out}, {len(lora.pairs)} layers merged, denoiser in {settings.dtype}")
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lpo_fast import files
+from lpo_fast.system import writing
 
 SHOWN, OPEN, EMBED, SMALL = 48, 12, 384, 128  # picture pairs in all and not folded away; widths in pixels
 COLOURS = {"#000001": "accent", "#000002": "second", "#000003": "muted", "#000004": "line"}  # in the SVG: CSS variable
@@ -316,7 +316,7 @@ def write(run_dir: str | Path) -> Path:
     for title, value in ("Time per stage (h:mm:ss)", times), ("Settings", config), ("What ran", environment):
         inner = f"<summary>{len(value)} entries</summary><table>{table(value)}</table></details>" if value else ""
         body.append(section(title, "", inner and f"<details{' open' * (value is not config)}>{inner}", cls=""))
-    with files.replacing(path := run / "report.html") as aside:
+    with writing.replacing(path := run / "report.html") as aside:
         aside.write_text(PAGE.substitute(title=name, body="\n".join(body)), "utf-8", "replace")
     return path
 

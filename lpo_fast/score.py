@@ -22,10 +22,17 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from lpo_fast import backbone, checkpoint, cli, data, files, models, noise, preflight, schedule, speed, tables
+from lpo_fast import cli
 from lpo_fast.config import LPO, Precision
+from lpo_fast.data import images, tables
+from lpo_fast.data.tables import KINDS, Picture
 from lpo_fast.errors import InputError
-from lpo_fast.tables import KINDS, Picture
+from lpo_fast.lrm import checkpoint
+from lpo_fast.method import noise, schedule
+from lpo_fast.models import locate, texts, vaes
+from lpo_fast.models.families import family_of
+from lpo_fast.preflight import models
+from lpo_fast.system import devices, reading
 
 LOOKED_AT = 100  # pictures of a table whose headers are read before the model is loaded
 
@@ -67,7 +74,6 @@ class Score:
     mixed_precision: Precision = "auto"
     """Precision of the reward model; auto: fp16 on CUDA, fp32 on a CPU."""
 
-
 class Scorer:
     """A latent reward model as a function of pictures and prompts.
 
@@ -78,12 +84,12 @@ class Scorer:
 
     def __init__(self, lrm: str | os.PathLike, base: str | os.PathLike = "", *, vae: str = "", resolution: int = 0,
                  batch_size: int = 8, seed: int = 0, mixed_precision: Precision = "auto"):
-        path, base = models.locate(str(lrm), "--lrm"), check_lrm(str(lrm), str(base), vae, resolution)
-        self.device, self.batch_size, self.seed = speed.device(), batch_size, seed
-        self.precision = speed.precision(mixed_precision, "fp16")
+        path, base = locate.locate(str(lrm), "--lrm"), check_lrm(str(lrm), str(base), vae, resolution)
+        self.device, self.batch_size, self.seed = devices.device(), batch_size, seed
+        self.precision = devices.precision(mixed_precision, "fp16")
         self.lrm = checkpoint.load_lrm(path, base, resolution=resolution).to(self.device)
-        self.tokenizers = backbone.load_tokenizers(path if (path / "tokenizer").is_dir() else base, self.lrm.family)
-        self.vae = backbone.load_vae(models.locate(vae, "--vae") if vae else base).to(self.device)
+        self.tokenizers = texts.load_tokenizers(path if (path / "tokenizer").is_dir() else base, self.lrm.family)
+        self.vae = vaes.load_vae(locate.locate(vae, "--vae") if vae else base).to(self.device)
         scheduler = json.loads((base / "scheduler" / "scheduler_config.json").read_text())
         self.sched = schedule.from_config(scheduler, 20).to(self.device)
         self.resolution = self.lrm.resolution
@@ -123,12 +129,12 @@ class Scorer:
     def _score(self, pixels: Tensor, prompts: list[str], rows: Tensor, timestep: int, draws: int) -> Tensor:
         """Scores [B] of one batch."""
         unique = list(dict.fromkeys(prompts))
-        text = backbone.encode_prompts(self.lrm.family, self.tokenizers, list(self.lrm.text_encoders), unique,
+        text = texts.encode_prompts(self.lrm.family, self.tokenizers, list(self.lrm.text_encoders), unique,
                                        zero_null=False)[torch.tensor([unique.index(p) for p in prompts], device=self.device)]
         x0 = self.vae.encode(pixels.to(self.device)).latent_dist.mean * self.vae.config.scaling_factor
         z = noise.normal(self.seed, 0, rows.to(self.device), timestep, draws, tuple(x0.shape[1:]))
         t = torch.full((len(x0),), timestep, device=self.device)
-        with speed.autocast(self.precision):
+        with devices.autocast(self.precision):
             scores = [self.lrm.score(schedule.add_noise(self.sched, x0, one, t), t, text) for one in z]
         return torch.stack(scores).float().mean(0)
 
@@ -137,8 +143,8 @@ def pixels(picture: Picture, row: int, resolution: int) -> Tensor:
     """fp32 [3, r, r] in [−1, 1], upright. Raises InputError naming the picture."""
     try:
         if isinstance(picture, Image.Image):
-            return data.pixels(picture, resolution)
-        return data.decode(picture if isinstance(picture, bytes) else files.read_picture(Path(picture)), resolution)
+            return images.pixels(picture, resolution)
+        return images.decode(picture if isinstance(picture, bytes) else reading.read_picture(Path(picture)), resolution)
     except Exception as error:  # Pillow raises many kinds for what is no picture
         name = str(picture) if isinstance(picture, str | os.PathLike) else f"picture {row}"
         raise InputError(name, f"row {row} does not decode as a picture ({type(error).__name__})", "mend or drop it") from error
@@ -146,21 +152,21 @@ def pixels(picture: Picture, row: int, resolution: int) -> Tensor:
 
 def check_lrm(lrm: str, base: str, vae: str = "", resolution: int = 0) -> Path:
     """The base directory of an LRM: the given one or the one that it names. Raises InputError unless all fit."""
-    path = models.locate(lrm, "--lrm")
+    path = locate.locate(lrm, "--lrm")
     if not base and (path / "lrm.json").is_file():
-        base = preflight.read_config(path, "--lrm", "lrm.json").get("base") or ""
+        base = models.read_config(path, "--lrm", "lrm.json").get("base") or ""
     if not base and lrm and path.exists():
         raise InputError(lrm, "names no base, and holds no VAE", "name the diffusers directory that it was made from",
                          "--lrm-base")
-    unet = preflight.pipeline(base, "--lrm-base") if base else {}
-    own = preflight.reward_model(LPO(model=base, lrm=lrm))
-    families = [backbone.family_of(config) for config in (own, unet)]
+    unet = models.pipeline(base, "--lrm-base") if base else {}
+    own = models.reward_model(LPO(model=base, lrm=lrm))
+    families = [family_of(config) for config in (own, unet)]
     if families[0] != families[1] or own["in_channels"] != unet["in_channels"]:
         raise InputError(lrm, f"scores {families[0].name} latents, {base} makes {families[1].name} latents",
                          "name the diffusers directory that it was made from", "--lrm-base")
-    preflight.picture(LPO(model=base, vae=vae, resolution=resolution), unet)
-    preflight.buildable(own, lrm, "--lrm")
-    return models.locate(base, "--lrm-base")
+    models.picture(LPO(model=base, vae=vae, resolution=resolution), unet)
+    models.buildable(own, lrm, "--lrm")
+    return locate.locate(base, "--lrm-base")
 
 
 def check(settings: Score) -> None:
@@ -180,7 +186,7 @@ def check(settings: Score) -> None:
         raise InputError(settings.out, f"unknown kind {out.suffix!r}", f"use {', '.join(KINDS)}", "--out")
     if out.exists():
         raise InputError(settings.out, "exists already", "name another file", "--out")
-    preflight.writable(out.parent)
+    models.writable(out.parent)
 
 
 def check_pictures(pictures: Sequence[Picture]) -> None:
@@ -188,7 +194,7 @@ def check_pictures(pictures: Sequence[Picture]) -> None:
     for row, picture in enumerate(pictures):
         if not isinstance(picture, bytes):
             try:
-                data.opened(Path(picture)).close()
+                images.opened(Path(picture)).close()
             except FileNotFoundError as error:
                 raise InputError(str(picture), "no such picture", "name a picture file") from error
             except Exception as error:  # Pillow raises many kinds

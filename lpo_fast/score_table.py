@@ -19,11 +19,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from lpo_fast import cli, data, pairs
+from lpo_fast import cli
 from lpo_fast.config import Columns
+from lpo_fast.data import dataset, images, mpcf, preferences
+from lpo_fast.data.dataset import PairDataset
+from lpo_fast.data.preferences import Pairs
 from lpo_fast.errors import InputError
-from lpo_fast.pairs import PairDataset, Pairs
-from lpo_fast.preflight import writable
+from lpo_fast.preflight.models import writable
 
 SCORERS = ("aesthetic", "clipscore", "vqascore")
 Scorer = Callable[[list[Image.Image], list[str]], object]
@@ -54,7 +56,6 @@ class ScoreTable:
     max_corrupt: int = 100
     """Pairs whose pictures do not decode get no gaps, and so are never kept; a run with more of them stops."""
 
-
 def make(config: ScoreTable) -> Path:
     """Write the table; its path. Raises InputError naming the scorer and the rows."""
     out = Path(config.out)
@@ -64,9 +65,9 @@ def make(config: ScoreTable) -> Path:
         raise InputError(config.out, "is there already", "choose another name, or remove it", "--out")
     writable(out.parent)
     scorers = {name: load(getattr(config, name), f"--{name}") for name in SCORERS}
-    table = pairs.read(config.pairs, "--pairs", config.columns, config.train_split, config.cache_dir)
-    pairs.check_pictures(table)
-    names = [*(data.KEYS if table.uids else ()), *data.GAPS]
+    table = preferences.read(config.pairs, "--pairs", config.columns, config.train_split, config.cache_dir)
+    dataset.check_pictures(table)
+    names = [*(mpcf.KEYS if table.uids else ()), *mpcf.GAPS]
     same = repr((astuple(config), len(table))).encode()  # other settings have another unfinished table
     part = out.with_name(f".{out.name}.{hashlib.sha256(same).hexdigest()[:12]}.part")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +140,7 @@ def scored(config: ScoreTable, table: Pairs, scorers: dict[str, Scorer], first: 
 def both(dataset: PairDataset, row: int) -> tuple[Image.Image, Image.Image] | None:
     """The two pictures of a row, upright and of their own sizes, or None if one does not decode."""
     try:
-        return tuple(data.picture(pictures(row)) for pictures in dataset.pictures)
+        return tuple(images.picture(pictures(row)) for pictures in dataset.pictures)
     except Exception:  # Pillow raises many kinds for what is no picture
         return None
 

@@ -3,9 +3,9 @@
 demo (or nothing)   both stages on the embedded world, judged from pixels: minutes on a laptop
 lrm                 train a latent reward model from preference pairs
 lpo                 align a Stable Diffusion model with a latent reward model
---config FILE.py …  the official LPO script's launch line (official.py)
---config-path DIR --config-name NAME key=value …  the official LRM script's (official_lrm.py)
---dry-run behind any of them but the demo: check, print what the run would take, end (dry_run.py)
+--config FILE.py …  the official LPO script's launch line (official/lpo.py)
+--config-path DIR --config-name NAME key=value …  the official LRM script's (official/lrm.py)
+--dry-run behind any of them but the demo: check, print what the run would take, end (preflight/dry_run.py)
 """
 
 import os
@@ -15,33 +15,40 @@ from typing import Annotated
 
 import tyro
 
-from lpo_fast import checks, cli, config, official, official_lrm
+from lpo_fast import cli, config
 from lpo_fast.config import LPO, LRM, Demo
+from lpo_fast.official import lpo, lrm
+from lpo_fast.preflight import settings as preflight_settings
 
 
 def run(settings: Demo | LRM | LPO) -> None:
     """One command; prints where its results lie. The heavy imports wait until the command line is read."""
-    from lpo_fast import checkpoint, dry_run, guard, keeping, ranks, report, runs, train_lpo, train_lrm
+    from lpo_fast import report, train_lpo, train_lrm
+    from lpo_fast.lrm import selection
+    from lpo_fast.models import loras
+    from lpo_fast.preflight import dry_run
+    from lpo_fast.run import optimization
     from lpo_fast.shapes import evaluate
+    from lpo_fast.system import console, distributed
     if not isinstance(settings, Demo) and settings.dry_run:
         lines = dry_run.report(settings)
         if os.environ.get("RANK", "0") == "0":
             print(*lines, sep="\n", flush=True)
         return
-    with guard.told():
+    with optimization.told():
         match settings:
             case Demo():
-                checks.demo(settings)
+                preflight_settings.demo(settings)
                 result, out = evaluate.demo(settings)
-                runs.say(evaluate.verdict(result))
+                console.say(evaluate.verdict(result))
             case LRM():
                 out = train_lrm.train(settings)
-                runs.say(f"latent reward model: {out / keeping.FINAL}")
+                console.say(f"latent reward model: {out / selection.FINAL}")
             case LPO():
                 out = train_lpo.train(settings)
-                runs.say(f"weights: {out / ('unet' if settings.full else checkpoint.LORA_DIFFUSERS)}")
-    if ranks.main():
-        runs.say(f"report: {report.write(out)}")
+                console.say(f"weights: {out / ('unet' if settings.full else loras.LORA_DIFFUSERS)}")
+    if distributed.main():
+        console.say(f"report: {report.write(out)}")
 
 
 def recipe(argv: list[str]) -> config.Recipe:
@@ -51,8 +58,8 @@ def recipe(argv: list[str]) -> config.Recipe:
         return (given + [a.partition("=")[2] for a in argv if a.startswith(f"{flag}=")] + [""])[0]
     unet = {}
     if name := value("--model"):
-        from lpo_fast import models
-        unet = models.unet_config(name, value("--revision"))
+        from lpo_fast.models import locate
+        unet = locate.unet_config(name, value("--revision"))
     if unet.get("addition_embed_type") == "text_time":
         return config.sdxl()
     return config.sd21() if unet.get("cross_attention_dim") == 1024 else config.sd15()
@@ -60,14 +67,14 @@ def recipe(argv: list[str]) -> config.Recipe:
 
 def parse(argv: list[str]) -> Demo | LRM | LPO:
     """Settings of a command line, ours or an official one; without a word it is the demo."""
-    if official.is_launch(argv):
-        settings, notes = official.parse(argv)
+    if lpo.is_launch(argv):
+        settings, notes = lpo.parse(argv)
         if os.environ.get("RANK", "0") == "0":  # of many processes one
             for note in notes:
                 print(f"note: {note}", flush=True)
         return settings
     if any(a.partition("=")[0] in ("--config-path", "--config-name", "-cp", "-cn") for a in argv):
-        return replace(official_lrm.parse([a for a in argv if a != "--dry-run"]), dry_run="--dry-run" in argv)
+        return replace(lrm.parse([a for a in argv if a != "--dry-run"]), dry_run="--dry-run" in argv)
     defaults = recipe(argv)
     stages = (Annotated[Demo, tyro.conf.subcommand("demo")]
               | Annotated[LRM, tyro.conf.subcommand("lrm", default=defaults.lrm)]
@@ -78,7 +85,7 @@ def parse(argv: list[str]) -> Demo | LRM | LPO:
         "Latent reward models and latent preference optimization for Stable Diffusion. Defaults are those of the recipe for "
         "the model that --model names; without one, SD1.5's."))
     if isinstance(settings, LPO):
-        checks.lora_flags(settings, defaults.lpo)
+        preflight_settings.lora_flags(settings, defaults.lpo)
     return settings
 
 

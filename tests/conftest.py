@@ -20,11 +20,14 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import lpo_fast
-from lpo_fast import backbone, checkpoint, guard, launch
-from lpo_fast.golden import Golden
+from lpo_fast.lrm import checkpoint
+from lpo_fast.models import texts
+from lpo_fast.run import optimization
+from lpo_fast.system import launch as system_launch
+from lpo_fast.verify.golden import Golden
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
-launch.INTERPRETED = False  # the references run, except in tests that ask for ``kernels``
+system_launch.INTERPRETED = False  # the references run, except in tests that ask for ``kernels``
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -32,15 +35,15 @@ TOKENIZER = Path(lpo_fast.__file__).parent / "shapes" / "pipeline" / "tokenizer"
 CONFIGS = json.loads((GOLDEN / "configs.json").read_text())
 
 
-def update(optimizer: torch.optim.Optimizer, pairs: int, max_norm: float = 1.0) -> guard.Update:
+def update(optimizer: torch.optim.Optimizer, pairs: int, max_norm: float = 1.0) -> optimization.Update:
     """A loop's without a loss scale, which float64 has none of."""
-    return guard.Update(optimizer, torch.amp.GradScaler(DEVICE.type, enabled=False), max_norm, pairs, "")
+    return optimization.Update(optimizer, torch.amp.GradScaler(DEVICE.type, enabled=False), max_norm, pairs, "")
 
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch):
     """Kernels run in this test, under Triton's interpreter without a GPU, and fresh memory holds NaN (or huge integers)."""
-    monkeypatch.setattr(launch, "INTERPRETED", not torch.cuda.is_available())
+    monkeypatch.setattr(system_launch, "INTERPRETED", not torch.cuda.is_available())
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # which fills torch.empty and the like
     yield
@@ -126,7 +129,7 @@ def tiny_lrm(tiny_sd: Path) -> Path:
     """An LRM directory made of ``tiny_sd``, trained on nothing; not to be changed."""
     lrm = checkpoint.new_lrm(tiny_sd, generator=torch.Generator().manual_seed(1))
     folder = tiny_sd.parent / "lrm"
-    checkpoint.save_lrm(lrm, backbone.load_tokenizers(tiny_sd, lrm.family), folder)
+    checkpoint.save_lrm(lrm, texts.load_tokenizers(tiny_sd, lrm.family), folder)
     return folder
 
 

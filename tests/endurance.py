@@ -57,7 +57,9 @@ def sample(step: int) -> Sample:
 
 def child(file: str, steps: str, every: str, arguments: list[str]) -> None:
     """Of the watched process: the command, which is asked to stop after so many steps, and a row in a file every few."""
-    from lpo_fast import train, train_lpo, train_lrm
+    from lpo_fast import train
+    from lpo_fast.lpo import steps as lpo_steps
+    from lpo_fast.lrm import steps as lrm_steps
 
     def watched(function):
         count = 0
@@ -75,8 +77,8 @@ def child(file: str, steps: str, every: str, arguments: list[str]) -> None:
         return watch
 
     multiprocessing.set_start_method("fork", force=True)  # what workers are by default, but not below a fork server
-    for loop in (train_lpo, train_lrm):
-        loop.train_step = watched(loop.train_step)
+    for steps_of in (lpo_steps, lrm_steps):
+        steps_of.train_step = watched(steps_of.train_step)
     sys.exit(train.main(arguments))
 
 
@@ -120,9 +122,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: lpo lrm")
     options = parser.parse_args()
-    from lpo_fast import runs
+    from lpo_fast.run import environment
     from lpo_fast.shapes import PIPELINE
-    rows, series, bad, commit = [], [], False, runs.commit()
+    rows, series, bad, commit = [], [], False, environment.commit()
     for stage in options.stages or FLAGS:
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:

@@ -29,14 +29,18 @@ RUN = """
 import torch
 from dataclasses import replace
 from pathlib import Path
-from lpo_fast import backbone, checkpoint, config, train_lpo
+from lpo_fast import config
+from lpo_fast.lrm import checkpoint
+from lpo_fast.models import denoisers
+from lpo_fast.models import texts
+from lpo_fast import train_lpo
 from lpo_fast.shapes import PIPELINE
 lrm = checkpoint.new_lrm(PIPELINE, generator=torch.Generator().manual_seed(0))
-checkpoint.save_lrm(lrm, backbone.load_tokenizers(PIPELINE, lrm.family), Path("lrm"))
+checkpoint.save_lrm(lrm, texts.load_tokenizers(PIPELINE, lrm.family), Path("lrm"))
 Path("prompts.txt").write_text("a red circle on a blue background\\n")
 train_lpo.train(replace(config.shapes().lpo, model=str(PIPELINE), lrm="lrm", prompts="prompts.txt", out="run", pictures=0,
                         batch_size=1, num_steps=2, threshold_min=0.0, threshold_max=0.001))
-print("lpo_fast from", Path(backbone.__file__).parent)
+print("lpo_fast from", Path(denoisers.__file__).parent)
 """
 # What a variant runs on: what is imported, not what is listed.
 VERSIONS = """
@@ -132,8 +136,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help=f"default: {', '.join(ALL)}")
     options, bad, rows = parser.parse_args(), 0, []
-    from lpo_fast import runs
-    commit = runs.commit()
+    from lpo_fast.run import environment
+    commit = environment.commit()
     with tempfile.TemporaryDirectory() as made:
         package = wheel(Path(made))
         for variant in options.variants or ALL:

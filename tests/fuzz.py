@@ -37,8 +37,16 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save
 
-from lpo_fast import checkpoint, checks, data, export, official, official_lrm, pairs, preflight, tables
+from lpo_fast import config, export
+from lpo_fast.data import dataset, images, mpcf, preferences, tables
+from lpo_fast.data.prompts import read_prompts
 from lpo_fast.errors import InputError
+from lpo_fast.lrm import checkpoint
+from lpo_fast.models import loras
+from lpo_fast.official import lpo, lrm
+from lpo_fast.preflight import models as preflight_models
+from lpo_fast.preflight import settings as preflight_settings
+from lpo_fast.run import states
 
 SLOW = 5.0  # seconds
 OFFICIAL = Path(__file__).parent / "official"
@@ -145,10 +153,10 @@ def wrong_pairs(draw: st.DrawFn) -> bytes:
 
 def read_pairs(file: Path) -> object:
     """Read and check a table of pairs, and choose from it as a run does."""
-    table = pairs.read(str(file))
-    pairs.check_pictures(table)
-    best = pairs.LRM(only_on_best=True) if table.uids else pairs.LRM()
-    return pairs.choose(pairs.choose(table, best), pairs.LRM(compare_between_timestep=True))
+    table = preferences.read(str(file))
+    dataset.check_pictures(table)
+    best = config.LRM(only_on_best=True) if table.uids else config.LRM()
+    return preferences.choose(preferences.choose(table, best), config.LRM(compare_between_timestep=True))
 
 
 @st.composite
@@ -186,7 +194,7 @@ def official_config() -> dict:
     before = os.getcwd()
     try:
         os.chdir(OFFICIAL)
-        return without_none(official.load("configs/sd15.py"))
+        return without_none(lpo.load("configs/sd15.py"))
     finally:
         os.chdir(before)
 
@@ -236,20 +244,20 @@ def readers(work: Path) -> dict[str, Reader]:
         before = (model / part).read_text()
         try:
             (model / part).write_text(json.dumps(json.loads(before) | {key: value}))
-            return preflight.pipeline(str(model), "--model")
+            return preflight_models.pipeline(str(model), "--model")
         finally:
             (model / part).write_text(before)
 
     def lpo_config(file: Path) -> object:
-        return checks.lpo(official.settings(official.flat(official.load(str(file))))[0])
+        return preflight_settings.lpo(lpo.settings(lrm.flat(lpo.load(str(file))))[0])
 
     def lrm_json(file: Path) -> object:
         (file.parent / "lrm.json").write_bytes(file.read_bytes())
         return checkpoint.recorded_settings(file.parent)
     lrm_values = st.dictionaries(st.sampled_from(["base", "guidance_scale", "multi_scale_cfg", "resolution", "x"]), ODD)
-    prompts = (lambda file: data.read_prompts(str(file)))  # noqa: E731
+    prompts = (lambda file: read_prompts(str(file)))  # noqa: E731
     return {
-        "pictures": Reader(lambda file: data.decode(file.read_bytes(), 8), damaged(*whole.values()), ".png",
+        "pictures": Reader(lambda file: images.decode(file.read_bytes(), 8), damaged(*whole.values()), ".png",
                            (OSError, ValueError, SyntaxError, Exception)),
         "prompts .json": Reader(prompts, odd_json() | damaged(b'[{"caption": "a cat"}, "a dog"]'), ".json"),
         "prompts .jsonl": Reader(prompts, odd_json(lines=True) | damaged(b'"a"\n{"caption": "b"}\n'), ".jsonl"),
@@ -257,13 +265,13 @@ def readers(work: Path) -> dict[str, Reader]:
         "prompts .txt": Reader(prompts, st.binary(max_size=200) | st.text(max_size=200).map(str.encode), ".txt"),
         "prompts .parquet": Reader(prompts, damaged(parquet({"caption": ["a", "b"]})), ".parquet"),
         "pairs": Reader(read_pairs, wrong_pairs(), ".parquet"),
-        "score table": Reader(lambda file: data.kept(data.read_scores(str(file)), 2), odd_csv(
-            (*data.GAPS, *data.KEYS), "1", "0", "0.5", "k"), ".csv"),
+        "score table": Reader(lambda file: mpcf.kept(mpcf.read_scores(str(file)), 2), odd_csv(
+            (*mpcf.GAPS, *mpcf.KEYS), "1", "0", "0.5", "k"), ".csv"),
         "table .csv": Reader(lambda file: tables.read(str(file), "prompt", "image", "score"), odd_csv(
             ("prompt", "image"), "a cat", "input.csv", "/dev/zero"), ".csv"),
         "table .jsonl": Reader(lambda file: tables.read(str(file), "caption", "a", "score"), odd_json(lines=True) | damaged(
             b'{"caption": "a cat", "a": "input.jsonl"}\n' * 3), ".jsonl"),
-        "LoRA .pt": Reader(checkpoint.read_lora, damaged(*tensors), ".pt"),
+        "LoRA .pt": Reader(loras.read_lora, damaged(*tensors), ".pt"),
         "LoRA .safetensors": Reader(lambda file: export.read(str(file)), damaged(*lora), ".safetensors"),
         "LRM .pt": Reader(lambda file: checkpoint.read_heads(file, [8, 16, 16, 24]), damaged(heads), ".pt"),
         "state.pt": Reader(state, damaged(pickled(
@@ -274,7 +282,7 @@ def readers(work: Path) -> dict[str, Reader]:
         "model configs": Reader(with_config, odd_models, ".odd"),
         **{f"official LPO {suffix}": Reader(lpo_config, odd_config(tree, dump), suffix)
            for suffix, dump in ((".json", json.dumps), (".yaml", yaml.safe_dump), (".toml", toml))},
-        "official LRM .yaml": Reader(lambda file: checks.lrm(official_lrm.parse(
+        "official LRM .yaml": Reader(lambda file: preflight_settings.lrm(lrm.parse(
             ["--config-path", str(file.parent), "--config-name", file.name])),
             odd_config(lrm_tree, yaml.safe_dump), ".yaml"),
     }
@@ -282,8 +290,8 @@ def readers(work: Path) -> dict[str, Reader]:
 
 def state(file: Path) -> dict:
     """What a run goes on from, under the name that it looks for."""
-    parts = {"lora": checkpoint.Trained(torch.nn.Linear(2, 2))}
-    return checkpoint.load_state(file.rename(file.with_name(checkpoint.STATE)), parts)
+    parts = {"lora": states.Trained(torch.nn.Linear(2, 2))}
+    return states.load_state(file.rename(file.with_name(states.STATE)), parts)
 
 
 def toml(tree: dict, before: str = "") -> str:

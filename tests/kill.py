@@ -40,7 +40,9 @@ FLAGS = {
 
 def child(steps: str, arguments: list[str]) -> None:
     """Of the killed process: the command, on a slow disk, with a byte in the file ``steps`` for every optimizer step."""
-    from lpo_fast import train, train_lpo, train_lrm
+    from lpo_fast import train
+    from lpo_fast.lpo import steps as lpo_steps
+    from lpo_fast.lrm import steps as lrm_steps
 
     def slow(function, seconds: float):
         def slowly(*given, **named):
@@ -68,8 +70,8 @@ def child(steps: str, arguments: list[str]) -> None:
         file.write(data[len(data) // 2:])
 
     torch.save, os.fsync, os.replace = in_halves, slow(os.fsync, 0.01), slow(os.replace, 0.01)
-    for loop in (train_lpo, train_lrm):
-        loop.train_step = counted(loop.train_step)
+    for steps_of in (lpo_steps, lrm_steps):
+        steps_of.train_step = counted(steps_of.train_step)
     sys.exit(train.main(arguments))
 
 
@@ -230,11 +232,12 @@ def stands(out: Path) -> int:
 
 def command(stage: str, folder: Path, model: Path) -> list[str]:
     """A stage's command line on a model, with an untrained LRM and the embedded world's prompts or pairs, made in a folder."""
-    from lpo_fast import backbone, checkpoint
+    from lpo_fast.lrm import checkpoint
+    from lpo_fast.models import texts
     from lpo_fast.shapes import evaluate, world
     if stage == "lpo":
         lrm = checkpoint.new_lrm(model, generator=torch.Generator().manual_seed(1))
-        checkpoint.save_lrm(lrm, backbone.load_tokenizers(model, lrm.family), folder / "lrm")
+        checkpoint.save_lrm(lrm, texts.load_tokenizers(model, lrm.family), folder / "lrm")
         (folder / "prompts.json").write_text(json.dumps(world.captions(held_out=False)[:6]))
         data = ["--lrm", str(folder / "lrm"), "--prompts", str(folder / "prompts.json")]
     else:
@@ -261,9 +264,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    from lpo_fast import runs
+    from lpo_fast.run import environment as place
     from lpo_fast.shapes import evaluate
-    begin, chance, folder, commit = time.monotonic(), random.Random(options.seed), Path(tempfile.mkdtemp()), runs.commit()
+    begin, chance, folder, commit = time.monotonic(), random.Random(options.seed), Path(tempfile.mkdtemp()), place.commit()
     both = trials(folder, evaluate.PIPELINE, ranks=options.ranks)
     print("undisturbed:", *(f"{trial.stage} {trial.seconds:.1f} s" for trial in both), flush=True)
     lines, total = [], 0

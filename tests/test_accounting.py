@@ -10,9 +10,13 @@ import torch
 from conftest import DEVICE
 from torch import Tensor, nn
 
-from lpo_fast import accounting, meta, policy, train_lpo
+from lpo_fast import train_lpo
 from lpo_fast.config import LPO
-from lpo_fast.sample import Pairs
+from lpo_fast.lpo import judging, policies, steps
+from lpo_fast.lpo.sampling import Pairs
+from lpo_fast.models import loras
+from lpo_fast.preflight import meta
+from lpo_fast.run import accounting, profiling
 from lpo_fast.shapes import world
 
 PROMPTS = world.captions(held_out=False)[:3]
@@ -38,29 +42,29 @@ def test_operations_by_hand() -> None:
 def test_work_is_the_dry_runs(lpo: LPO, checkpointing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which counts the same on tensors without contents; recomputation is no work, and the run's settings come back."""
     config = replace(lpo, checkpointing=checkpointing, steps_used="1:")
-    actor, sched = policy.load(config, PROMPTS, DEVICE)
-    judge = policy.load_score(config, PROMPTS, DEVICE)
+    actor, sched = policies.load(config, PROMPTS, DEVICE)
+    judge = judging.load_score(config, PROMPTS, DEVICE)
     processors = actor.unet.attn_processors
 
     def plain(q: Tensor, k: Tensor, v: Tensor, *_, **__) -> Tensor:
         return (q @ k.transpose(-1, -2)).softmax(-1) @ v
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", plain)  # torch has no formula for a CPU's own
-    work = train_lpo.work(actor, judge, sched, policy.latent_shape(config, actor.unet), config)
+    work = steps.work(actor, judge, sched, policies.latent_shape(config, actor.unet), config)
     assert actor.unet.is_gradient_checkpointing == (checkpointing != "none") and actor.unet.attn_processors == processors
     assert all(p.grad is None for p in actor.unet.parameters())
     monkeypatch.undo()
-    config, shape = replace(config, checkpointing="none"), policy.latent_shape(config, actor.unet)
+    config, shape = replace(config, checkpointing="none"), policies.latent_shape(config, actor.unet)
     x, t = meta.empty(1, *shape), meta.empty(1, dtype=torch.int64)
     words, _ = meta.encoded(judge.lrm.family, [meta.built(kind, Path(config.model) / name)
                                                for name, kind in judge.lrm.family.encoders], 3)
     monkeypatch.setattr(meta, "fused_attention", plain)  # whose backward pass computes a product twice
-    actor, critic = meta.policy(config, "no", words), policy.Judge(meta.scorer(config, 64), words, "no")
+    actor, critic = meta.policy(config, "no", words), judging.Judge(meta.scorer(config, 64), words, "no")
     pairs = Pairs(x, x, x, t, t, t > 0)
     with meta.on_cuda():
         step, scored = (meta.measure(part).flops for part in (lambda: actor.predict(x, t, t), lambda: critic(x, t, t)))
-        trained = meta.training_pass(lambda: train_lpo.evaluate(
+        trained = meta.training_pass(lambda: steps.evaluate(
             actor, sched.to(meta.META), pairs, meta.empty(1), guidance=5.0, beta=500.0, eps=0.1).loss,
-            policy.trainable(actor.unet)).flops
+            loras.trainable(actor.unet)).flops
     assert work == {"prompts": 3 * step + 2 * 2 * scored, "pairs": trained}
 
 
@@ -87,8 +91,8 @@ def test_page_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two kernels that overlap, a gap of 20 µs, a third."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     spans = [("matrix", 0.0, 100.0), ("copy", 50.0, 130.0), ("matrix", 150.0, 250.0)]
-    assert accounting.union(spans) == (230.0, [20.0])
-    text = accounting.page("prompt batch", 0.001, spans, [])
+    assert profiling.union(spans) == (230.0, [20.0])
+    text = profiling.page("prompt batch", 0.001, spans, [])
     assert "1.0 ms, profiler included, on a GPU" in text and "- 3 launches" in text
     assert "busy 0.2 ms; idle 0.0 ms" in text and "wait" in text and ": 1, the longest 0.02 ms, the median of all 20.0" in text
     assert [line for line in text.splitlines() if line.endswith("`matrix` |")] == ["| 0.20 | 71.4% | 2 | `matrix` |"]

@@ -20,8 +20,11 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from PIL import Image
 
-from lpo_fast import backbone, data, files, official, pairs, tables
+from lpo_fast.data import dataset, images, mpcf, parquet, preferences, prompts, sources, tables
 from lpo_fast.errors import InputError
+from lpo_fast.models import texts
+from lpo_fast.official import lpo, lrm
+from lpo_fast.system import reading
 
 EXAMPLES = 52  # of each of the readers but one: 1,000 in all
 FEW = {"model configs": 12, "pairs": 36, "official LRM .yaml": 36}  # which take longest
@@ -62,7 +65,7 @@ def test_every_reader_is_tried_and_there_are_a_thousand_inputs(readers: dict[str
 @pytest.mark.parametrize("name", fuzz.pictures())
 def test_odd_pictures_are_read(name: str) -> None:
     """CMYK, animations (the first frame), palettes, transparency, 16 bits, one pixel, 20,000×1."""
-    pixels = data.decode(fuzz.pictures()[name], 16)
+    pixels = images.decode(fuzz.pictures()[name], 16)
     assert pixels.shape == (3, 16, 16) and pixels.min() >= -1 and pixels.max() <= 1
     if "pixel" not in name and "long" not in name and "tall" not in name:
         assert pixels.std() > 0.1  # not cut off to white
@@ -70,16 +73,16 @@ def test_odd_pictures_are_read(name: str) -> None:
 
 def test_sixteen_bits_are_scaled_and_thirty_two_refused() -> None:
     grey = np.array([[0, 65535], [32896, 257]], np.uint16)
-    assert np.asarray(data.picture(fuzz.encoded(Image.fromarray(grey), "PNG")))[..., 0].tolist() == [[0, 255], [128, 1]]
+    assert np.asarray(images.picture(fuzz.encoded(Image.fromarray(grey), "PNG")))[..., 0].tolist() == [[0, 255], [128, 1]]
     with pytest.raises(ValueError, match="no known range"):
-        data.picture(fuzz.encoded(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"))
+        images.picture(fuzz.encoded(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"))
 
 
 def test_postscript_is_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pillow hands it to Ghostscript, which is a program of its own."""
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("Ghostscript was called"))
     with pytest.raises(OSError, match="cannot identify"):
-        data.picture(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+        images.picture(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
 
 
 BOMBS = {"50,000 × 50,000": lambda: fuzz.png(50_000, 50_000), "9,000 × 9,000": lambda: fuzz.png(9_000, 9_000),
@@ -93,14 +96,14 @@ def test_bad_pictures_are_left_out_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "p.parquet"
     pq.write_table(pa.table({"caption": ["a"] * len(cells), "jpg_0": cells, "jpg_1": [red] * len(cells),
                              "label_0": [1.0] * len(cells), "label_1": [0.0] * len(cells)}), path)
-    table = pairs.read(str(path))
-    pairs.check_pictures(table)
+    table = preferences.read(str(path))
+    dataset.check_pictures(table)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        batch = pairs.collate([pairs.PairDataset(table, 8)[i] for i in range(len(table))])
+        batch = dataset.collate([dataset.PairDataset(table, 8)[i] for i in range(len(table))])
     good = {0, len(cells) - 1}
     assert {i for i, corrupt in enumerate(batch["corrupt"].tolist()) if not corrupt} == good
-    seen = pairs.Corrupt(table, limit=3)
+    seen = dataset.Corrupt(table, limit=3)
     seen.count(batch)
     with pytest.raises(InputError, match=f"pictures of {len(cells) - 2} pairs do not decode, the first: rows 1, 2, 3"):
         seen.share()
@@ -132,7 +135,7 @@ def forked(room: int, attempts: list[Callable[[], object]]) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bombs_take_no_memory() -> None:
-    assert forked(200_000_000, [partial(data.decode, make(), 8) for make in BOMBS.values()]) == 0
+    assert forked(200_000_000, [partial(images.decode, make(), 8) for make in BOMBS.values()]) == 0
 
 
 @pytest.mark.parametrize("cell", ["/dev/zero", "fifo", "large", "gone", "a\0b", "x" * 5000])
@@ -140,10 +143,10 @@ def test_a_named_picture_is_a_file_of_some_size(cell: str, tmp_path: Path) -> No
     """A table of pairs is somebody else's: what it names may be a device or a pipe, which never end."""
     os.mkfifo(tmp_path / "fifo")
     with open(tmp_path / "large", "wb") as file:
-        file.truncate(files.LARGEST_PICTURE + 1)
+        file.truncate(reading.LARGEST_PICTURE + 1)
     for name in (cell, str(tmp_path / cell)):
         with pytest.raises((ValueError, OSError)):
-            pairs.Source(str(tmp_path / "p.parquet"), "--pairs", []).encoded({"bytes": None, "path": name})
+            sources.Source(str(tmp_path / "p.parquet"), "--pairs", []).encoded({"bytes": None, "path": name})
 
 
 # Tables that are small files and large in memory
@@ -186,19 +189,19 @@ def refused(read: Callable[[str], object], file: Path) -> None:
     ("dictionary", 1, 1_500_000), ("dictionary", 4 * 10**7, 99), ("lies", 4 * 10**7, 99)])
 def test_a_text_bomb_is_refused(kind: str, size: int, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As prompts, pairs and a table: a file of kilobytes, with a limit a thirty-second of what it is."""
-    monkeypatch.setattr(data, "LARGEST_TEXT", 2**26)
+    monkeypatch.setattr(parquet, "LARGEST_TEXT", 2**26)
     bomb(tmp_path / "p.parquet", size, rows, kind)
     assert (tmp_path / "p.parquet").stat().st_size < 100_000
-    readers = data.read_prompts, pairs.read, lambda table: tables.read(table, "caption", "jpg_0", "score")
+    readers = prompts.read_prompts, preferences.read, lambda table: tables.read(table, "caption", "jpg_0", "score")
     assert forked(6 * 2**26, [partial(refused, read, tmp_path / "p.parquet") for read in readers]) == 3
 
 
 def test_a_picture_bomb_is_not_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "LARGEST_TEXT", 2**26)
+    monkeypatch.setattr(parquet, "LARGEST_TEXT", 2**26)
     pq.write_table(pa.table({"caption": ["a"] * 999, "jpg_0": same(b"x" * 10**6, 999), "jpg_1": same(b"x", 999), "label_0": [
         1.0] * 999, "label_1": [0.0] * 999}), tmp_path / "p.parquet", store_schema=False)
     with pytest.raises(InputError, match="p.parquet: cannot be converted .*its pictures take more than"):
-        pairs.PairDataset(pairs.read(str(tmp_path / "p.parquet"), cache_dir=str(tmp_path / "cache")), 8)
+        dataset.PairDataset(preferences.read(str(tmp_path / "p.parquet"), cache_dir=str(tmp_path / "cache")), 8)
     assert [file.suffix for file in (tmp_path / "cache").rglob("*") if file.is_file()] == [".lock"]
 
 
@@ -209,16 +212,16 @@ def test_columns_are_counted_and_come_as_they_are(tmp_path: Path) -> None:
     for name in ("1.parquet", "2.parquet"):
         pq.write_table(table, tmp_path / name, row_group_size=3)
     both = sorted(tmp_path.iterdir())
-    assert data.read_columns(both).equals(pa.concat_tables([table, table]))
+    assert parquet.read_columns(both).equals(pa.concat_tables([table, table]))
     for name in "abc":
-        assert data.read_columns(both, [name], most=4_000)[name].to_pylist() == table[name].to_pylist() * 2
+        assert parquet.read_columns(both, [name], most=4_000)[name].to_pylist() == table[name].to_pylist() * 2
         with pytest.raises(ValueError, match=r"2.parquet holds more than 3,270 bytes"):
-            data.read_columns(both, [name], most=2 * 10 * (100 + 64) - 10)
+            parquet.read_columns(both, [name], most=2 * 10 * (100 + 64) - 10)
 
 
 def test_the_net_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
     before = resource.getrlimit(resource.RLIMIT_AS)
-    with pytest.raises(ValueError, match="takes more than 100,000,000 bytes of memory"), files.room(10**8):
+    with pytest.raises(ValueError, match="takes more than 100,000,000 bytes of memory"), reading.room(10**8):
         bytearray(2 * 10**8)
     assert resource.getrlimit(resource.RLIMIT_AS) == before and bytearray(2 * 10**8)
 
@@ -235,8 +238,8 @@ def test_odd_prompts_are_prompts(prompt: str, suffix: str, tmp_path: Path) -> No
         pq.write_table(pa.table({"caption": [prompt]}), file)
     else:
         file.write_text(fuzz.json.dumps([prompt]) if suffix == ".json" else f'caption\n"{prompt}"\n', encoding="utf-8")
-    assert data.read_prompts(str(file)) == [prompt]
-    ids = backbone.tokenize([fuzz.conftest.CLIPTokenizer.from_pretrained(fuzz.conftest.TOKENIZER)], [prompt])[0]
+    assert prompts.read_prompts(str(file)) == [prompt]
+    ids = texts.tokenize([fuzz.conftest.CLIPTokenizer.from_pretrained(fuzz.conftest.TOKENIZER)], [prompt])[0]
     assert ids.shape[0] == 1 and ids.shape[1] <= 77
 
 
@@ -246,9 +249,9 @@ def test_text_that_is_not_utf_8(tmp_path: Path) -> None:
     pq.write_table(pa.table({"caption": column, "jpg_0": [b""], "jpg_1": [b""], "label_0": [1.0], "label_1": [0.0]}),
                    tmp_path / "p.parquet")
     with pytest.raises(InputError, match="--prompts .*is not UTF-8"):
-        data.read_prompts(str(tmp_path / "p.parquet"))
+        prompts.read_prompts(str(tmp_path / "p.parquet"))
     with pytest.raises(InputError, match="--columns.caption caption: cannot be read from"):
-        pairs.read(str(tmp_path / "p.parquet"))
+        preferences.read(str(tmp_path / "p.parquet"))
 
 
 def test_keys_and_columns_that_occur_twice(tmp_path: Path) -> None:
@@ -258,13 +261,13 @@ def test_keys_and_columns_that_occur_twice(tmp_path: Path) -> None:
     twice = pa.table([pa.array(["a"]), pa.array(["b"])], names=["caption", "caption"])
     pq.write_table(twice, tmp_path / "p.parquet")
     with pytest.raises(InputError, match="has no column 'caption'"):
-        data.read_prompts(str(tmp_path / "p.parquet"))
+        prompts.read_prompts(str(tmp_path / "p.parquet"))
 
 
 def test_a_score_table_of_junk_names_the_line(tmp_path: Path) -> None:
-    (tmp_path / "s.csv").write_text(f"{','.join(data.GAPS)}\n1,1,1,1\n1,1,x,1\n")
+    (tmp_path / "s.csv").write_text(f"{','.join(mpcf.GAPS)}\n1,1,1,1\n1,1,x,1\n")
     with pytest.raises(InputError, match="line 3: a value is no number"):
-        data.read_scores(str(tmp_path / "s.csv"))
+        mpcf.read_scores(str(tmp_path / "s.csv"))
 
 
 @pytest.mark.parametrize("changed, message", [
@@ -277,7 +280,7 @@ def test_columns_of_another_type(changed: dict, message: str, tmp_path: Path) ->
     good = {"caption": ["a"], "jpg_0": [b"x"], "jpg_1": [b"x"], "label_0": [1.0], "label_1": [0.0]}
     pq.write_table(pa.table(good | changed), tmp_path / "p.parquet")
     with pytest.raises(InputError) as caught:
-        pairs.read(str(tmp_path / "p.parquet"))
+        preferences.read(str(tmp_path / "p.parquet"))
     assert message in caught.value.problem and "p.parquet" in str(caught.value)
 
 
@@ -288,11 +291,11 @@ def test_a_config_of_data_equals_the_one_of_code(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(fuzz.OFFICIAL)
     argv = ["--config.train.beta=250"]
     for name in ("sd15", "sd21", "sdxl"):
-        tree = fuzz.without_none(official.load(f"configs/{name}.py"))
-        code = official.parse(["--config", f"configs/{name}.py", *argv])
+        tree = fuzz.without_none(lpo.load(f"configs/{name}.py"))
+        code = lpo.parse(["--config", f"configs/{name}.py", *argv])
         for suffix, dump in ((".json", fuzz.json.dumps), (".yaml", fuzz.yaml.safe_dump), (".toml", fuzz.toml)):
             (file := tmp_path / f"{name}{suffix}").write_text(dump(tree))
-            assert official.parse(["--config", str(file), *argv]) == code
+            assert lpo.parse(["--config", str(file), *argv]) == code
 
 
 @pytest.mark.parametrize("suffix, text, message", [
@@ -306,7 +309,7 @@ def test_a_config_of_data_equals_the_one_of_code(tmp_path: Path, monkeypatch: py
 def test_configs_that_are_refused(suffix: str, text: str, message: str, tmp_path: Path) -> None:
     (file := tmp_path / f"c{suffix}").write_text(text)
     with pytest.raises(InputError) as caught:
-        official.parse(["--config", str(file)])
+        lpo.parse(["--config", str(file)])
     assert caught.value.key == "--config" and message in caught.value.problem
 
 
@@ -314,12 +317,12 @@ def test_configs_that_are_refused(suffix: str, text: str, message: str, tmp_path
     ("seed", "x"), ("seed", True), ("seed", 1.5), ("train.beta", "high"), ("validation_prompts", "a cat"), ("use_lora", 1),
     ("compare_func_cfg.threshold_min", None), ("sample.num_steps", [20]), ("compare_func_cfg.dynamic_threshold", "steep")])
 def test_values_of_another_kind_name_the_key(key: str, value: object) -> None:
-    config = official.flat(fuzz.official_config()) | {key: value}
+    config = lrm.flat(fuzz.official_config()) | {key: value}
     if value is None:  # left out: the official default
-        assert official.settings(config)[0].threshold_min == 0.2
+        assert lpo.settings(config)[0].threshold_min == 0.2
         return
     with pytest.raises(InputError) as caught:
-        official.settings(config)
+        lpo.settings(config)
     assert caught.value.key == f"config.{key}"
 
 
@@ -332,8 +335,8 @@ def test_a_compressed_checkpoint_and_a_tensor_larger_than_its_file(tmp_path: Pat
     assert (tmp_path / "small.pt").stat().st_size < 50_000
     assert torch.load(tmp_path / "small.pt", weights_only=True)["a"].numel() == 1_000_000  # torch itself takes it
     with pytest.raises(InputError, match="it is compressed"):
-        files.read_pickle(tmp_path / "small.pt")
+        reading.read_pickle(tmp_path / "small.pt")
     torch.save({"a": torch.zeros(1).expand(10**9)}, tmp_path / "wide.pt")
     with pytest.raises(InputError, match="larger than what is stored of it"):
-        files.read_pickle(tmp_path / "wide.pt")
-    assert files.read_pickle(tmp_path / "whole.pt")["a"].numel() == 1_000_000
+        reading.read_pickle(tmp_path / "wide.pt")
+    assert reading.read_pickle(tmp_path / "whole.pt")["a"].numel() == 1_000_000

@@ -13,7 +13,7 @@ import torch
 from measure import markdown, table
 from torch.utils._pytree import tree_leaves
 
-from lpo_fast.operators import OPERATORS, Operator, error
+from lpo_fast.verify.operators import OPERATORS, Operator, error
 
 ROOT = Path(__file__).parent.parent
 BENCH = ROOT / "bench"
@@ -178,8 +178,8 @@ def test_ahead_of_time_compilation_of_one_operator(tmp_path: Path) -> None:
 BAD = """
 import aot
 import torch
-from lpo_fast.launch import jit, launch, tl
-from lpo_fast.operators import Operator
+from lpo_fast.system.launch import jit, launch, tl
+from lpo_fast.verify.operators import Operator
 
 @jit
 def _kernel(x_ptr, out_ptr, n, SIZE: tl.constexpr, BROKEN: tl.constexpr):

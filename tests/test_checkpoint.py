@@ -8,10 +8,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from lpo_fast import backbone, checkpoint
-from lpo_fast.backbone import SD, SDXL
 from lpo_fast.errors import InputError
-from lpo_fast.reward import LatentRewardModel
+from lpo_fast.lrm import checkpoint
+from lpo_fast.lrm.reward import LatentRewardModel
+from lpo_fast.models import denoisers, families, loras, texts
+from lpo_fast.models.families import SD, SDXL
 
 PROMPTS = ["a red circle on a blue background", "two", ""]
 
@@ -19,7 +20,7 @@ PROMPTS = ["a red circle on a blue background", "two", ""]
 @torch.no_grad()
 def scores(lrm: LatentRewardModel, folder: Path) -> torch.Tensor:
     """Scores of fixed latents with the tokenizer of a directory."""
-    text = backbone.encode_prompts(lrm.family, backbone.load_tokenizers(folder, lrm.family), list(lrm.text_encoders),
+    text = texts.encode_prompts(lrm.family, texts.load_tokenizers(folder, lrm.family), list(lrm.text_encoders),
                                    PROMPTS, zero_null=False)
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     return lrm.eval().score(x, torch.tensor([1, 501, 951]), text)
@@ -32,7 +33,7 @@ def test_lrm_round_trip(tiny_sd: Path, tmp_path: Path, settings: dict) -> None:
     lrm = checkpoint.new_lrm(tiny_sd, generator=torch.Generator().manual_seed(4), **settings)
     lrm.logit_scale.data.fill_(1.5)
     lrm.text_projection.weight.data.normal_()
-    checkpoint.save_lrm(lrm, backbone.load_tokenizers(tiny_sd, SD), tmp_path / "lrm")
+    checkpoint.save_lrm(lrm, texts.load_tokenizers(tiny_sd, SD), tmp_path / "lrm")
     again = checkpoint.load_lrm(tmp_path / "lrm")
     assert torch.allclose(scores(lrm, tiny_sd), scores(again, tmp_path / "lrm"), rtol=1e-5)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in lrm.state_dict().items())
@@ -49,7 +50,7 @@ def test_sdxl_lrm_round_trip(tiny_sdxl: Path, tmp_path: Path) -> None:
     lrm = checkpoint.new_lrm(tiny_sdxl, generator=torch.Generator().manual_seed(4))
     assert lrm.text_projection is None and lrm.visual_projection.weight.shape == (12, 8 + 16 + 24 + 24)
     assert lrm.sizes.tolist() == [[16, 16, 0, 0, 16, 16]]  # 8 · 2
-    tokenizers = backbone.load_tokenizers(tiny_sdxl, SDXL)
+    tokenizers = texts.load_tokenizers(tiny_sdxl, SDXL)
     checkpoint.save_lrm(lrm, tokenizers, tmp_path / "lrm")
     again = checkpoint.load_lrm(tmp_path / "lrm", tiny_sdxl)
     assert torch.allclose(scores(lrm, tiny_sdxl), scores(again, tmp_path / "lrm"), rtol=1e-5)
@@ -130,7 +131,7 @@ def test_the_official_loader_finds_what_it_needs(tiny_sd: Path, tiny_sdxl: Path,
         lrm = checkpoint.new_lrm(base, generator=torch.Generator().manual_seed(4))
         lrm.unet.conv_in.weight.data.add_(1)
         folder = tmp_path / base.name
-        checkpoint.save_lrm(lrm, backbone.load_tokenizers(base, lrm.family), folder)
+        checkpoint.save_lrm(lrm, texts.load_tokenizers(base, lrm.family), folder)
         whole, before = (UNet2DConditionModel.from_pretrained(f, subfolder="unet") for f in (folder, base))
         state, old = whole.state_dict(), before.state_dict()
         assert state.keys() == old.keys() == load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").keys()
@@ -143,7 +144,7 @@ def test_the_official_loader_finds_what_it_needs(tiny_sd: Path, tiny_sdxl: Path,
             assert "text_model.embeddings.token_embedding.weight" in names
             assert all(n.startswith(("text_model.", "text_projection.")) for n in names)
         again = checkpoint.load_lrm(folder)  # written again without the base at hand
-        checkpoint.save_lrm(again, backbone.load_tokenizers(folder, lrm.family), tmp_path / "again")
+        checkpoint.save_lrm(again, texts.load_tokenizers(folder, lrm.family), tmp_path / "again")
         second = load_file(tmp_path / "again" / "unet" / "diffusion_pytorch_model.safetensors")
         assert all(torch.equal(second[n], state[n]) for n in state)
         assert json.loads((tmp_path / "again" / "lrm.json").read_text())["base"] == str(base)
@@ -154,7 +155,7 @@ def test_an_lrm_without_up_blocks_is_still_written(tiny_lrm: Path, copied, tmp_p
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({n: t for n, t in load_file(file).items() if not n.startswith(("up_", "conv_out", "conv_norm"))}, file)
     lrm = checkpoint.load_lrm(folder)
-    checkpoint.save_lrm(lrm, backbone.load_tokenizers(folder, SD), tmp_path / "out")
+    checkpoint.save_lrm(lrm, texts.load_tokenizers(folder, SD), tmp_path / "out")
     assert load_file(tmp_path / "out" / "unet" / file.name).keys() == lrm.unet.state_dict().keys()
 
 
@@ -167,7 +168,7 @@ def test_a_single_file_of_the_modules_state(family: str, tmp_path: Path, request
         for p in encoder.parameters():
             p.data.mul_(1.1)
     lrm.unet.conv_in.weight.data.mul_(1.2)
-    checkpoint.save_lrm(lrm, backbone.load_tokenizers(base, lrm.family), tmp_path / "lrm")
+    checkpoint.save_lrm(lrm, texts.load_tokenizers(base, lrm.family), tmp_path / "lrm")
     state = {"vae.encoder.conv_in.weight": torch.zeros(3), "logit_scale": torch.tensor(1.5),
              "visual_projection.weight": lrm.visual_projection.weight.data}
     if lrm.text_projection is not None:
@@ -188,7 +189,7 @@ def test_a_single_file_of_the_modules_state(family: str, tmp_path: Path, request
     frozen = {n: t for n, t in state.items() if not n.startswith("text_encoder")}  # the rest is the base's
     torch.save(frozen, tmp_path / "frozen.pt")
     own = checkpoint.load_lrm(tmp_path / "frozen.pt", base)
-    expected = backbone.load_text(base, lrm.family)
+    expected = texts.load_text(base, lrm.family)
     assert all(torch.equal(a, b) for a, b in zip(own.text_encoders.parameters(), torch.nn.ModuleList(expected).parameters(),
                                                  strict=True))
 
@@ -212,44 +213,44 @@ def test_missing_weights_of_the_denoiser(tiny_lrm: Path, copied) -> None:
 
 def test_full_precision_goes_before_the_variant(tiny_sd: Path, copied) -> None:
     folder = copied(tiny_sd) / "unet"
-    (file,) = backbone.weight_files(folder)
+    (file,) = families.weight_files(folder)
     half = {n: t.half() for n, t in load_file(file).items()}
     variant = folder / "diffusion_pytorch_model.fp16.safetensors"
     save_file(half, variant)
-    assert backbone.weight_files(folder) == [file]
-    full = backbone.load_down_mid(folder)
+    assert families.weight_files(folder) == [file]
+    full = denoisers.load_down_mid(folder)
     file.unlink()
-    assert backbone.weight_files(folder) == [variant]
-    alone = backbone.load_down_mid(folder)
+    assert families.weight_files(folder) == [variant]
+    alone = denoisers.load_down_mid(folder)
     assert alone.conv_in.weight.dtype == torch.float32
     assert torch.equal(alone.conv_in.weight, full.conv_in.weight.half().float())
 
 
 def test_shards_are_read_together(tiny_sd: Path, copied) -> None:
     folder = copied(tiny_sd) / "unet"
-    (file,) = backbone.weight_files(folder)
+    (file,) = families.weight_files(folder)
     tensors = load_file(file)
-    names, full = sorted(tensors), backbone.load_down_mid(folder)
+    names, full = sorted(tensors), denoisers.load_down_mid(folder)
     file.unlink()
     for i in range(2):
         shard = folder / f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors"
         save_file({n: tensors[n] for n in names[i::2]}, shard)
-    again = backbone.load_down_mid(folder)
+    again = denoisers.load_down_mid(folder)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), full.state_dict().values(), strict=True))
 
 
 def test_size_conditions(tiny_sd: Path, tmp_path: Path) -> None:
     unet = UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet")
-    assert checkpoint.size_conditions(tiny_sd, SD, unet) is None
-    assert checkpoint.size_conditions(tiny_sd, SDXL, unet).tolist() == [[16, 16, 0, 0, 16, 16]]  # 8 · 2
-    without_vae = checkpoint.size_conditions(tmp_path, SDXL, unet)
+    assert denoisers.size_conditions(tiny_sd, SD, unet) is None
+    assert denoisers.size_conditions(tiny_sd, SDXL, unet).tolist() == [[16, 16, 0, 0, 16, 16]]  # 8 · 2
+    without_vae = denoisers.size_conditions(tmp_path, SDXL, unet)
     assert without_vae.tolist() == [[64, 64, 0, 0, 64, 64]]  # 8 · 8, SDXL's VAE
 
 
 def test_damaged_safetensors(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"garbage")
-    for read in (lambda: checkpoint.read_lora(file), lambda: checkpoint.read_text_projection(str(tmp_path))):
+    for read in (lambda: loras.read_lora(file), lambda: checkpoint.read_text_projection(str(tmp_path))):
         with pytest.raises(InputError, match="model.safetensors: cannot be read"):
             read()
 
@@ -258,7 +259,7 @@ def test_variants_are_no_shards(tmp_path: Path) -> None:
     plain = "diffusion_pytorch_model-00001-of-00002"
     for stem in (plain, "diffusion_pytorch_model.fp16-00001-of-00002", "diffusion_pytorch_model.non_ema"):
         (tmp_path / f"{stem}.safetensors").touch()
-    assert [file.stem for file in backbone.weight_files(tmp_path)] == [plain]
+    assert [file.stem for file in families.weight_files(tmp_path)] == [plain]
 
 
 @pytest.mark.parametrize("heads", [torch.zeros(3), {"visual_projection": torch.zeros(3)}, [],

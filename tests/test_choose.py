@@ -7,20 +7,20 @@ import pytest
 from test_data import HEADER, RED, plain, scores, table
 from test_pairs import GREEN, colours
 
-from lpo_fast import data, pairs
 from lpo_fast.config import LRM
+from lpo_fast.data import dataset, mpcf, preferences
 from lpo_fast.errors import InputError
 
 
-def used(path: Path, scores: Path | None = None, training: bool = True, **options) -> pairs.Pairs:
+def used(path: Path, scores: Path | None = None, training: bool = True, **options) -> preferences.Pairs:
     """The pairs that a run with these options uses."""
-    return pairs.choose(pairs.read(str(path)), LRM(**options), scores and data.read_scores(str(scores)), training)
+    return preferences.choose(preferences.read(str(path)), LRM(**options), scores and mpcf.read_scores(str(scores)), training)
 
 
 def test_ties_and_pairs_without_a_label(tmp_path: Path) -> None:
     path = table(tmp_path / "p.parquet", list("abcdef"), has_label=[True, True, True, False, True, False],
                  label_0=[1, 0, 0.5, 0, 1, None], label_1=[0, 1, 0.5, 0, 0, None])
-    everything = pairs.read(str(path))
+    everything = preferences.read(str(path))
     assert everything.labels.tolist() == [[1, 0], [0, 1], [0.5, 0.5], [0, 0], [1, 0], [0, 0]]
     assert used(path).rows.tolist() == [0, 1, 2, 3, 4, 5]
     assert used(path, training=False).rows.tolist() == [0, 1, 2, 4]
@@ -54,8 +54,8 @@ def chain(tmp_path: Path, judgements: list[tuple[str, str]], name: str = "p.parq
                  label_1=labels[1], image_0_uid=uids[0], image_1_uid=uids[1])
 
 
-def shown(chosen: pairs.Pairs) -> list[str]:
-    made = pairs.PairDataset(chosen, 8)
+def shown(chosen: preferences.Pairs) -> list[str]:
+    made = dataset.PairDataset(chosen, 8)
     return ["".join(chr(round((p[0, 0, 0].item() + 1) * 127.5)) for p in made[i]["pixels"]) for i in range(len(made))]
 
 
@@ -118,7 +118,7 @@ def test_compare_between_timestep_adds_the_preferred_pictures(tmp_path: Path) ->
     chosen = used(path, scores(tmp_path / "s.csv", [(1, 1, 1, 1), (1, 1, 1, 1), (0, 0, 0, 0), (1, -9, 1, 1)]),
                   compare_between_timestep=True)
     assert chosen.rows.tolist() == [0, 1, 2, 0, 1] and chosen.compare.tolist() == [False] * 3 + [True] * 2
-    made = pairs.PairDataset(chosen, 8)
+    made = dataset.PairDataset(chosen, 8)
     assert [colours(made[i]) for i in range(5)] == ["rb", "gb", "rb", "rr", "bb"]
     assert [made[i]["row"] for i in range(5)] == [0, 1, 2, 4, 5]  # keys of randomness are their own
     assert len(used(path, training=False, compare_between_timestep=True)) == 4

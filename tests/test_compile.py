@@ -14,9 +14,14 @@ from test_data import plain, table
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from lpo_fast import backbone, checkpoint, config, policy, sample, schedule, speed, train_lpo, train_lrm
+from lpo_fast import config, train_lpo, train_lrm
 from lpo_fast.config import LPO, LRM
+from lpo_fast.lpo import judging, policies, sampling, steps
+from lpo_fast.lrm import checkpoint
+from lpo_fast.method import schedule
+from lpo_fast.models import attention, denoisers, texts
 from lpo_fast.shapes import world
+from lpo_fast.system import compilation
 
 
 def rows(run: Path, kind: str) -> list[dict]:
@@ -36,7 +41,7 @@ def small(copied, tiny_sd: Path) -> Path:
 def lpo(small: Path, tmp_path: Path) -> LPO:
     """Prompt batches of 3, 3 and 1; 4 pairs a pass, the last one partial."""
     made = checkpoint.new_lrm(small, generator=torch.Generator().manual_seed(0))
-    checkpoint.save_lrm(made, backbone.load_tokenizers(small, made.family), tmp_path / "lrm")
+    checkpoint.save_lrm(made, texts.load_tokenizers(small, made.family), tmp_path / "lrm")
     (tmp_path / "prompts.json").write_text(json.dumps(world.captions(held_out=False)[:7]))
     return replace(config.sd15().lpo, model=str(small), lrm=str(tmp_path / "lrm"), prompts=str(tmp_path / "prompts.json"),
                    out=str(tmp_path / "plain"), pictures=0, batch_size=3, num_steps=3, num_candidates=2, train_batch_size=4,
@@ -90,10 +95,10 @@ def test_checkpointing(monkeypatch: pytest.MonkeyPatch, small: Path, how: str) -
     x, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 16, 16, generator=generator)
     grads = []
     for setting in ("none", "default"):
-        unet = backbone.load_unet(small).requires_grad_(True)
-        speed.attention(unet, "sdpa")
-        speed.checkpointing(unet, how if setting == "default" else "none")
-        step = speed.compiled(lambda unet, *inputs: unet(*inputs).sample.square().mean(), setting)
+        unet = denoisers.load_unet(small).requires_grad_(True)
+        attention.attention(unet, "sdpa")
+        attention.checkpointing(unet, how if setting == "default" else "none")
+        step = compilation.compiled(lambda unet, *inputs: unet(*inputs).sample.square().mean(), setting)
         step(unet, x, torch.tensor([5, 500]), context).backward()
         grads.append([p.grad for p in unet.parameters()])
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
@@ -114,10 +119,10 @@ def test_operations_are_counted_beside_compiled_steps(traced: None, lpo: LPO) ->
     found = []
     for setting in ("none", "default"):
         settings = replace(lpo, compile=setting)
-        actor, sched = policy.load(settings, prompts, device)
-        judge = policy.load_score(settings, prompts, device)
+        actor, sched = policies.load(settings, prompts, device)
+        judge = judging.load_score(settings, prompts, device)
         compiled = actor._compiled
-        found.append(train_lpo.work(actor, judge, sched, policy.latent_shape(settings, actor.unet), settings))
+        found.append(steps.work(actor, judge, sched, policies.latent_shape(settings, actor.unet), settings))
         assert actor._compiled is compiled
     assert found[0] == found[1] and min(found[0].values()) > 0
 
@@ -135,8 +140,8 @@ def test_a_cuda_graph_would_copy_nothing_of_the_run(monkeypatch: pytest.MonkeyPa
         return graph.forward
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    compiled = speed.compiled
-    monkeypatch.setattr(speed, "compiled", lambda function, setting, graphs=False: (
+    compiled = compilation.compiled
+    monkeypatch.setattr(compilation, "compiled", lambda function, setting, graphs=False: (
         compiled(function, setting, graphs=True) if graphs else function))
     train_lpo.train(replace(lpo, compile="default", max_batches=1))
     assert inputs and all(not shape or shape[0] in (lpo.batch_size, lpo.num_candidates) for shape in inputs), inputs
@@ -145,10 +150,10 @@ def test_a_cuda_graph_would_copy_nothing_of_the_run(monkeypatch: pytest.MonkeyPa
 def test_what_cannot_be_compiled_runs_as_it_is(capsys: pytest.CaptureFixture) -> None:
     def reads(x: torch.Tensor) -> torch.Tensor:
         return x * 2 if x.sum().item() > 0 else x
-    function = speed.compiled(reads, "default")
+    function = compilation.compiled(reads, "default")
     assert function(torch.ones(2)).tolist() == function(torch.ones(2)).tolist() == [2.0, 2.0]
     assert capsys.readouterr().out.count("warning: ") == 1
-    assert speed.compiled(reads, "none") is reads
+    assert compilation.compiled(reads, "none") is reads
 
 
 def test_a_compiler_may_fail_in_any_way(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -159,13 +164,13 @@ def test_a_compiler_may_fail_in_any_way(monkeypatch: pytest.MonkeyPatch, capsys:
         return call
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
-    function = speed.compiled(lambda x: x * 2, "default")
+    function = compilation.compiled(lambda x: x * 2, "default")
     assert function(torch.ones(2)).tolist() == [2.0, 2.0]
     assert "cannot be compiled and runs as it is, slower: out of resource" in capsys.readouterr().out
 
 
 def test_errors_of_the_function_itself_pass(traced: None) -> None:
-    function = speed.compiled(lambda x: torch.cat([x, x[:, :1]]), "default")
+    function = compilation.compiled(lambda x: torch.cat([x, x[:, :1]]), "default")
     with pytest.raises(RuntimeError):
         function(torch.ones(2, 2))
 
@@ -176,8 +181,8 @@ def test_a_prompt_batch_reads_nothing_back() -> None:
         sched = schedule.ddim(torch.linspace(0.999, 0.01, 1000), torch.arange(951, 0, -50), 20)
         gap = torch.zeros(1000)
         index = torch.arange(3)
-        draw = sample.CounterNoise(0, 1, index, (4, 8, 8))
-        pairs, scores = sample.trajectory(
+        draw = sampling.CounterNoise(0, 1, index, (4, 8, 8))
+        pairs, scores = sampling.trajectory(
             lambda x, t, prompts: torch.cat([x, x]), lambda x, t, prompts: x.mean((1, 2, 3)), sched, gap, draw, index,
             guidance=7.5, num_candidates=4)
         assert pairs.x_t.shape == (60, 4, 8, 8) and scores.shape == (20, 4, 3)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lpo_fast import data
+from lpo_fast.data import images, mpcf, prompts
 from lpo_fast.errors import InputError
 
 MESSY = ["a red circle", "naïve café ☕ 日本語", "emoji 👩‍👩‍👧 and \u200bzero width", "right to left مرحبا",
@@ -50,18 +50,18 @@ FORMATS = [("strings", ".json"), ("objects", ".json"), ("jsonl", ".jsonl"), ("tx
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_every_format(tmp_path: Path, kind: str, suffix: str, bom: bool, newline: str) -> None:
     file = write(tmp_path / f"prompts{suffix}", kind, MESSY, bom, newline)
-    assert data.read_prompts(str(file)) == MESSY
+    assert prompts.read_prompts(str(file)) == MESSY
 
 
 def test_jsonl_of_strings_and_another_key(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('"one"\n"two"')
-    assert data.read_prompts(str(tmp_path / "p.jsonl")) == ["one", "two"]
+    assert prompts.read_prompts(str(tmp_path / "p.jsonl")) == ["one", "two"]
     (tmp_path / "p.json").write_text('[{"text": "one"}, "two"]')
-    assert data.read_prompts(str(tmp_path / "p.json"), "text") == ["one", "two"]
+    assert prompts.read_prompts(str(tmp_path / "p.json"), "text") == ["one", "two"]
     (tmp_path / "p.csv").write_text("text\none\n\ntwo\n")
-    assert data.read_prompts(str(tmp_path / "p.csv"), "text") == ["one", "two"]
+    assert prompts.read_prompts(str(tmp_path / "p.csv"), "text") == ["one", "two"]
     pq.write_table(pa.table({"text": ["one"]}), tmp_path / "p.parquet")
-    assert data.read_prompts(str(tmp_path / "p.parquet"), "text") == ["one"]
+    assert prompts.read_prompts(str(tmp_path / "p.parquet"), "text") == ["one"]
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -103,7 +103,7 @@ def test_jsonl_of_strings_and_another_key(tmp_path: Path) -> None:
 def test_wrong_prompts(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError) as caught:
-        data.read_prompts(str(tmp_path / name))
+        prompts.read_prompts(str(tmp_path / name))
     assert caught.value.key == "--prompts" and name in str(caught.value) and message in caught.value.problem
     assert caught.value.remedy
 
@@ -117,14 +117,14 @@ def test_wrong_prompts(tmp_path: Path, name: str, content: bytes, message: str) 
 def test_wrong_prompt_tables(tmp_path: Path, columns: dict, message: str) -> None:
     pq.write_table(pa.table(columns), tmp_path / "p.parquet")
     with pytest.raises(InputError, match=message):
-        data.read_prompts(str(tmp_path / "p.parquet"))
+        prompts.read_prompts(str(tmp_path / "p.parquet"))
 
 
 @pytest.mark.parametrize("name, problem", [("", "is required"), ("nowhere.json", "no such file"), (".", "is a directory")])
 def test_no_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, problem: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=problem):
-        data.read_prompts(name)
+        prompts.read_prompts(name)
 
 
 # Pictures, and a table of pairs for other tests
@@ -158,7 +158,7 @@ def table(path: Path, captions: list[str], **changed) -> Path:
 def test_decode_range_and_order() -> None:
     ramp = np.zeros((4, 4, 3), np.uint8)
     ramp[0, 1], ramp[3, 2] = (10, 20, 30), (255, 128, 0)
-    pixels = data.decode(encoded(Image.fromarray(ramp)), 4)
+    pixels = images.decode(encoded(Image.fromarray(ramp)), 4)
     assert pixels.shape == (3, 4, 4) and pixels.min() == -1 and pixels.max() == 1
     assert torch.allclose(pixels[:, 0, 1], torch.tensor([10, 20, 30]) / 255 * 2 - 1, atol=1e-6)
     assert torch.allclose(pixels[:, 3, 2], torch.tensor([255, 128, 0]) / 255 * 2 - 1, atol=1e-6)
@@ -169,7 +169,7 @@ def test_decode_turns_upright() -> None:
     picture.paste((0, 0, 0), (0, 0, 16, 16))  # the dark corner is top left …
     exif = picture.getexif()
     exif[0x0112] = 6  # … in a camera that was held upright: turn clockwise, and it is top right
-    corners = data.decode(encoded(picture, "JPEG", quality=100, exif=exif), 32)[0][8::16, 8::16]
+    corners = images.decode(encoded(picture, "JPEG", quality=100, exif=exif), 32)[0][8::16, 8::16]
     assert (corners > 0).tolist() == [[True, False], [True, True]]
 
 
@@ -182,7 +182,7 @@ def test_decode_modes(mode: str, kind: str, colour: object) -> None:
     picture = Image.new(mode, (16, 16), colour)
     if mode == "P":
         picture.putpalette([255, 0, 0] * 256)
-    pixels = data.decode(encoded(picture, kind), 16)[:, 8, 8]
+    pixels = images.decode(encoded(picture, kind), 16)[:, 8, 8]
     expected = [1.0, 1.0, 1.0] if mode in ("L", "LA", "1") else [1.0, -1.0, -1.0]
     assert pixels.tolist() == pytest.approx(expected, abs=0.05)
 
@@ -190,10 +190,10 @@ def test_decode_modes(mode: str, kind: str, colour: object) -> None:
 def test_decode_resizes_to_the_square() -> None:
     picture = Image.new("RGB", (40, 20), (255, 0, 0))
     picture.paste((0, 0, 255), (20, 0, 40, 20))
-    pixels = data.decode(encoded(picture), 8)
+    pixels = images.decode(encoded(picture), 8)
     assert pixels.shape == (3, 8, 8)
     assert (pixels[0, :, :3] == 1).all() and (pixels[2, :, 5:] == 1).all()  # nothing is cropped
-    assert data.decode(plain((9, 9, 9), 2), 16).shape == (3, 16, 16)
+    assert images.decode(plain((9, 9, 9), 2), 16).shape == (3, 16, 16)
 
 
 # The multi-preference consistent filter
@@ -228,21 +228,21 @@ def scores(path: Path, rows: list, header: list[str] = HEADER, bom: bytes = b"")
 def test_filter(tmp_path: Path, strategy: int) -> None:
     expected = [i for i, (_, kept) in enumerate(ROWS) if strategy in kept]
     file = scores(tmp_path / "s.csv", [gaps for gaps, _ in ROWS])
-    kept, count = data.mpcf(file, strategy)
+    kept, count = mpcf.mpcf(file, strategy)
     assert kept.tolist() == expected and count == len(ROWS)
     other = [("x", *gaps[::-1]) for gaps, _ in ROWS]
     swapped = scores(tmp_path / "t.csv", other, ["uid", *HEADER[::-1]], b"\xef\xbb\xbf")
-    assert data.mpcf(swapped, strategy)[0].tolist() == expected
+    assert mpcf.mpcf(swapped, strategy)[0].tolist() == expected
 
 
 def test_strategy_0_keeps_all(tmp_path: Path) -> None:
-    kept, count = data.mpcf(scores(tmp_path / "s.csv", [gaps for gaps, _ in ROWS]), 0)
+    kept, count = mpcf.mpcf(scores(tmp_path / "s.csv", [gaps for gaps, _ in ROWS]), 0)
     assert kept.tolist() == list(range(count)) == list(range(len(ROWS)))
 
 
 def test_a_gap_that_is_not_known_is_never_kept(tmp_path: Path) -> None:
     rows = [(flag, *(("nan", 1e-9)[i != j] for j in range(3))) for flag in (0, 1) for i in range(3)]
-    assert data.mpcf(scores(tmp_path / "s.csv", rows), 3)[0].tolist() == []
+    assert mpcf.mpcf(scores(tmp_path / "s.csv", rows), 3)[0].tolist() == []
 
 
 @pytest.mark.parametrize("content, message", [
@@ -257,12 +257,12 @@ def test_a_gap_that_is_not_known_is_never_kept(tmp_path: Path) -> None:
 def test_wrong_score_table(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "s.csv").write_bytes(content)
     with pytest.raises(InputError, match=message) as caught:
-        data.mpcf(tmp_path / "s.csv", 2)
+        mpcf.mpcf(tmp_path / "s.csv", 2)
     assert caught.value.key == "--scores"
 
 
 def test_empty_and_absent_score_table(tmp_path: Path) -> None:
-    kept, count = data.mpcf(scores(tmp_path / "s.csv", []), 2)
+    kept, count = mpcf.mpcf(scores(tmp_path / "s.csv", []), 2)
     assert kept.tolist() == [] and count == 0
     with pytest.raises(InputError, match="cannot be read"):
-        data.mpcf(tmp_path / "nowhere.csv", 2)
+        mpcf.mpcf(tmp_path / "nowhere.csv", 2)

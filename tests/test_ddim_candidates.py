@@ -13,11 +13,12 @@ from tolerance import assert_close
 from torch import Tensor
 from torch._dynamo.exc import Unsupported
 
-from lpo_fast import launch, noise, schedule
-from lpo_fast.golden import Golden
 from lpo_fast.kernels.ddim_candidates import BLOCK, _op, ddim_candidates, ddim_candidates_reference
-from lpo_fast.noise import Counter
-from lpo_fast.schedule import Schedule
+from lpo_fast.method import noise, schedule
+from lpo_fast.method.noise import Counter
+from lpo_fast.method.schedule import Schedule
+from lpo_fast.system import launch
+from lpo_fast.verify.golden import Golden
 
 pytestmark = pytest.mark.usefixtures("kernels")
 KINDS, DTYPES = ["epsilon", "v_prediction", "sample"], [torch.float32, torch.float16, torch.bfloat16]

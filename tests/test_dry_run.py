@@ -15,10 +15,17 @@ from test_data import table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lpo_fast import backbone, checkpoint, dry_run, meta, official_lrm, policy, preflight, speed, train, train_lpo
+from lpo_fast import train, train_lpo
 from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
-from lpo_fast.meta import META, Tally, empty, measure, on_cuda, training_pass
+from lpo_fast.lpo import policies
+from lpo_fast.lrm import checkpoint
+from lpo_fast.models import denoisers, families, loras, texts, vaes
+from lpo_fast.official import lrm as official_lrm
+from lpo_fast.preflight import dry_run, meta, runs
+from lpo_fast.preflight.meta import META, Tally, empty, measure, on_cuda, training_pass
+from lpo_fast.run import optimization, states
+from lpo_fast.system import devices
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +44,7 @@ def small_sdxl(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def with_lrm(model: Path) -> Path:
     judge = checkpoint.new_lrm(model, generator=torch.Generator())
-    checkpoint.save_lrm(judge, backbone.load_tokenizers(model, judge.family), model.parent / "lrm")
+    checkpoint.save_lrm(judge, texts.load_tokenizers(model, judge.family), model.parent / "lrm")
     return model
 
 
@@ -84,7 +91,7 @@ def test_parameters_of_published_denoisers(name: str, count: int, tmp_path: Path
 def test_parameters_of_a_small_run(lpo: LPO, small_sd: Path) -> None:
     """Against the models as they are loaded, and the LoRA's formula: rank · (inputs + outputs) a layer."""
     shown = rows(dry_run.report(lpo))
-    unet, judge = backbone.load_unet(small_sd), checkpoint.load_lrm(Path(lpo.lrm))
+    unet, judge = denoisers.load_unet(small_sd), checkpoint.load_lrm(Path(lpo.lrm))
     layers = [m for name, m in unet.named_modules() if isinstance(m, nn.Linear) and name.endswith(lpo.targets)]
 
     def cells(*numbers: int) -> list[str]:
@@ -93,7 +100,7 @@ def test_parameters_of_a_small_run(lpo: LPO, small_sd: Path) -> None:
     assert shown["LoRA, rank 4"] == cells(sum(4 * (m.in_features + m.out_features) for m in layers), 0)
     assert shown["reward model's denoiser (down, mid)"] == cells(0, sum(p.numel() for p in judge.unet.parameters()))
     assert shown["its text encoders, while loading"] == cells(0, sum(p.numel() for p in judge.text_encoders.parameters()))
-    assert shown["VAE, for pictures"] == cells(0, sum(p.numel() for p in backbone.load_vae(small_sd).parameters()))
+    assert shown["VAE, for pictures"] == cells(0, sum(p.numel() for p in vaes.load_vae(small_sd).parameters()))
 
 
 # Operations
@@ -113,7 +120,7 @@ def test_operations_by_hand() -> None:
 
 
 def test_operations_of_a_denoiser_are_those_of_torchs_counter(small_sd: Path) -> None:
-    unet = backbone.load_unet(small_sd).to(META)
+    unet = denoisers.load_unet(small_sd).to(META)
     given = empty(2, 4, 8, 8), empty(2), empty(2, 16, unet.config.cross_attention_dim)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), on_cuda():
         unet(*given)
@@ -145,7 +152,7 @@ def test_weights_and_texts_by_formula(lpo: LPO, small_sd: Path, monkeypatch: pyt
     found: dict = {}
     monkeypatch.setattr(dry_run, "memory_table", lambda always, *rest: found.update(always=always, rest=rest) or [])
     dry_run.report(replace(lpo, ema_decay=0.9))
-    unet = backbone.load_unet(small_sd)
+    unet = denoisers.load_unet(small_sd)
     count, width = sum(p.numel() for p in unet.parameters()), unet.config.cross_attention_dim
     lora = sum(4 * (m.in_features + m.out_features) for n, m in unet.named_modules()
                if isinstance(m, nn.Linear) and n.endswith(lpo.targets))
@@ -168,17 +175,17 @@ def test_weights_and_texts_by_formula(lpo: LPO, small_sd: Path, monkeypatch: pyt
     assert always["denoiser, fp32"] == always["reference, fp32"] == gradients == 4 * count
 
 
-@pytest.mark.parametrize("name", speed.OPTIMIZERS)
+@pytest.mark.parametrize("name", optimization.OPTIMIZERS)
 def test_optimizer_states(name: str) -> None:
     """Against the tensors of a real optimizer after a step."""
     parameters = [nn.Parameter(torch.randn(shape)) for shape in ((64, 80), (4095,), (8, 4, 3, 3), (128, 64, 3, 3), (7,))]
-    optimizer = speed.optimizer(name, parameters, lr=1e-3, weight_decay=0.0)
+    optimizer = optimization.optimizer(name, parameters, lr=1e-3, weight_decay=0.0)
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     real = sum(x.numel() * x.element_size() for state in optimizer.state.values() for key, x in state.items()
                if isinstance(x, Tensor) and key not in ("step", "qmap1", "qmap2", "RMS"))
-    assert dry_run.optimizer_state(name, parameters) == real
+    assert optimization.optimizer_state(name, parameters) == real
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
@@ -186,7 +193,7 @@ def test_activations_are_those_of_a_real_pass(lpo: LPO, checkpointing: str) -> N
     """What a forward pass of the tiny policy saves on the CPU, storages counted once and parameters not, and what meta keeps;
     checkpointing keeps less, and its peak is above what it keeps."""
     config = replace(lpo, mixed_precision="no", checkpointing=checkpointing)
-    actor, _ = policy.load(config, ["a", "b"], torch.device("cpu"))
+    actor, _ = policies.load(config, ["a", "b"], torch.device("cpu"))
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([1, 501])
     own, saved = {p.untyped_storage().data_ptr() for p in actor.unet.parameters()}, {}
 
@@ -197,18 +204,18 @@ def test_activations_are_those_of_a_real_pass(lpo: LPO, checkpointing: str) -> N
         out = actor.predict(x, t, torch.tensor([0, 1])).square().mean()
     real = sum(size for key, size in saved.items() if key not in own)
 
-    encoders = [meta.built(kind, Path(lpo.model) / name) for name, kind in backbone.SD.encoders]
-    ghost = meta.policy(config, "no", meta.encoded(backbone.SD, encoders, 2)[0])
+    encoders = [meta.built(kind, Path(lpo.model) / name) for name, kind in families.SD.encoders]
+    ghost = meta.policy(config, "no", meta.encoded(families.SD, encoders, 2)[0])
     index = empty(2, dtype=torch.int64)
     with on_cuda():
         cost = training_pass(lambda: ghost.predict(empty(2, 4, 8, 8), index, index).square().mean(),
-                             policy.trainable(ghost.unet))
+                             loras.trainable(ghost.unet))
     assert out.requires_grad and cost.kept == pytest.approx(real, rel=0.08)
     assert cost.peak > cost.kept
     if checkpointing == "full":
         with on_cuda():
             whole = training_pass(lambda: meta.policy(replace(config, checkpointing="none"), "no", ghost.text).predict(
-                empty(2, 4, 8, 8), index, index).square().mean(), policy.trainable(ghost.unet))
+                empty(2, 4, 8, 8), index, index).square().mean(), loras.trainable(ghost.unet))
         assert cost.kept < 0.6 * whole.kept and cost.peak < whole.peak and cost.flops > whole.flops
 
 
@@ -255,14 +262,14 @@ def test_the_tally_lets_go() -> None:
 def test_precisions_as_under_autocast_on_cuda() -> None:
     """PyTorch's lists: convolutions, linear layers and attention in half precision, norms and softmax in fp32."""
     x, w = empty(2, 8, 4, 4), empty(8, 8, 1, 1)
-    with on_cuda(), speed.autocast("bf16"):
+    with on_cuda(), devices.autocast("bf16"):
         h = F.conv2d(x, w)
         assert h.dtype == F.linear(empty(2, 8), empty(3, 8)).dtype == torch.bfloat16
         assert F.group_norm(h, 2).dtype == F.layer_norm(h, (4,)).dtype == F.softmax(h, 1).dtype == torch.float32
         assert F.silu(h).dtype == torch.bfloat16 and F.silu(x).dtype == torch.float32
         q = empty(2, 3, 16, 8)
         assert F.scaled_dot_product_attention(q, q, q).dtype == torch.bfloat16
-        with speed.autocast("no"):
+        with devices.autocast("no"):
             assert F.conv2d(x, w).dtype == torch.float32
     with on_cuda():
         assert F.conv2d(x, w).dtype == torch.float32
@@ -289,12 +296,12 @@ def test_other_settings_and_sdxl(lpo: LPO, lrm: LRM, small_sdxl: Path) -> None:
 
 
 def test_the_same_on_a_machine_with_a_gpu(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There speed.autocast stands for CUDA, and nothing is put on it."""
+    """There devices.autocast stands for CUDA, and nothing is put on it."""
     lpo = replace(lpo, checkpointing="full", pictures=0)
     here = dry_run.report(lpo)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    assert speed.device().type == "cuda" and dry_run.report(lpo) == here
+    assert devices.device().type == "cuda" and dry_run.report(lpo) == here
 
 
 def test_the_command_prints_and_writes_nothing(lpo: LPO, lrm: LRM, tmp_path: Path, small_sd: Path, capsys, copied) -> None:
@@ -345,10 +352,10 @@ def test_resuming_takes_no_notice(lpo: LPO) -> None:
     """Neither of the setting, nor of a run that was started before there was one."""
     out = Path(lpo.out)
     out.mkdir(parents=True)
-    (out / checkpoint.STATE).touch()
+    (out / states.STATE).touch()
     for known in (asdict(lpo), {key: value for key, value in asdict(lpo).items() if key != "dry_run"}):
         (out / "config.json").write_text(json.dumps(known))
-        assert preflight.lpo(replace(lpo, resume=True, dry_run=True))[0] == ["a red circle", "two"]
+        assert runs.lpo(replace(lpo, resume=True, dry_run=True))[0] == ["a red circle", "two"]
 
 
 def test_bad_pairs_are_refused(lrm: LRM, tmp_path: Path, capsys) -> None:

@@ -16,7 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_export import pipeline
 
-from lpo_fast import checkpoint, evaluate, export, keeping, noise, policy, score, train
+from lpo_fast import evaluate, export, score, train
+from lpo_fast.lpo import drawing
+from lpo_fast.lrm import checkpoint, selection
+from lpo_fast.method import noise
+from lpo_fast.models import loras
 
 # In the manner of the paper's prompts: quotes, markup, weights, emoji, accents, ideographs, other spaces, far too many words.
 PROMPTS = [
@@ -97,7 +101,7 @@ def train_reward(desk: Path, name: str) -> None:
 @pytest.fixture(scope="module")
 def tuned(family: str, desk: Path) -> Path:
     """The run directory of LPO. SD2.1 has SD1.5's reward model, as in the paper; alpha is not the rank."""
-    lrm = desk / f"lrm_{'sd' if family == 'sd21' else family}" / keeping.FINAL
+    lrm = desk / f"lrm_{'sd' if family == 'sd21' else family}" / selection.FINAL
     argv = ["lpo", "--model", str(desk / family), "--lrm", str(lrm), "--prompts", str(desk / "prompts.json"),
             "--batch-size", "4", "--train-batch-size", "4", "--num-steps", "2", "--num-candidates", "2", "--epochs", "1",
             "--threshold-min", "0", "--threshold-max", "0", "--learning-rate", "0.05", "--rank", "4", "--alpha", "6",
@@ -117,15 +121,15 @@ def test_the_reward_model_learns_from_what_the_filter_keeps(desk: Path, family: 
     assert [row["n"] for row in rows(run, "validation")] == [4, 4, 4, 4]
     assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in trained)
     first, best = (checkpoint.load_lrm(folder) for folder in (
-        run / f"checkpoint-gstep{rows(run, 'validation')[-1]['checkpoint']}", run / keeping.FINAL))
+        run / f"checkpoint-gstep{rows(run, 'validation')[-1]['checkpoint']}", run / selection.FINAL))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), best.parameters(), strict=True))
-    assert json.loads((run / keeping.FINAL / "lrm.json").read_text())["base"] == str(desk / family)
+    assert json.loads((run / selection.FINAL / "lrm.json").read_text())["base"] == str(desk / family)
 
 
 def test_a_resumed_run_is_the_whole_run(desk: Path, family: str, tuned: Path) -> None:
     whole = desk / f"whole_{family}"
     assert (tuned / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    first, second = (load_file(run / checkpoint.LORA_DIFFUSERS) for run in (whole, tuned))
+    first, second = (load_file(run / loras.LORA_DIFFUSERS) for run in (whole, tuned))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     assert [row["pairs_possible"] for row in rows(tuned, "batch")] == [8, 6]
     start = rows(tuned, "train")[0]
@@ -142,7 +146,7 @@ def test_the_pictures_are_diffusers_own(desk: Path, family: str, tuned: Path, tm
     model, out = desk / family, tmp_path / "evaluation"
     assert evaluate.main(["--model", str(model), "--lora", str(tuned), "--prompts", str(desk / "prompts.json"), "--out",
                           str(out), "--steps", str(STEPS), "--guidance", str(GUIDANCE), "--eta", "0", "--batch-size", "3",
-                          "--lrm", str(desk / f"lrm_{family}" / keeping.FINAL)]) == 0
+                          "--lrm", str(desk / f"lrm_{family}" / selection.FINAL)]) == 0
     assert "pictures:" in capsys.readouterr().out
     assert export.main(["--model", str(model), "--lora", str(tuned), "--out", str(tmp_path / "merged")]) == 0
     assert export.main(["--lora", str(tuned / "checkpoint_0"), "--form", "lora", "--out", str(tmp_path / "lora")]) == 0
@@ -152,7 +156,7 @@ def test_the_pictures_are_diffusers_own(desk: Path, family: str, tuned: Path, tm
         pipe.set_progress_bar_config(disable=True)
         if lora:
             pipe.load_lora_weights(lora)
-        latents = noise.normal(0, policy.PICTURE_EPOCH, torch.arange(len(PROMPTS)), noise.INITIAL, 1, (4, 8, 8))[0]
+        latents = noise.normal(0, drawing.PICTURE_EPOCH, torch.arange(len(PROMPTS)), noise.INITIAL, 1, (4, 8, 8))[0]
         return pipe(PROMPTS, latents=latents, num_inference_steps=STEPS, guidance_scale=GUIDANCE, eta=0.0,
                     output_type="np").images
 
@@ -166,13 +170,13 @@ def test_the_pictures_are_diffusers_own(desk: Path, family: str, tuned: Path, tm
     assert abs(draw(model, tmp_path / "lora") - lora).max() < 1e-3
 
     table = tmp_path / "scored.csv"
-    assert score.main(["--lrm", str(desk / f"lrm_{family}" / keeping.FINAL), "--table", str(out / "scores.csv"),
+    assert score.main(["--lrm", str(desk / f"lrm_{family}" / selection.FINAL), "--table", str(out / "scores.csv"),
                        "--image-key", "tuned", "--out", str(table)]) == 0
     with open(table, newline="") as file:
         scored = list(csv.DictReader(file))
     assert [row["prompt"] for row in scored] == PROMPTS
     assert [float(row["lrm_score"]) for row in scored] == pytest.approx([float(row["tuned lrm"]) for row in scored], abs=1e-4)
-    assert score.main(["--lrm", str(desk / f"lrm_{family}" / keeping.FINAL), "--prompt", PROMPTS[0],
+    assert score.main(["--lrm", str(desk / f"lrm_{family}" / selection.FINAL), "--prompt", PROMPTS[0],
                        str(out / "tuned" / "00000.png")]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert float(re.match(r"-?\d+\.\d+", last)[0]) == pytest.approx(float(scored[0]["tuned lrm"]), abs=1e-3)

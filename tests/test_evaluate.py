@@ -15,8 +15,12 @@ from forked import processes
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lpo_fast import checkpoint, compare, evaluate, export, noise, policy, schedule
-from lpo_fast.sample import CounterNoise
+from lpo_fast import evaluate, export, score
+from lpo_fast.evaluation import compare
+from lpo_fast.lpo import drawing, policies
+from lpo_fast.lpo.sampling import CounterNoise
+from lpo_fast.method import noise, schedule
+from lpo_fast.models import loras
 from lpo_fast.score import Scorer
 
 PROMPTS = ["a red circle", "<b>a blue square</b> & more", "three cats", "a red circle", "a green cross"]
@@ -39,12 +43,12 @@ def short(pictures: list[Image.Image], prompts: list[str]) -> list[float]:
 def argv(tmp_path: Path, tiny_sd: Path) -> list[str]:
     """An evaluation of a LoRA that changes much; a quick one."""
     unet = UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet")
-    checkpoint.add_lora(unet, 3, 5, ("to_q", "to_v"), 0)
+    loras.add_lora(unet, 3, 5, ("to_q", "to_v"), 0)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in unet.named_parameters():
         if "lora" in name:
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
-    checkpoint.save_lora(unet, tmp_path / "lora")
+    loras.save_lora(unet, tmp_path / "lora")
     (tmp_path / "prompts.json").write_text(json.dumps([{"caption": prompt} for prompt in PROMPTS]))
     return ["--model", str(tiny_sd), "--lora", str(tmp_path / "lora"), "--prompts", str(tmp_path / "prompts.json"),
             "--out", str(tmp_path / "out"), "--steps", "3", "--batch-size", "2"]
@@ -79,12 +83,12 @@ def by_hand(model: Path, lora: Path | None, prompts: list[str], items: list[int]
     for prompt, item in zip(prompts, items, strict=True):
         ids = tokenizer(["", prompt], padding="max_length", truncation=True, return_tensors="pt").input_ids
         text = encoder(ids).last_hidden_state
-        draw = CounterNoise(0, policy.PICTURE_EPOCH, torch.tensor([item]), (4, 8, 8))
+        draw = CounterNoise(0, drawing.PICTURE_EPOCH, torch.tensor([item]), (4, 8, 8))
         x = draw.initial()
         for t, (counter, _) in zip(sched.timesteps, draw.steps(steps), strict=True):
             null, cond = unet(torch.cat([x, x]), t, text).sample.chunk(2)
             mean = schedule.mean(sched, x, null + 5 * (cond - null), t[None])
-            z = noise.normal(0, policy.PICTURE_EPOCH, counter.items, int(counter.step), 1, (4, 8, 8))[0]
+            z = noise.normal(0, drawing.PICTURE_EPOCH, counter.items, int(counter.step), 1, (4, 8, 8))[0]
             x = mean + sched.sigmas[t] * z
         image = vae.decode(x / vae.config.scaling_factor).sample[0]
         drawn.append(((image.clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).numpy())
@@ -157,7 +161,7 @@ def test_drawn_pictures_are_kept_and_missing_ones_come_back_the_same(argv, tmp_p
     after = pixels(out, "base") | {f"t{k}": v for k, v in pixels(out, "tuned").items()}
     assert len(after) == 10 and (after["00002.png"] == 0).all()  # not drawn again
     assert all(np.abs(after[name] - value).max() <= 1 for name, value in before.items() if name != "00002.png")
-    monkeypatch.setattr(policy, "load", lambda *a: pytest.fail("a model was loaded though all pictures are there"))
+    monkeypatch.setattr(policies, "load", lambda *a: pytest.fail("a model was loaded though all pictures are there"))
     assert evaluate.main([*argv, "--scorer", "test_evaluate:brightness"]) == 0
 
 
@@ -171,7 +175,7 @@ def test_other_settings_do_not_mix_with_drawn_pictures(argv, tmp_path, capsys, c
 
 def test_changed_weights_or_prompts_do_not_mix_either(argv, tmp_path, capsys):
     assert evaluate.main(with_(argv, number=1)) == 0
-    os.utime(tmp_path / "lora" / checkpoint.LORA_DIFFUSERS, (1, 1))
+    os.utime(tmp_path / "lora" / loras.LORA_DIFFUSERS, (1, 1))
     assert evaluate.main(argv) == 2 and "other weights" in capsys.readouterr().err
     (tmp_path / "prompts.json").write_text('["else"]')
     assert evaluate.main(argv) == 2 and "other prompts" in capsys.readouterr().err
@@ -309,7 +313,7 @@ def test_scores_are_keyed_by_the_picture_s_number(tmp_path, tiny_sd, tiny_lrm, m
     def reward(files, texts, rows):
         asked.append((texts, rows))
         return torch.tensor([float(row) for row in rows])
-    monkeypatch.setattr(evaluate, "Scorer", lambda *_, **__: reward)
+    monkeypatch.setattr(score, "Scorer", lambda *_, **__: reward)
     settings = evaluate.Evaluate(model=str(tiny_sd), lrm=str(tiny_lrm), out=str(tmp_path), pictures_per_prompt=2)
     rows = evaluate.score(settings, ["a", "b"], [1, 2], {})
     assert asked == [(["a", "b"], [1, 2])] and [row["base lrm"] for row in rows] == [1.0, 2.0]

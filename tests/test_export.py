@@ -9,7 +9,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, Sta
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from lpo_fast import backbone, checkpoint, export, preflight
+from lpo_fast import errors, export
+from lpo_fast.models import families, loras, texts
+from lpo_fast.preflight import models
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -17,7 +19,7 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 def adapted(model: Path, rank: int, alpha: float, targets: tuple[str, ...] = TARGETS) -> UNet2DConditionModel:
     """A denoiser with a LoRA that changes much."""
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
-    checkpoint.add_lora(unet, rank, alpha, targets, 0)
+    loras.add_lora(unet, rank, alpha, targets, 0)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in unet.named_parameters():
         if "lora" in name:
@@ -28,11 +30,11 @@ def adapted(model: Path, rank: int, alpha: float, targets: tuple[str, ...] = TAR
 def pipeline(folder: Path):
     """Diffusers' pipeline of a directory, put together by hand (SDXL's test directory has no model_index.json)."""
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
-    family = backbone.family_of(unet.config)
+    family = families.family_of(unet.config)
     parts = {"vae": AutoencoderKL.from_pretrained(folder, subfolder="vae"), "unet": unet,
              "scheduler": DDIMScheduler.from_pretrained(folder, subfolder="scheduler")}
-    parts |= dict(zip((name for name, _ in family.encoders), backbone.load_text(folder, family), strict=True))
-    parts |= dict(zip(family.tokenizers, backbone.load_tokenizers(folder, family), strict=True))
+    parts |= dict(zip((name for name, _ in family.encoders), texts.load_text(folder, family), strict=True))
+    parts |= dict(zip(family.tokenizers, texts.load_tokenizers(folder, family), strict=True))
     if family.time_ids:
         return StableDiffusionXLPipeline(**parts, add_watermarker=False)
     return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
@@ -49,7 +51,7 @@ def draw(pipe) -> torch.Tensor:
 @pytest.mark.parametrize("alpha", [4, 3])
 def test_the_merged_model_draws_what_diffusers_draws_with_the_lora(request, tmp_path, family, alpha):
     model = request.getfixturevalue(f"tiny_{family}")
-    checkpoint.save_lora(adapted(model, 4, alpha), tmp_path / "lora")
+    loras.save_lora(adapted(model, 4, alpha), tmp_path / "lora")
     assert export.main(["--model", str(model), "--lora", str(tmp_path / "lora"), "--out", str(tmp_path / "merged")]) == 0
     theirs = pipeline(model)
     base = draw(theirs)
@@ -63,14 +65,14 @@ def test_a_whole_directory_with_other_parts_unchanged(tiny_sd, tmp_path, copied)
     (model / "v1-5-pruned.ckpt").write_bytes(b"gigabytes")
     (model / ".cache").mkdir()
     (model / "LICENSE").write_text("of the weights")
-    checkpoint.save_lora(adapted(model, 2, 2), tmp_path)
+    loras.save_lora(adapted(model, 2, 2), tmp_path)
     (tmp_path / "merged").mkdir()  # empty: allowed
     assert export.main(["--model", str(model), "--lora", str(tmp_path), "--out", str(tmp_path / "merged")]) == 0
     files = {str(f.relative_to(tmp_path / "merged")): f for f in (tmp_path / "merged").rglob("*") if f.is_file()}
     wanted = {str(f.relative_to(tiny_sd)) for f in tiny_sd.rglob("*") if f.is_file()} | {"LICENSE"}
     assert set(files) == wanted
     assert all(f.read_bytes() == (model / name).read_bytes() for name, f in files.items() if not name.startswith("unet/"))
-    preflight.pipeline(str(tmp_path / "merged"), "--model")
+    models.pipeline(str(tmp_path / "merged"), "--model")
     assert StableDiffusionPipeline.from_pretrained(tmp_path / "merged", safety_checker=None).unet is not None
 
 
@@ -91,7 +93,7 @@ def test_full_fine_tuning_becomes_a_whole_directory(tiny_sd, tmp_path, place, ca
     assert not any(f.is_symlink() for f in (tmp_path / "whole").rglob("*"))
     whole = StableDiffusionPipeline.from_pretrained(tmp_path / "whole", safety_checker=None)
     assert torch.equal(whole.unet.conv_in.bias, unet.conv_in.bias)
-    preflight.pipeline(str(tmp_path / "whole"), "--model")
+    models.pipeline(str(tmp_path / "whole"), "--model")
 
 
 @pytest.mark.parametrize("targets", [TARGETS, ("conv1", "proj_in", "to_q")])
@@ -111,7 +113,7 @@ def test_merged_weights_are_peft_s(tiny_sd, tmp_path, targets):
 
 @pytest.mark.parametrize("dtype, torch_dtype", [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_dtype_is_the_saved_one(tiny_sd, tmp_path, dtype, torch_dtype):
-    checkpoint.save_lora(adapted(tiny_sd, 2, 2), tmp_path)
+    loras.save_lora(adapted(tiny_sd, 2, 2), tmp_path)
     argv = ["--model", str(tiny_sd), "--lora", str(tmp_path), "--out", str(tmp_path / dtype), "--dtype", dtype]
     assert export.main(argv) == 0
     saved = load_file(tmp_path / dtype / "unet" / "diffusion_pytorch_model.safetensors")
@@ -128,9 +130,9 @@ def test_the_form_that_diffusers_reads(tiny_sd, tmp_path, official):
     source = tmp_path / "checkpoint_3"
     source.mkdir()
     if official:
-        torch.save(checkpoint.lora_state(unet), source / "unet_lora.pt")
+        torch.save(loras.lora_state(unet), source / "unet_lora.pt")
     else:
-        checkpoint.save_lora(unet, source)
+        loras.save_lora(unet, source)
     assert export.main(["--lora", str(source), "--out", str(tmp_path / "out"), "--form", "lora"]) == 0
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["pytorch_lora_weights.safetensors"]
     pipe = pipeline(tiny_sd)
@@ -142,12 +144,12 @@ def test_the_form_that_diffusers_reads(tiny_sd, tmp_path, official):
 
 
 def test_ranks_may_differ_without_alpha(tiny_sd, tmp_path):
-    state = checkpoint.lora_state(adapted(tiny_sd, 4, 4))
+    state = loras.lora_state(adapted(tiny_sd, 4, 4))
     first = next(iter(state)).removesuffix(export.A)
     state[first + export.A], state[first + export.B] = state[first + export.A][:2], state[first + export.B][:, :2]
     torch.save(state, tmp_path / "unet_lora.pt")
     lora = export.read(str(tmp_path))
-    with pytest.raises(preflight.InputError, match="different ranks"):
+    with pytest.raises(errors.InputError, match="different ranks"):
         lora.rank  # noqa: B018
     assert export.main(["--model", str(tiny_sd), "--lora", str(tmp_path), "--out", str(tmp_path / "merged")]) == 0
 
@@ -155,8 +157,8 @@ def test_ranks_may_differ_without_alpha(tiny_sd, tmp_path):
 @pytest.fixture
 def bad(tiny_sd, tmp_path) -> dict[str, str]:
     """Paths by name."""
-    checkpoint.save_lora(adapted(tiny_sd, 2, 2), tmp_path / "good")
-    state = checkpoint.lora_state(adapted(tiny_sd, 2, 2))
+    loras.save_lora(adapted(tiny_sd, 2, 2), tmp_path / "good")
+    state = loras.lora_state(adapted(tiny_sd, 2, 2))
     (name, tensor), *rest = state.items()
     odd = {"half": dict(rest), "dora": state | {"x.lora_magnitude_vector": tensor}, "none": {}, "list": [1],
            "wide": {n: torch.cat([t, t], 1) if n.endswith(export.A) else t for n, t in state.items()},
@@ -191,13 +193,13 @@ def test_bad_input_is_one_line_and_exit_code_2(bad, argv, message, capsys):
 
 
 def test_a_lora_for_another_family_is_refused(tiny_sd, tiny_sdxl, tmp_path, capsys):
-    checkpoint.save_lora(adapted(tiny_sd, 2, 2), tmp_path)
+    loras.save_lora(adapted(tiny_sd, 2, 2), tmp_path)
     assert export.main(["--model", str(tiny_sdxl), "--lora", str(tmp_path), "--out", str(tmp_path / "o")]) == 2
     assert "name the model that it was trained on" in capsys.readouterr().err
 
 
 def test_nothing_is_left_of_a_failed_export(tiny_sd, tmp_path, monkeypatch):
-    checkpoint.save_lora(adapted(tiny_sd, 2, 2), tmp_path / "lora")
+    loras.save_lora(adapted(tiny_sd, 2, 2), tmp_path / "lora")
     monkeypatch.setattr(UNet2DConditionModel, "save_pretrained", lambda *a, **k: json.loads(""))
     with pytest.raises(json.JSONDecodeError):
         export.main(["--model", str(tiny_sd), "--lora", str(tmp_path / "lora"), "--out", str(tmp_path / "o")])

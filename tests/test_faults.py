@@ -18,9 +18,15 @@ from kill import names, start
 from test_data import plain, table
 from test_run_state import parts
 
-from lpo_fast import checkpoint, config, files, outputs, runs, train, train_lpo, train_lrm
+from lpo_fast import config, train, train_lpo, train_lrm
 from lpo_fast.errors import InputError
+from lpo_fast.lpo import checkpoints
+from lpo_fast.lpo import steps as lpo_steps
+from lpo_fast.lrm import steps as lrm_steps
+from lpo_fast.models import loras
+from lpo_fast.run import directory, states
 from lpo_fast.shapes import world
+from lpo_fast.system import checksums, writing
 
 
 @pytest.fixture
@@ -42,7 +48,7 @@ def argv(settings: config.LPO) -> list[str]:
 def same(run: Path, whole: Path) -> None:
     """Two runs ended with the same metrics and weights."""
     assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    a, b = (checkpoint.read_lora(folder) for folder in (run, whole))
+    a, b = (loras.read_lora(folder) for folder in (run, whole))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -69,8 +75,8 @@ def test_a_full_disk(settings, what, tmp_path, monkeypatch, capsys) -> None:
         patch.setattr(torch, "save", full)
         if what == "weights":
             def refused(*_, **__) -> None:
-                raise files.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-            patch.setattr(checkpoint.StableDiffusionPipeline, "save_lora_weights", refused)
+                raise writing.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            patch.setattr(loras.StableDiffusionPipeline, "save_lora_weights", refused)
         if what == "metrics":
             out.mkdir()
             (out / "metrics.jsonl").symlink_to("/dev/full")  # which refuses every byte
@@ -92,14 +98,17 @@ def test_a_full_disk(settings, what, tmp_path, monkeypatch, capsys) -> None:
 
 LIMITED = """
 import resource, sys, torch
-from lpo_fast import checkpoint, train
-save, count = checkpoint.save_state, []
+from lpo_fast.run import states
+from lpo_fast.lpo import steps as lpo_steps
+from lpo_fast.lrm import steps as lrm_steps
+from lpo_fast import train
+save, count = states.save_state, []
 def third_is_too_much(*arguments):
     count.append(1)
     if len(count) == 3:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     save(*arguments)
-checkpoint.save_state = third_is_too_much
+states.save_state = third_is_too_much
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -118,6 +127,8 @@ def test_the_kernel_refuses(settings, tmp_path) -> None:
 
 UNPRIVILEGED = """
 import ctypes, sys
+from lpo_fast.lpo import steps as lpo_steps
+from lpo_fast.lrm import steps as lrm_steps
 from lpo_fast import train
 ctypes.CDLL(None).capset(ctypes.byref((ctypes.c_uint32 * 2)(0x20080522, 0)), ctypes.byref((ctypes.c_uint32 * 6)()))
 sys.exit(train.main(sys.argv[1:]))
@@ -147,25 +158,25 @@ def test_a_read_only_run_directory(settings, tmp_path, resume) -> None:
 def test_room_is_checked_before_the_first_step(settings, stage, limit, tiny_sd, tmp_path, monkeypatch) -> None:
     """The estimate is an upper bound of what a run takes at most at a time, and not far above it."""
     if stage == "lpo":
-        run, module = train_lpo.train, train_lpo
+        run, module = train_lpo.train, lpo_steps
         settings = replace(settings, full=True, keep_checkpoints=limit, epochs=3, max_batches=0)
     else:
         pairs = str(table(tmp_path / "p.parquet", list("abcd"), jpg_0=[plain((40 * i, 9, 9)) for i in range(4)]))
         settings = config.LRM(model=str(tiny_sd), pairs=pairs, validation_pairs=pairs, out=settings.out, batch_size=4,
                               max_steps=6, warmup_steps=0, validate_steps=2, save_steps=1, num_workers=0,
                               keep_checkpoints=limit, save_only_if_best=False)
-        run, module = train_lrm.train, train_lrm
+        run, module = train_lrm.train, lrm_steps
     wanted, taken, replace_ = [], [], os.replace
 
     def measured(a: Path, b: Path) -> None:
         taken.append(sum(path.stat().st_size for path in Path(settings.out).rglob("*") if path.is_file()))
         replace_(a, b)
     with monkeypatch.context() as patch:
-        patch.setattr(files, "check_room", lambda folder, size, remedy: wanted.append(size))
+        patch.setattr(writing, "check_room", lambda folder, size, remedy: wanted.append(size))
         patch.setattr(os, "replace", measured)
         run(settings)
     assert max(taken) * 0.9 < wanted[0] < max(taken) * 1.6, (max(taken), wanted)
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: os.statvfs_result([0] * 10) and type("", (), {"free": 2**20}))
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: os.statvfs_result([0] * 10) and type("", (), {"free": 2**20}))
     monkeypatch.setattr(module, "train_step", None)
     with pytest.raises(InputError, match="has 0.00 GiB free, and the run will write up to") as caught:
         run(replace(settings, out=str(tmp_path / "other")))
@@ -178,21 +189,21 @@ def test_room_is_checked_before_the_first_step(settings, stage, limit, tiny_sd, 
 def test_every_flipped_bit_of_a_state_is_found(tmp_path: Path) -> None:
     """Also where neither torch nor a zip file's own checksums see it."""
     file, missed = tmp_path / "state.pt", 0
-    checkpoint.save_state(file, {"step": 3}, parts(rank=3))
+    states.save_state(file, {"step": 3}, parts(rank=3))
     whole = file.read_bytes()
-    assert checkpoint.whole_state(file) == file
+    assert states.whole_state(file) == file
     assert (tmp_path / "state.sha256").read_text() == hashlib.sha256(whole).hexdigest() + "\n"
     for place in range(0, len(whole), 3):
         flipped = bytearray(whole)
         flipped[place] ^= 1 << place % 8
         file.write_bytes(flipped)
-        missed += not files.damage(file)
+        missed += not checksums.damage(file)
         with pytest.raises(InputError, match="state.pt"):
-            checkpoint.whole_state(file)
+            states.whole_state(file)
     assert 0 < missed < len(whole) / 6  # by what is checked where there is no list of sums
     for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:size])
-        assert files.damage(file), size
+        assert checksums.damage(file), size
 
 
 def test_states_and_their_list_are_never_apart(tmp_path: Path, monkeypatch) -> None:
@@ -200,7 +211,7 @@ def test_states_and_their_list_are_never_apart(tmp_path: Path, monkeypatch) -> N
     file, real = tmp_path / "state.pt", os.replace
     for survives in range(4):
         for step in (1, 2):
-            checkpoint.save_state(file, {"step": step}, parts())
+            states.save_state(file, {"step": step}, parts())
         done = []
 
         def killed(a: Path, b: Path, survives: int = survives, done: list = done) -> None:
@@ -209,14 +220,14 @@ def test_states_and_their_list_are_never_apart(tmp_path: Path, monkeypatch) -> N
             done.append(real(a, b))
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", killed)
-            patch.setattr(files, "_remove", lambda path: None)  # a killed process does not clean up
+            patch.setattr(writing, "_remove", lambda path: None)  # a killed process does not clean up
             if survives < 3:  # the list, the state before, the state
                 with pytest.raises(KeyboardInterrupt):
-                    checkpoint.save_state(file, {"step": 3}, parts())
+                    states.save_state(file, {"step": 3}, parts())
             else:
-                checkpoint.save_state(file, {"step": 3}, parts())
-        files.sweep(tmp_path)
-        assert checkpoint.load_state(file, parts())["step"] == 2 + (survives == 3)
+                states.save_state(file, {"step": 3}, parts())
+        writing.sweep(tmp_path)
+        assert states.load_state(file, parts())["step"] == 2 + (survives == 3)
         assert names(tmp_path) <= {"state.pt", "state.before.pt", "state.sha256"}
 
 
@@ -224,7 +235,7 @@ def test_saves_that_fail_again_and_again_leave_a_state(tmp_path: Path, monkeypat
     """The disk refuses each new state once the list has its sum."""
     file, real = tmp_path / "state.pt", os.replace
     for step in (1, 2):
-        checkpoint.save_state(file, {"step": step}, parts())
+        states.save_state(file, {"step": step}, parts())
 
     def refused(a: Path, b: Path) -> None:
         if Path(b) == file:
@@ -234,25 +245,25 @@ def test_saves_that_fail_again_and_again_leave_a_state(tmp_path: Path, monkeypat
         patch.setattr(os, "replace", refused)
         for step in range(3, 13):
             with pytest.raises(InputError, match="what was saved before is whole"):
-                checkpoint.save_state(file, {"step": step}, parts())
-            files.sweep(tmp_path)
-    assert checkpoint.load_state(file, parts()) == {"step": 2}
+                states.save_state(file, {"step": step}, parts())
+            writing.sweep(tmp_path)
+    assert states.load_state(file, parts()) == {"step": 2}
 
 
 @pytest.mark.parametrize("harm", ["flipped", "cut", "gone"])
 def test_a_damaged_state_gives_way_to_the_one_before(tmp_path: Path, harm: str, capsys) -> None:
     file = tmp_path / "state.pt"
     for step in (1, 2):
-        checkpoint.save_state(file, {"step": step}, parts())
+        states.save_state(file, {"step": step}, parts())
     broken = hurt(file, harm)
-    assert checkpoint.load_state(file, parts()) == {"step": 1}
+    assert states.load_state(file, parts()) == {"step": 1}
     said = capsys.readouterr().out
     assert (f"warning: {file}: state.pt" in said and "goes on from the state before it" in said) or harm == "gone"
-    checkpoint.save_state(file, {"step": 3}, parts())  # the damaged one is not kept as the one before
-    assert torch.load(tmp_path / "state.before.pt", weights_only=True)["at"] == {"step": 1} and files.damage(file) == ""
+    states.save_state(file, {"step": 3}, parts())  # the damaged one is not kept as the one before
+    assert torch.load(tmp_path / "state.before.pt", weights_only=True)["at"] == {"step": 1} and checksums.damage(file) == ""
     hurt(file, "cut"), hurt(tmp_path / "state.before.pt", "flipped")
     with pytest.raises(InputError, match="state.pt cannot be read safely .*; state.before.pt .*; start a new run") as caught:
-        checkpoint.load_state(file, parts())
+        states.load_state(file, parts())
     assert caught.value.key == "--out" and broken is None
 
 
@@ -279,19 +290,19 @@ def test_checksums_of_a_checkpoint(settings, tmp_path) -> None:
     """Against hashlib's own of the bytes on the disk; a change, a loss or a damaged list of any file is found."""
     out = train_lpo.train(replace(settings, full=True))
     folder = out / "checkpoint_1"
-    recorded = json.loads((folder / files.SUMS).read_text())
-    assert recorded.keys() == names(folder) - {files.SUMS} >= {"unet/config.json", outputs.OPTIMIZER, outputs.STEP}
+    recorded = json.loads((folder / checksums.SUMS).read_text())
+    assert recorded.keys() == names(folder) - {checksums.SUMS} >= {"unet/config.json", checkpoints.OPTIMIZER, checkpoints.STEP}
     assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == value for name, value in recorded.items())
-    for name in (*recorded, files.SUMS):
+    for name in (*recorded, checksums.SUMS):
         data = (folder / name).read_bytes()
         for broken in (data[:-1], b"\0" + data[1:]):
             (folder / name).write_bytes(broken)
-            if name != files.SUMS or broken[0] == 0:
-                assert files.damage(folder), name
+            if name != checksums.SUMS or broken[0] == 0:
+                assert checksums.damage(folder), name
         (folder / name).unlink()
-        assert name == files.SUMS or files.damage(folder) == f"{name} is missing"
+        assert name == checksums.SUMS or checksums.damage(folder) == f"{name} is missing"
         (folder / name).write_bytes(data)
-    assert files.damage(folder) == ""
+    assert checksums.damage(folder) == ""
 
 
 @pytest.mark.parametrize("full, official", [(False, False), (True, False), (False, True), (True, True)])
@@ -299,11 +310,11 @@ def test_resuming_from_an_older_checkpoint(settings, full, official, tmp_path, c
     """Official ones have no sums: they are checked as far as they can be."""
     settings = replace(settings, full=full, epochs=3)
     runs_ = train_lpo.train(replace(settings, epochs=2))
-    for folder in outputs.checkpoints(runs_) if official else ():
-        (folder / files.SUMS).unlink()
-    (weights,) = (runs_ / "checkpoint_1").rglob("*.safetensors" if full else checkpoint.LORA_OFFICIAL)
+    for folder in checkpoints.checkpoints(runs_) if official else ():
+        (folder / checksums.SUMS).unlink()
+    (weights,) = (runs_ / "checkpoint_1").rglob("*.safetensors" if full else loras.LORA_OFFICIAL)
     hurt(weights, "cut" if full and official else "flipped")
-    assert outputs.find_checkpoint(runs_, full).name == "checkpoint_0"
+    assert checkpoints.find_checkpoint(runs_, full).name == "checkpoint_0"
     expected = train_lpo.train(replace(settings, resume_from=str(runs_ / "checkpoint_0"), out=str(tmp_path / "a")))
     capsys.readouterr()
     found = train_lpo.train(replace(settings, resume_from=str(runs_), out=str(tmp_path / "b")))
@@ -312,7 +323,7 @@ def test_resuming_from_an_older_checkpoint(settings, full, official, tmp_path, c
     assert (found / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
     for named in (runs_ / "checkpoint_1", runs_):
         if named == runs_:
-            hurt(runs_ / "checkpoint_0" / outputs.OPTIMIZER, "cut")
+            hurt(runs_ / "checkpoint_0" / checkpoints.OPTIMIZER, "cut")
         with pytest.raises(InputError, match="no whole checkpoint there .checkpoint_1: ") as caught:
             train_lpo.train(replace(settings, resume_from=str(named), out=str(tmp_path / "c")))
         assert caught.value.key == "--resume-from" and not (tmp_path / "c").exists()
@@ -320,12 +331,12 @@ def test_resuming_from_an_older_checkpoint(settings, full, official, tmp_path, c
 
 def test_a_checkpoint_is_read_once_before_it_is_loaded(settings, monkeypatch, tmp_path) -> None:
     """Also a damaged one that it is taken in place of, and in the run's own directory: they may have many gigabytes."""
-    whole, read, real = train_lpo.train(replace(settings, epochs=3)), [], files.sha256
-    monkeypatch.setattr(files, "sha256", lambda file: read.append(file) or real(file))
+    whole, read, real = train_lpo.train(replace(settings, epochs=3)), [], checksums.sha256
+    monkeypatch.setattr(checksums, "sha256", lambda file: read.append(file) or real(file))
     train_lpo.train(replace(settings, epochs=4, resume_from=str(whole)))
-    hurt(whole / "checkpoint_3" / checkpoint.LORA_OFFICIAL, "flipped")
+    hurt(whole / "checkpoint_3" / loras.LORA_OFFICIAL, "flipped")
     train_lpo.train(replace(settings, epochs=4, resume_from=str(whole), out=str(tmp_path / "on")))
-    counts = Counter(file.parent.name for file in read if file.name == checkpoint.LORA_OFFICIAL)
+    counts = Counter(file.parent.name for file in read if file.name == loras.LORA_OFFICIAL)
     assert (counts["checkpoint_3"], counts["checkpoint_2"]) == (1, 2)  # once a run
 
 
@@ -335,8 +346,8 @@ def test_a_checkpoint_is_read_once_before_it_is_loaded(settings, monkeypatch, tm
 OWNER = """
 import os, sys, time
 from pathlib import Path
-from lpo_fast import runs
-with runs.claim(Path(sys.argv[1])):
+from lpo_fast.run import directory
+with directory.claim(Path(sys.argv[1])):
     if os.fork() == 0:  # as a data loader's worker, which outlives a killed run by seconds
         time.sleep(30)
         os._exit(0)
@@ -356,21 +367,21 @@ def test_a_second_run_is_refused(settings, tmp_path, capsys) -> None:
         assert train.main(argv(settings)) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith(f"error: --out {out}: is in use by process {owner.pid} on {platform.node()}; wait")
-        assert names(out) == {runs.LOCK}
+        assert names(out) == {directory.LOCK}
         (out / "checkpoint_0").mkdir()  # whatever the other one has written by now
         assert train.main(argv(settings)) == 2 and "is in use by process" in capsys.readouterr().err
         (out / "checkpoint_0").rmdir()
     finally:
         os.kill(owner.pid, signal.SIGKILL)
         owner.join()
-    assert train.main(argv(settings)) == 0 and runs.LOCK not in names(out)
+    assert train.main(argv(settings)) == 0 and directory.LOCK not in names(out)
 
 
 def test_a_disk_without_locks(settings, monkeypatch, capsys) -> None:
     def none(*_) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
     monkeypatch.setattr(fcntl, "lockf", none)
-    with runs.claim(Path(settings.out)):
+    with directory.claim(Path(settings.out)):
         error = capsys.readouterr().err
     assert error == f"warning: {settings.out} cannot be locked (No locks available): start no second run there\n"
     assert not Path(settings.out).exists()  # it was made for the block, and is empty
@@ -387,8 +398,8 @@ def test_what_a_killed_run_left_is_removed(settings) -> None:
         (out / name / "half").write_text("half")
     os.replace(out / "checkpoint_0", out / ".checkpoint_0.old")
     (out / ".mine").write_text("kept")
-    with runs.claim(out):
-        assert names(out) == whole | {".mine", runs.LOCK}
+    with directory.claim(out):
+        assert names(out) == whole | {".mine", directory.LOCK}
     assert names(out) == whole | {".mine"}
 
 
@@ -409,10 +420,10 @@ def test_a_directory_is_removed_whole(tmp_path: Path, monkeypatch) -> None:
 
     def killed(_) -> None:
         raise KeyboardInterrupt
-    monkeypatch.setattr(files.shutil, "rmtree", killed)
+    monkeypatch.setattr(writing.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        files.discard(folder)
+        writing.discard(folder)
     assert not folder.exists()
     monkeypatch.undo()
-    files.sweep(tmp_path)
+    writing.sweep(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -12,9 +12,11 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from official_loop import Official, Random
 from torch import Tensor, nn
 
-from lpo_fast import backbone, checkpoint, config, dry_run, meta
+from lpo_fast import config
 from lpo_fast.config import LPO
-from lpo_fast.meta import META, built, empty, on_cuda
+from lpo_fast.models import denoisers, families
+from lpo_fast.preflight import dry_run, meta
+from lpo_fast.preflight.meta import META, built, empty, on_cuda
 
 MOST = {"sd15": 0.72, "sdxl": 0.66}
 PROMPTS = 2  # a batch; half of its pairs are valid: one a step
@@ -30,14 +32,14 @@ def statement(settings: LPO) -> Official:
     """The official run on the meta device."""
     model = Path(settings.model)
     unet = built(UNet2DConditionModel, model / "unet")
-    family = backbone.family_of(unet.config)
+    family = families.family_of(unet.config)
     scheduler = DDIMScheduler.from_pretrained(model / "scheduler")
     scheduler.set_timesteps(settings.num_steps)
     ids = [empty(PROMPTS, 77, dtype=torch.int64) for _ in family.encoders]
     null = [i[:1] for i in ids]
     if family.time_ids:  # the official configuration of SDXL recomputes activations
         unet.enable_gradient_checkpointing(partial(meta.checkpointed, "no", "full"))
-    sizes = checkpoint.size_conditions(model, family, unet)
+    sizes = denoisers.size_conditions(model, family, unet)
     sizes = None if sizes is None else sizes.to(META)
     return Official(settings, family, unet, [built(kind, model / name) for name, kind in family.encoders],
                     meta.scorer(settings, 8 * unet.config.sample_size), scheduler, sizes, (ids, null), (ids, null))

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lpo_fast import doctor
-from lpo_fast import golden as goldens
 from lpo_fast.errors import InputError
-from lpo_fast.golden import Golden
+from lpo_fast.verify import golden as verify_golden
+from lpo_fast.verify.golden import Golden
 
 # How many lines the checks of these files print. From the settings that the files hold, counted by hand.
 LINES = {
@@ -29,7 +29,7 @@ LINES = {
     "lpo_sdxl_weights.safetensors lpo_sdxl_io.safetensors lrm_sdxl_weights.safetensors": 5,
     "lpo_sd15_weights.safetensors lpo_sd15_checkpoint/unet_lora.pt pytorch_lora_weights.safetensors": 3,
 }
-PRESENT = [files for files in goldens.CHECKS if all((GOLDEN / file).is_file() for file in files)]
+PRESENT = [files for files in verify_golden.CHECKS if all((GOLDEN / file).is_file() for file in files)]
 
 
 def test_no_check_is_left_out() -> None:
@@ -38,7 +38,7 @@ def test_no_check_is_left_out() -> None:
 
 @pytest.mark.parametrize("files", PRESENT, ids=lambda files: files[0].partition(".")[0])
 def test_golden(golden: Golden, files: tuple[str, ...]) -> None:
-    lines = list(goldens.CHECKS[files](golden))
+    lines = list(verify_golden.CHECKS[files](golden))
     assert len({what for what, _, _ in lines}) == len(lines) == LINES[" ".join(files)]
     failed = [(what, apart) for what, apart, tolerance in lines if not apart <= tolerance]
     assert not failed
@@ -73,7 +73,7 @@ def test_one_wrong_number_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixtu
                                      change: float) -> None:
     root = subset(tmp_path / "g", f"{file}.safetensors")
     add(root / f"{file}.safetensors", name, index, change)
-    assert goldens.check(root) == 1
+    assert verify_golden.check(root) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("FAIL")][0].count(name.rpartition("/")[0]) == 1
     assert lines[-1].endswith("1 failed")
@@ -82,7 +82,7 @@ def test_one_wrong_number_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_one_wrong_score_of_a_model_is_noticed(tmp_path: Path) -> None:
     root = subset(tmp_path / "g", "lrm_sdxl_weights.safetensors", "lrm_sdxl_io.safetensors")
     add(root / "lrm_sdxl_io.safetensors", "score/ms1_mscfg0_gs7.5", 1, 1e-2)
-    assert goldens.check(root) == 1
+    assert verify_golden.check(root) == 1
 
 
 def test_one_wrong_row_of_the_filter_is_noticed(tmp_path: Path) -> None:
@@ -90,30 +90,30 @@ def test_one_wrong_row_of_the_filter_is_noticed(tmp_path: Path) -> None:
     kept = json.loads((root / "pseudo_preference_kept.json").read_text())
     kept["2"] = kept["2"][1:]
     (root / "pseudo_preference_kept.json").write_text(json.dumps(kept))
-    assert goldens.check(root) == 1
+    assert verify_golden.check(root) == 1
 
 
 def test_unknown_and_absent_files_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     root = subset(tmp_path / "g", "pseudo_preference.csv", "pseudo_preference_kept.json")
-    assert goldens.check(root) == 0
+    assert verify_golden.check(root) == 0
     assert "absent  ddim.safetensors" in capsys.readouterr().out
     (root / "extra.safetensors").write_bytes(b"")
-    assert goldens.check(root) == 1
+    assert verify_golden.check(root) == 1
     assert "FAIL  extra.safetensors: no check knows this file" in capsys.readouterr().out
 
 
 def test_no_golden_vectors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="configs.json is missing"):
-        goldens.check(tmp_path)
+        verify_golden.check(tmp_path)
 
 
 def test_error_is_infinite_for_what_cannot_be_compared() -> None:
     one = torch.ones(2)
-    assert goldens.error(one, torch.ones(3)) == goldens.error(one * torch.nan, one) == float("inf")
-    assert goldens.error(one, torch.zeros(2)) == float("inf")
-    assert goldens.error(torch.zeros(2), torch.zeros(2)) == 0
-    assert goldens.error(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0])) == 0.25
-    assert goldens.mismatches(one, torch.ones(3)) == float("inf")
+    assert verify_golden.error(one, torch.ones(3)) == verify_golden.error(one * torch.nan, one) == float("inf")
+    assert verify_golden.error(one, torch.zeros(2)) == float("inf")
+    assert verify_golden.error(torch.zeros(2), torch.zeros(2)) == 0
+    assert verify_golden.error(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0])) == 0.25
+    assert verify_golden.mismatches(one, torch.ones(3)) == float("inf")
 
 
 def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

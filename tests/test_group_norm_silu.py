@@ -11,9 +11,9 @@ from tolerance import assert_close
 from torch import Tensor
 from torch._dynamo.exc import Unsupported
 
-from lpo_fast import launch
 from lpo_fast.kernels import group_norm_silu as module
 from lpo_fast.kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
+from lpo_fast.system import launch
 
 pytestmark = pytest.mark.usefixtures("kernels")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -12,10 +12,15 @@ import torch
 from PIL import Image
 from test_data import RED, plain, table
 
-from lpo_fast import checkpoint, config, guard, inputs, keeping, train, train_lpo, train_lrm
+from lpo_fast import config, replay, train, train_lpo, train_lrm
 from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
-from lpo_fast.sample import Pairs
+from lpo_fast.lpo import batches, steps
+from lpo_fast.lpo.sampling import Pairs
+from lpo_fast.lrm import checkpoint, encoding, selection
+from lpo_fast.lrm import steps as lrm_steps
+from lpo_fast.models import loras
+from lpo_fast.run import monitor, optimization, states
 from lpo_fast.shapes import world
 
 PROMPTS = world.captions(held_out=False)[:4]
@@ -37,8 +42,8 @@ def rows(run: Path) -> list[dict]:
 
 def injected(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, Pairs], Pairs]) -> None:
     """change(call, pairs): what the call-th evaluation of a training pass is given instead."""
-    evaluate, calls = train_lpo.evaluate, iter(range(10**6))
-    monkeypatch.setattr(train_lpo, "evaluate", lambda policy, sched, pairs, *args, **how: evaluate(
+    evaluate, calls = steps.evaluate, iter(range(10**6))
+    monkeypatch.setattr(steps, "evaluate", lambda policy, sched, pairs, *args, **how: evaluate(
         policy, sched, change(next(calls), pairs), *args, **how))
 
 
@@ -47,7 +52,7 @@ def poisoned(pairs: Pairs) -> Pairs:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.read_lora(run)
+    return loras.read_lora(run)
 
 
 def test_a_step_without_finite_loss_changes_nothing(lpo: LPO, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
@@ -66,16 +71,16 @@ def test_a_step_without_finite_loss_changes_nothing(lpo: LPO, monkeypatch: pytes
             step(self, *a, **k) if len(steps) <= 5 else None))
         other = train_lpo.train(replace(lpo, out=str(tmp_path / "five")))
     assert all(torch.equal(x, weights(other)[name]) for name, x in weights(run).items())
-    assert guard.main([str(run / guard.SKIPPED)]) == 0
+    assert replay.main([str(run / monitor.SKIPPED)]) == 0
     said = capsys.readouterr().out
     assert "step 5, 4 pairs at timesteps" in said and "with the weights after 6 steps" in said and "all is finite here" in said
 
 
 def test_replay_names_what_is_not_finite(lpo: LPO, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Pairs that are bad themselves: everything that follows from them is named, the reference's output is not."""
-    monkeypatch.setattr(train_lpo, "shuffled", lambda pairs, *_: poisoned(pairs))
+    monkeypatch.setattr(batches, "shuffled", lambda pairs, *_: poisoned(pairs))
     run = train_lpo.train(replace(lpo, max_batches=1))
-    lines = guard.replay(run / guard.SKIPPED)
+    lines = replay.replay(run / monitor.SKIPPED)
     assert lines[0].startswith("step 0, ")  # the first one's
     assert any(line.startswith("pairs, winner: ") for line in lines) and any(line.startswith("loss: 1 of 1") for line in lines)
     assert not any("reference" in line or line.startswith("pairs, loser") for line in lines)
@@ -84,12 +89,12 @@ def test_replay_names_what_is_not_finite(lpo: LPO, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("argv", [[], ["nothing.pt"], ["--help"], ["a", "b"]])
 def test_replay_of_no_file(argv: list[str], capsys) -> None:
-    assert guard.main(argv) == 2 and capsys.readouterr().err.startswith("error: FILE ")
+    assert replay.main(argv) == 2 and capsys.readouterr().err.startswith("error: FILE ")
 
 
 def test_too_many_in_a_row_end_the_run(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the state of a run whose weights are those of the start; it goes on with --resume when the cause is gone."""
-    monkeypatch.setattr(guard, "IN_A_ROW", 3)
+    monkeypatch.setattr(monitor, "IN_A_ROW", 3)
     with monkeypatch.context() as patch:
         injected(patch, lambda call, pairs: poisoned(pairs))
         with pytest.raises(InputError, match="3 optimizer steps in a row had no finite gradient, the last of them step 2"):
@@ -103,7 +108,7 @@ def test_skipped_steps_leave_the_scale_as_it_is() -> None:
     """After as many as would have driven a scale that halves to 0."""
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    update = guard.Update(optimizer, guard.scaler(torch.device("cpu"), "no"), 1.0, 1, "")
+    update = optimization.Update(optimizer, optimization.scaler(torch.device("cpu"), "no"), 1.0, 1, "")
 
     def gradients(factor: float) -> Callable[[int], torch.Tensor]:
         def run(_: int) -> torch.Tensor:
@@ -122,7 +127,7 @@ def test_a_pass_that_fails_leaves_no_gradient() -> None:
     """Of a step of two passes the second does not fit: both are gone through again, by smaller ones."""
     weight, sizes = torch.nn.Parameter(torch.tensor([2.0])), []
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    update = guard.Update(optimizer, guard.scaler(torch.device("cpu"), "no"), 1e9, 4, "")
+    update = optimization.Update(optimizer, optimization.scaler(torch.device("cpu"), "no"), 1e9, 4, "")
 
     def gradients(size: int) -> torch.Tensor:
         for number in range(8 // size):
@@ -137,7 +142,7 @@ def test_a_pass_that_fails_leaves_no_gradient() -> None:
 
 def test_the_scaler_of_other_precisions_changes_nothing(lpo: LPO, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = train_lpo.train(lpo)
-    monkeypatch.setattr(guard, "scaler", lambda *_: torch.amp.GradScaler("cpu", enabled=False))
+    monkeypatch.setattr(optimization, "scaler", lambda *_: torch.amp.GradScaler("cpu", enabled=False))
     other = train_lpo.train(replace(lpo, out=str(tmp_path / "other")))
     assert (run / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
     assert all(torch.equal(x, weights(other)[name]) for name, x in weights(run).items())
@@ -172,7 +177,7 @@ def test_no_pair_fits(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_prompt_fits(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_, **__) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
-    monkeypatch.setattr(train_lpo, "sample_pairs", never)
+    monkeypatch.setattr(batches, "sample_pairs", never)
     with pytest.raises(InputError, match="--batch-size 2: prompts at a time do not fit"):
         train_lpo.train(lpo)
 
@@ -187,13 +192,13 @@ def lrm(tiny_sd: Path, tmp_path: Path) -> LRM:
 
 def passes(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, torch.Tensor], torch.Tensor]) -> list[int]:
     """change(step, x): what a training pass of the LRM is given as noisy latents instead. The sizes of all passes."""
-    sizes, pair_loss, latents = [], train_lrm.pair_loss, inputs.Encoder.latents
+    sizes, pair_loss, latents = [], lrm_steps.pair_loss, encoding.Encoder.latents
 
     def counted(lrm, encoder, batch, step, *rest):
         sizes.append(len(batch["rows"]))
         return pair_loss(lrm, encoder, batch, step, *rest)
-    monkeypatch.setattr(train_lrm, "pair_loss", counted)
-    monkeypatch.setattr(inputs.Encoder, "latents", lambda self, mean, std, rows, step, t: change(
+    monkeypatch.setattr(lrm_steps, "pair_loss", counted)
+    monkeypatch.setattr(encoding.Encoder, "latents", lambda self, mean, std, rows, step, t: change(
         step, latents(self, mean, std, rows, step, t)))
     return sizes
 
@@ -202,9 +207,9 @@ def test_an_lrm_step_without_finite_loss_changes_nothing(lrm: LRM, monkeypatch: 
                                                          capsys) -> None:
     """The last one: the weights are those of the step before. Its inputs are kept, and here they are finite."""
     def weights(settings: LRM) -> dict[str, torch.Tensor]:
-        return checkpoint.load_lrm(train_lrm.train(settings) / keeping.FINAL).state_dict()
+        return checkpoint.load_lrm(train_lrm.train(settings) / selection.FINAL).state_dict()
     two = weights(replace(lrm, out=str(tmp_path / "two"), max_steps=3))
-    state = torch.load(tmp_path / "two" / checkpoint.STATE_BEFORE, weights_only=True)["weights"]  # after step 2
+    state = torch.load(tmp_path / "two" / states.STATE_BEFORE, weights_only=True)["weights"]  # after step 2
     with monkeypatch.context() as patch:
         passes(patch, lambda step, x: x * math.nan if step == 2 else x)
         three = weights(lrm)
@@ -214,16 +219,16 @@ def test_an_lrm_step_without_finite_loss_changes_nothing(lrm: LRM, monkeypatch: 
     assert any(not torch.equal(three[name], two[name]) for name in state)
     run = Path(lrm.out)
     assert [row["loss"] is None for row in rows(run)] == [False, False, True]
-    assert guard.main([str(run / guard.SKIPPED)]) == 0
+    assert replay.main([str(run / monitor.SKIPPED)]) == 0
     said = capsys.readouterr().out
     assert "step 2, rows [" in said and "all is finite here" in said
 
 
 def test_replay_of_an_lrm_step_names_what_is_not_finite(lrm: LRM, monkeypatch: pytest.MonkeyPatch) -> None:
     """A VAE that gives NaN."""
-    encode = inputs.encode
-    monkeypatch.setattr(inputs, "encode", lambda *arguments: encode(*arguments) * math.nan)
-    lines = guard.replay(train_lrm.train(replace(lrm, max_steps=1, warmup_steps=0)) / guard.SKIPPED)
+    encode = encoding.encode
+    monkeypatch.setattr(encoding, "encode", lambda *arguments: encode(*arguments) * math.nan)
+    lines = replay.replay(train_lrm.train(replace(lrm, max_steps=1, warmup_steps=0)) / monitor.SKIPPED)
     assert lines[0].startswith("step 0, rows [") and lines[1].startswith("VAE's posterior, mean: ")
     assert any(line.startswith("loss: 1 of 1") for line in lines)
     assert not any(line.startswith("logit_scale") for line in lines)  # the weights are finite
@@ -232,16 +237,16 @@ def test_replay_of_an_lrm_step_names_what_is_not_finite(lrm: LRM, monkeypatch: p
 def test_replay_takes_the_weights_that_were_kept(lrm: LRM, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         passes(patch, lambda step, x: x * math.nan)
-        file = train_lrm.train(replace(lrm, max_steps=1, warmup_steps=0)) / guard.SKIPPED
-    assert guard.replay(file)[1].startswith("all is finite here")
+        file = train_lrm.train(replace(lrm, max_steps=1, warmup_steps=0)) / monitor.SKIPPED
+    assert replay.replay(file)[1].startswith("all is finite here")
     kept = torch.load(file, weights_only=True)
     kept["weights"]["visual_projection.weight"][0, 0] = math.inf
     torch.save(kept, file)
-    assert any(line.startswith("visual_projection.weight: 1 of ") for line in guard.replay(file))
+    assert any(line.startswith("visual_projection.weight: 1 of ") for line in replay.replay(file))
 
 
 def test_lrm_steps_that_fail_in_a_row_end_the_run(lrm: LRM, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(guard, "IN_A_ROW", 2)
+    monkeypatch.setattr(monitor, "IN_A_ROW", 2)
     with monkeypatch.context() as patch:
         passes(patch, lambda step, x: x * math.nan)
         with pytest.raises(InputError, match="2 optimizer steps in a row had no finite gradient, the last of them step 1"):
@@ -273,7 +278,7 @@ def test_lrm_memory_that_does_not_suffice(lrm: LRM, monkeypatch: pytest.MonkeyPa
 def test_memory_that_does_not_suffice_elsewhere(lrm: LRM, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def never(*_) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-    monkeypatch.setattr(train_lrm, "load", never)
+    monkeypatch.setattr(lrm_steps, "load", never)
     assert train.main(["lrm", "--model", lrm.model, "--pairs", lrm.pairs, "--out", lrm.out]) == 2
     assert "error: the GPU's memory: does not suffice (CUDA out of memory" in capsys.readouterr().err
 
@@ -286,8 +291,8 @@ def test_a_poisoned_step_among_others(lpo: LPO, monkeypatch: pytest.MonkeyPatch)
     injected(monkeypatch, lambda call, pairs: poisoned(pairs) if call == 2 else pairs)
     run = train_lpo.train(lpo)
     assert [row["train_loss"] is None for row in rows(run)] == [False, True, False, False, False, False]
-    said = guard.replay(run / guard.SKIPPED)[0]
-    assert torch.load(run / guard.SKIPPED, weights_only=True)["size"] == 2  # of a pass
+    said = replay.replay(run / monitor.SKIPPED)[0]
+    assert torch.load(run / monitor.SKIPPED, weights_only=True)["size"] == 2  # of a pass
     assert said.startswith("step 1, 4 pairs at ") and said.endswith("with the weights after 3 steps")
 
 
@@ -301,7 +306,7 @@ def step(win: float = 1.0, lose: float = 1.0) -> dict[str, float]:
 
 def test_watch() -> None:
     """Each sign once; none in a run that goes well."""
-    watch = guard.Watch(0.1)
+    watch = monitor.Watch(0.1)
     assert not [line for _ in range(30) for line in watch.batch(batch(50), [step(1.01, 0.99)])]
     for _ in range(4):
         assert not watch.batch(batch(20), [step()])
@@ -314,7 +319,7 @@ def test_watch() -> None:
 
 def test_watch_goes_on_after_a_resumption() -> None:
     """What was good is known from the saved state."""
-    before, after = guard.Watch(0.1), guard.Watch(0.1)
+    before, after = monitor.Watch(0.1), monitor.Watch(0.1)
     for _ in range(5):
         before.batch(batch(50), [step()])
     after.state = json.loads(json.dumps(before.state))
@@ -326,7 +331,7 @@ def test_watch_of_pictures() -> None:
     def grid(difference: float) -> list[Image.Image]:
         levels = (0.0, difference, 1.0, 1.0 - difference)
         return [Image.fromarray(np.full((4, 4, 3), round(255 * level), np.uint8)) for level in levels]
-    watch = guard.Watch(0.1)
+    watch = monitor.Watch(0.1)
     assert not watch.pictures(grid(0.5), 2) and not watch.pictures(grid(0.3), 2)
     assert watch.state["spread"] == pytest.approx(0.5, abs=0.01)
     told, = watch.pictures(grid(0.2), 2)

@@ -22,24 +22,18 @@ from test_scorers import folder as clips  # noqa: F401 - a fixture
 from test_scorers import pictures
 
 import lpo_fast
-from lpo_fast import (
-    backbone,
-    checkpoint,
-    checks,
-    config,
-    evaluate,
-    meta,
-    models,
-    official,
-    outputs,
-    preflight,
-    report,
-    runs,
-    scorers,
-    tables,
-)
+from lpo_fast import config, evaluate, report
 from lpo_fast.config import LPO, LRM
+from lpo_fast.data import tables
 from lpo_fast.errors import InputError
+from lpo_fast.evaluation import scorers
+from lpo_fast.lpo import checkpoints
+from lpo_fast.lrm import checkpoint
+from lpo_fast.models import denoisers, families, locate, loras, texts, vaes
+from lpo_fast.official import lpo, lrm
+from lpo_fast.preflight import meta, models
+from lpo_fast.preflight import settings as preflight_settings
+from lpo_fast.run import environment, logs, states
 
 SOURCES = [file for file in Path(lpo_fast.__file__).parent.rglob("*.py")]
 
@@ -71,20 +65,20 @@ def parts(attack: Attack) -> dict:
 READERS = {
     "LRM directory": ("state_dict.pt", lambda a: {"visual_projection": a}, lambda f: checkpoint.read_heads(f.parent, [8, 8])),
     "LRM-XL .pt": ("lrm.pt", lambda a: {"unet.x": a}, lambda f: checkpoint.load_lrm(f, f.parent)),
-    "unet_lora.pt": ("unet_lora.pt", lambda a: {"x.lora_A.weight": a}, checkpoint.read_lora),
-    "state.pt": ("state.pt", parts, lambda f: checkpoint.load_state(f, {})),
+    "unet_lora.pt": ("unet_lora.pt", lambda a: {"x.lora_A.weight": a}, loras.read_lora),
+    "state.pt": ("state.pt", parts, lambda f: states.load_state(f, {})),
     "state.pt, average": ("state.pt", lambda a: {"at": {}, "ema": {"shadow_params": [a]}},
-                          lambda f: checkpoint.load_state(f, {})),
+                          lambda f: states.load_state(f, {})),
     "pytorch_model.bin of --clip": ("pytorch_model.bin", lambda a: {"text_projection.weight": a},
                                     lambda f: checkpoint.read_text_projection(str(f.parent))),
-    "single .ckpt": ("model.ckpt", lambda a: {"state_dict": {}, "callbacks": a}, lambda f: models.locate(str(f), "--model")),
+    "single .ckpt": ("model.ckpt", lambda a: {"state_dict": {}, "callbacks": a}, lambda f: locate.locate(str(f), "--model")),
 }
 
 
 @pytest.mark.parametrize("protocol", ["zip", "old"])
 @pytest.mark.parametrize("name", READERS)
 def test_a_pickle_runs_nothing(name: str, protocol: str, trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models.constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(locate.constants, "HF_HOME", str(tmp_path / "home"))
     file, make, read = READERS[name]
     torch.save(make(Attack(trace)), tmp_path / file, _use_new_zipfile_serialization=protocol == "zip")
     with pytest.raises(InputError, match="cannot be read safely"):
@@ -99,22 +93,22 @@ def test_the_attack_is_a_real_one(tmp_path: Path) -> None:
 
 def test_an_optimizer_runs_nothing(tiny_sd: Path, trace: Path, tmp_path: Path) -> None:
     unet = UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet")
-    checkpoint.add_lora(unet, 2, 2, ("to_q",), 0)
+    loras.add_lora(unet, 2, 2, ("to_q",), 0)
     (folder := tmp_path / "checkpoint_0").mkdir()
-    torch.save(checkpoint.lora_state(unet), folder / checkpoint.LORA_OFFICIAL)
-    torch.save({"state": {0: Attack(trace)}, "param_groups": []}, folder / outputs.OPTIMIZER)
+    torch.save(loras.lora_state(unet), folder / loras.LORA_OFFICIAL)
+    torch.save({"state": {0: Attack(trace)}, "param_groups": []}, folder / checkpoints.OPTIMIZER)
     optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad])
     with pytest.raises(InputError, match="optimizer.bin cannot be read safely"):
-        outputs.find_checkpoint(folder, full=False)
+        checkpoints.find_checkpoint(folder, full=False)
     with pytest.raises(InputError, match="optimizer.bin: cannot be read safely"):
-        outputs.resume_from(folder, unet, optimizer)
-    torch.save({"state": [], "param_groups": 3}, folder / outputs.OPTIMIZER)
+        checkpoints.resume_from(folder, unet, optimizer)
+    torch.save({"state": [], "param_groups": 3}, folder / checkpoints.OPTIMIZER)
     with pytest.raises(InputError, match="optimizer.bin: is another optimizer's"):
-        outputs.resume_from(folder, unet, optimizer)
-    os.remove(folder / outputs.OPTIMIZER)
-    (folder / outputs.STEP).write_text('{"global_step": "7"}')
+        checkpoints.resume_from(folder, unet, optimizer)
+    os.remove(folder / checkpoints.OPTIMIZER)
+    (folder / checkpoints.STEP).write_text('{"global_step": "7"}')
     with pytest.raises(InputError, match="global_step.json: has no global_step"):
-        outputs.resume_from(folder, unet, optimizer)
+        checkpoints.resume_from(folder, unet, optimizer)
 
 
 def test_scorers_run_nothing(clips: Path, trace: Path) -> None:  # noqa: F811
@@ -129,7 +123,7 @@ def test_scorers_run_nothing(clips: Path, trace: Path) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("part, load", [
-    ("unet", backbone.load_unet), ("vae", backbone.load_vae), ("text_encoder", lambda p: backbone.load_text(p, backbone.SD))])
+    ("unet", denoisers.load_unet), ("vae", vaes.load_vae), ("text_encoder", lambda p: texts.load_text(p, families.SD))])
 def test_models_are_read_from_safetensors_alone(part: str, load, tiny_sd: Path, copied, trace: Path) -> None:
     folder = copied(tiny_sd)
     for weights in (folder / part).glob("*.safetensors"):
@@ -137,20 +131,20 @@ def test_models_are_read_from_safetensors_alone(part: str, load, tiny_sd: Path, 
         torch.save({"x": Attack(trace)}, weights.with_suffix(".bin"))
         torch.save({"x": Attack(trace)}, weights.with_name("pytorch_model.bin"))
     with pytest.raises(InputError, match=f"{part}/ holds no .safetensors"):
-        preflight.pipeline(str(folder), "--model")
+        models.pipeline(str(folder), "--model")
     with pytest.raises(OSError):
         load(folder)
 
 
 def test_no_line_of_the_package_reads_code() -> None:
-    text = {file.name: file.read_text(encoding="utf-8") for file in SOURCES}
+    text = {"/".join(file.parts[-2:]): file.read_text(encoding="utf-8") for file in SOURCES}
     for name, source in text.items():
         for call in re.findall(r"torch\.load\((?:[^()]|\([^()]*\))*\)", source):
             assert "weights_only=True" in call, (name, call)
         for word in ("trust_remote_code", "import pickle", "yaml.load", "joblib", "marshal", "shell=True", "os.system"):
             assert word not in source, (name, word)
     running = re.compile(r"\brunpy\.|\bexec\(|(?<![.\w])eval\(")
-    assert [name for name, source in text.items() if running.search(source)] == ["official.py"]
+    assert [name for name, source in text.items() if running.search(source)] == ["official/lpo.py"]
 
 
 # Names inside files
@@ -160,14 +154,14 @@ def test_libraries_of_a_model_index_are_not_imported(tiny_sd: Path, tmp_path: Pa
                                                      trace: Path) -> None:
     (tmp_path / "evil_library.py").write_text(f"open({str(trace)!r}, 'w')\nclass Evil: pass")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(models.constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(locate.constants, "HF_HOME", str(tmp_path / "home"))
     save_file({"down.attn2.to_k.weight": torch.zeros(8, 8)}, tmp_path / "m.safetensors")
     shutil.copytree(tiny_sd, tmp_path / "m")
     index = json.loads((tmp_path / "m" / "model_index.json").read_text())
     (tmp_path / "m" / "model_index.json").write_text(json.dumps(index | {"unet": ["evil_library", "Evil"]}))
     with pytest.raises(InputError, match="takes its unet from 'evil_library', which is imported"):
-        models.locate(str(tmp_path / "m.safetensors"), "--model")
-    preflight.pipeline(str(tmp_path / "m"), "--model")  # a directory's model_index.json is not read at all
+        locate.locate(str(tmp_path / "m.safetensors"), "--model")
+    models.pipeline(str(tmp_path / "m"), "--model")  # a directory's model_index.json is not read at all
     assert "evil_library" not in sys.modules
 
 
@@ -177,10 +171,10 @@ def test_attention_of_a_config_is_not_fetched(tiny_sd: Path, copied, monkeypatch
     file = folder / "text_encoder" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"attn_implementation": "evil/kernel"}))
     monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", lambda *a, **k: pytest.fail("fetched"))
-    encoder = backbone.load_text(folder, backbone.SD)[0]
+    encoder = texts.load_text(folder, families.SD)[0]
     assert encoder.config._attn_implementation == "sdpa"
     assert meta.built(type(encoder), folder / "text_encoder").config._attn_implementation == "sdpa"
-    preflight.pipeline(str(folder), "--model")
+    models.pipeline(str(folder), "--model")
 
 
 @pytest.mark.parametrize("shard", ["../../evil.safetensors", "/etc/passwd", "x.bin", "gone.safetensors", 3])
@@ -190,7 +184,7 @@ def test_shards_lie_beside_their_index(shard: object, tiny_sd: Path, copied) -> 
     index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": shard}}))
     with pytest.raises(InputError, match="names the shard .* which is not beside it"):
-        preflight.pipeline(str(folder), "--model")
+        models.pipeline(str(folder), "--model")
 
 
 @pytest.mark.parametrize("settings", [
@@ -200,7 +194,7 @@ def test_an_lrm_json_of_something_else(settings: dict, tiny_sd: Path, tiny_lrm: 
     folder = copied(tiny_lrm)
     (folder / "lrm.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match=f"lrm.json: {next(iter(settings))} is"):
-        preflight.reward_model(LPO(model=str(tiny_sd), lrm=str(folder)))
+        models.reward_model(LPO(model=str(tiny_sd), lrm=str(folder)))
     with pytest.raises(InputError, match=f"lrm.json: {next(iter(settings))} is"):
         checkpoint.load_lrm(folder)
 
@@ -216,22 +210,22 @@ def test_configs_that_nothing_can_be_built_from(part: str, changes: dict, tiny_s
     file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(InputError) as caught:
-        preflight.pipeline(str(folder), "--model")
+        models.pipeline(str(folder), "--model")
     assert part in str(caught.value) and caught.value.key == "--model"
 
 
 @pytest.mark.parametrize("name", ["../../x", "..", ".", "", "/x", "a/b", "a\\b", "a\0b"])
 def test_a_run_stays_in_its_directory(name: str, tmp_path: Path) -> None:
     """logdir and --out are the user's choice; the names in a configuration choose no directory."""
-    flat = official.flat(fuzz.official_config())
+    flat = lrm.flat(fuzz.official_config())
     with pytest.raises(InputError, match="config.run_name .*is no name of a directory in logdir"):
-        official.settings(flat | {"run_name": name})
-    for check, settings in ((checks.lpo, config.sd15().lpo), (checks.lrm, config.sd15().lrm)):
+        lpo.settings(flat | {"run_name": name})
+    for check, settings in ((preflight_settings.lpo, config.sd15().lpo), (preflight_settings.lrm, config.sd15().lrm)):
         for key in ("tracker_project", "run_name"):
             if name:
                 with pytest.raises(InputError, match="is no name of a directory"):
                     check(replace(settings, **{key: name}))
-    assert official.settings(flat | {"run_name": "v1.0 β"})[0].out == "logs/lpo/v1.0 β"
+    assert lpo.settings(flat | {"run_name": "v1.0 β"})[0].out == "logs/lpo/v1.0 β"
 
 
 # Pages, tables, trackers
@@ -345,7 +339,7 @@ def test_tables_come_back_as_they_were(tmp_path: Path) -> None:
     ("x=very-secret-value", "x=***"), ("--out a@b/c", "--out a@b/c")])
 def test_credentials_are_not_recorded(given: str, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "very-secret-value")
-    assert runs.redacted(given) == kept
+    assert environment.redacted(given) == kept
 
 
 @pytest.mark.parametrize("settings", [LPO(model="m"), LRM(model="m")])
@@ -359,9 +353,9 @@ def test_trackers_and_run_directories_get_no_environment(settings: LPO | LRM, tm
 
     def send(*words, **named) -> None:
         sent.append(repr((words, named)))
-    monkeypatch.setattr(runs, "Accelerator", lambda **_: SimpleNamespace(
+    monkeypatch.setattr(logs, "Accelerator", lambda **_: SimpleNamespace(
         init_trackers=send, trackers=[1], log=send, end_training=lambda: None))
-    run = runs.Run(replace(settings, out=str(tmp_path / "run"), log_with="wandb", model="https://me:secret-of-HF_TOKEN@host/m"))
+    run = logs.Run(replace(settings, out=str(tmp_path / "run"), log_with="wandb", model="https://me:secret-of-HF_TOKEN@host/m"))
     run.log("train", 1, loss=1.0, note="text")
     run.close()
     assert len(sent) == 2 and "note" not in sent[1]

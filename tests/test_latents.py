@@ -14,25 +14,15 @@ import torch
 from forked import processes
 from test_data import BLUE, RED, plain, table
 
-from lpo_fast import (
-    backbone,
-    checkpoint,
-    config,
-    data,
-    dry_run,
-    guard,
-    inputs,
-    keeping,
-    latents,
-    pairs,
-    preflight,
-    runs,
-    speed,
-    train,
-    train_lrm,
-)
+from lpo_fast import config, train, train_lrm
 from lpo_fast.config import LRM
+from lpo_fast.data import dataset, images, latent_cache
 from lpo_fast.errors import InputError
+from lpo_fast.lrm import checkpoint, encoding, selection, steps
+from lpo_fast.models import vaes
+from lpo_fast.preflight import dry_run, runs
+from lpo_fast.run import clock, optimization
+from lpo_fast.system import compilation
 
 GREEN = plain((0, 255, 0))
 ENTRY = 2 * 4 * 8 * 8 * 4  # bytes
@@ -52,7 +42,7 @@ def settings(tmp_path: Path, tiny_sd: Path) -> LRM:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Counts loaded VAEs, encoded pictures and decoded pictures."""
     counts = SimpleNamespace(vaes=0, encoded=0, decoded=0)
-    load, encode, decode = backbone.load_vae, inputs.encode, data.decode
+    load, encode, decode = vaes.load_vae, encoding.encode, images.decode
 
     def loaded(path: Path):
         counts.vaes += 1
@@ -65,9 +55,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     def opened(picture: bytes, resolution: int) -> torch.Tensor:
         counts.decoded += resolution != 8  # what preflight tries
         return decode(picture, resolution)
-    monkeypatch.setattr(backbone, "load_vae", loaded)
-    monkeypatch.setattr(inputs, "encode", counted)
-    monkeypatch.setattr(data, "decode", opened)
+    monkeypatch.setattr(vaes, "load_vae", loaded)
+    monkeypatch.setattr(encoding, "encode", counted)
+    monkeypatch.setattr(images, "decode", opened)
     return counts
 
 
@@ -79,8 +69,8 @@ def cached(settings: LRM, tmp_path: Path, name: str = "cached") -> LRM:
     return replace(settings, cache_latents=str(tmp_path / "latents"), out=str(tmp_path / name))
 
 
-def cache_of(settings: LRM, use: str = "train") -> latents.Cache:
-    return latents.of(settings, preflight.lrm(replace(settings, out=settings.out + "_never"))[use], "no")
+def cache_of(settings: LRM, use: str = "train") -> latent_cache.Cache:
+    return latent_cache.of(settings, runs.lrm(replace(settings, out=settings.out + "_never"))[use], "no")
 
 
 def folder_of(settings: LRM, use: str = "train") -> Path:
@@ -180,13 +170,13 @@ def test_what_a_cache_is_of(settings: LRM, tmp_path: Path, tiny_sd: Path, copied
     other = copied(tiny_sd)
     same = folder_of(settings)
     assert folder_of(replace(settings, model=str(other))) == same == folder_of(replace(settings, compare_between_timestep=True))
-    vae = backbone.load_vae(tiny_sd)
+    vae = vaes.load_vae(tiny_sd)
     vae.encoder.conv_in.bias.data += 1e-3
     vae.save_pretrained(tmp_path / "vae")
     swapped = config.Columns(jpg_0="jpg_1", jpg_1="jpg_0")
     found = [same, folder_of(replace(settings, vae=str(tmp_path / "vae"))), folder_of(replace(settings, resolution=32)),
              folder_of(replace(settings, columns=swapped)), folder_of(settings, "validation"),
-             latents.of(settings, preflight.lrm(settings)["train"], "bf16").folder]
+             latent_cache.of(settings, runs.lrm(settings)["train"], "bf16").folder]
     table(Path(settings.pairs), ["a", "b", "a", "a", "c", "d"], jpg_0=[GREEN, RED] * 3)
     assert len({*found, folder_of(settings)}) == 7 and not (tmp_path / "latents").exists()
 
@@ -227,10 +217,10 @@ def test_refused_before_the_run(settings: LRM, tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda path, mode: path != tmp_path)
         refused(replace(settings, out=str(tmp_path.parent / "elsewhere" / "run")), "cannot be written")
-    used = preflight.lrm(settings)
-    assert latents.needed(settings, used, "no") == (16, 16 * (ENTRY + 8))
+    used = runs.lrm(settings)
+    assert latent_cache.needed(settings, used, "no") == (16, 16 * (ENTRY + 8))
     free = SimpleNamespace(free=16 * (ENTRY + 8) - 1)
-    monkeypatch.setattr(latents, "shutil", SimpleNamespace(disk_usage=lambda path: free))
+    monkeypatch.setattr(latent_cache, "shutil", SimpleNamespace(disk_usage=lambda path: free))
     refused(settings, r"needs 32,896 bytes \(0.0 GiB\) for 16 pictures, and 32,895 are free there")
     free.free += 1
     train_lrm.train(settings)
@@ -249,7 +239,7 @@ def test_resume_with_and_without(settings: LRM, tmp_path: Path) -> None:
     """A run that goes on may start to use a cache."""
     whole = train_lrm.train(settings)
     part = replace(settings, out=str(tmp_path / "part"))
-    step, at = train_lrm.train_step, []
+    step, at = steps.train_step, []
 
     def killed(*args):
         at.append(args[3])
@@ -257,7 +247,7 @@ def test_resume_with_and_without(settings: LRM, tmp_path: Path) -> None:
             raise KeyError
         return step(*args)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_lrm, "train_step", killed)
+        patch.setattr(steps, "train_step", killed)
         with pytest.raises(KeyError):
             train_lrm.train(part)
     resumed = train_lrm.train(replace(part, resume=True, cache_latents=str(tmp_path / "latents")))
@@ -269,11 +259,11 @@ def test_resume_with_and_without(settings: LRM, tmp_path: Path) -> None:
 
 def test_part_size() -> None:
     """Equal parts of at most 2²² pixels, one picture at least."""
-    assert inputs.part_size(64, 1024) == 4 and inputs.part_size(256, 512) == 16
-    assert inputs.part_size(20, 512) == 10 and inputs.part_size(34, 512) == 12
-    assert inputs.part_size(128, 32) == 128 and inputs.part_size(2, 4096) == 1
+    assert encoding.part_size(64, 1024) == 4 and encoding.part_size(256, 512) == 16
+    assert encoding.part_size(20, 512) == 10 and encoding.part_size(34, 512) == 12
+    assert encoding.part_size(128, 32) == 128 and encoding.part_size(2, 4096) == 1
     for count in range(1, 70):
-        size = inputs.part_size(count, 512)
+        size = encoding.part_size(count, 512)
         assert size <= 16 and -(-count // size) == -(-count // 16)
 
 
@@ -281,16 +271,16 @@ def test_part_size() -> None:
 def test_parts_give_what_the_whole_gives(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch, encoded: SimpleNamespace,
                                          mirrored: bool) -> None:
     lrm = checkpoint.new_lrm(tiny_sd, generator=torch.Generator().manual_seed(0))
-    encoder = inputs.Encoder(tiny_sd, lrm, 0, "no")
+    encoder = encoding.Encoder(tiny_sd, lrm, 0, "no")
     pixels = torch.rand(2, 7, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     flips = torch.arange(14).view(2, 7) % 3 == 0 if mirrored else None
     whole = encoder.posterior({"pixels": pixels}, None, flips)
     expected = encoder.vae.encode(torch.where(flips[..., None, None, None], pixels.flip(-1), pixels).flatten(0, 1) if mirrored
                                   else pixels.flatten(0, 1)).latent_dist
     assert torch.equal(whole[0].flatten(0, 1), expected.mean) and torch.equal(whole[1].flatten(0, 1), expected.std)
-    monkeypatch.setattr(inputs, "ENCODED", 4 * 16 * 16)
-    shapes, encode = [], inputs.encode
-    monkeypatch.setattr(inputs, "encode", lambda vae, x, precision: shapes.append(len(x)) or encode(vae, x, precision))
+    monkeypatch.setattr(encoding, "ENCODED", 4 * 16 * 16)
+    shapes, encode = [], encoding.encode
+    monkeypatch.setattr(encoding, "encode", lambda vae, x, precision: shapes.append(len(x)) or encode(vae, x, precision))
     for a, b in zip(whole, encoder.posterior({"pixels": pixels}, None, flips), strict=True):
         assert torch.equal(a, b)
     assert shapes == [4, 4, 4, 2]
@@ -302,25 +292,25 @@ def test_parts_give_what_the_whole_gives(tiny_sd: Path, monkeypatch: pytest.Monk
 def test_metrics_that_are_read_late_are_the_same(settings: LRM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where a step's metrics are read when the next one is queued."""
     at_once = train_lrm.train(settings)
-    monkeypatch.setattr(speed, "unread", lambda: 1)
+    monkeypatch.setattr(compilation, "unread", lambda: 1)
     late = train_lrm.train(replace(settings, out=str(tmp_path / "late")))
     assert metrics(at_once) == metrics(late)
-    assert (at_once / keeping.FINAL / "training_stage.json").read_bytes() == (
-        late / keeping.FINAL / "training_stage.json").read_bytes()
+    assert (at_once / selection.FINAL / "training_stage.json").read_bytes() == (
+        late / selection.FINAL / "training_stage.json").read_bytes()
 
 
 def test_a_step_reads_nothing_back(tiny_sd: Path) -> None:
     """On the meta device, where reading a value raises; the scaler's steps are its own affair."""
     lrm = checkpoint.new_lrm(tiny_sd, generator=torch.Generator().manual_seed(0))
     lrm = lrm.to("meta").train()
-    encoder = inputs.Encoder(tiny_sd, lrm, 0, "no")
+    encoder = encoding.Encoder(tiny_sd, lrm, 0, "no")
     items = [{"row": i, "caption": "a", "pixels": torch.zeros(2, 3, 16, 16), "labels": torch.tensor([1.0, 0.0]), "count": 1,
               "compare": False, "corrupt": i == 1} for i in range(4)]
     optimizer = torch.optim.SGD([p for p in lrm.parameters() if p.requires_grad], lr=0.1)
     settings = LRM(compare_between_timestep=True, hflip=True, loss_type="both")
     scaler = SimpleNamespace(scale=lambda x: x, unscale_=id, is_enabled=lambda: True, step=lambda o: o.step(), update=lambda: 0)
-    update = guard.Update(optimizer, scaler, 1.0, 2, "")
-    values = train_lrm.train_step(lrm, encoder, pairs.collate(items), 0, update, settings)
+    update = optimization.Update(optimizer, scaler, 1.0, 2, "")
+    values = steps.train_step(lrm, encoder, dataset.collate(items), 0, update, settings)
     assert values.device.type == "meta" and values.shape == (4,)
     with pytest.raises(RuntimeError, match="meta"):
         values.tolist()
@@ -328,8 +318,8 @@ def test_a_step_reads_nothing_back(tiny_sd: Path) -> None:
 
 def test_time_spent_waiting_is_said(settings: LRM, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     now = [0.0]
-    monkeypatch.setattr(runs.time, "perf_counter", lambda: now[0])
-    fetch, step = pairs.PairDataset.__getitem__, train_lrm.train_step
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    fetch, step = dataset.PairDataset.__getitem__, steps.train_step
 
     def slow(self, i: int) -> dict:
         now[0] += 1.5
@@ -338,8 +328,8 @@ def test_time_spent_waiting_is_said(settings: LRM, monkeypatch: pytest.MonkeyPat
     def slower(*args) -> torch.Tensor:
         now[0] += 9.0
         return step(*args)
-    monkeypatch.setattr(pairs.PairDataset, "__getitem__", slow)
-    monkeypatch.setattr(train_lrm, "train_step", slower)
+    monkeypatch.setattr(dataset.PairDataset, "__getitem__", slow)
+    monkeypatch.setattr(steps, "train_step", slower)
     out = train_lrm.train(settings)
     rows = [json.loads(line) for line in (out / "timings.jsonl").read_text().splitlines()]
     assert len(rows) == 9 and all(row["seconds"] == 12 and row["data"] == 0.25 for row in rows)
@@ -351,9 +341,9 @@ def test_time_spent_waiting_is_said(settings: LRM, monkeypatch: pytest.MonkeyPat
 def test_more_workers_than_cores(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    runs.Clock(2)
+    clock.Clock(2)
     assert not capsys.readouterr().out
-    runs.Clock(3)
+    clock.Clock(3)
     assert "warning: --num-workers 3 in 4 processes here, which have 8 cores: use at most 2" in capsys.readouterr().out
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._dynamo.exc import Unsupported
 
 import lpo_fast
-from lpo_fast import launch
-from lpo_fast.launch import (
+from lpo_fast.system import launch
+from lpo_fast.system.launch import (
     channels_last,
     dense,
     expect,
@@ -181,14 +181,14 @@ import sys
 sys.modules["triton"] = None  # import triton raises ImportError
 import importlib
 import torch
-from lpo_fast import launch
+from lpo_fast.system import launch
 assert launch.triton is None and not launch.INTERPRETED
 with launch.recording():
     assert not launch.fused(torch.zeros(1))
 for name in NAMES:
     module = importlib.import_module(f"lpo_fast.kernels.{name}")
     public, reference = getattr(module, name), getattr(module, f"{name}_reference")
-from lpo_fast import schedule
+from lpo_fast.method import schedule
 from lpo_fast.kernels.ddim_candidates import ddim_candidates
 from lpo_fast.kernels.pair_loss import pair_loss
 from lpo_fast.kernels.pair_select import pair_select
@@ -215,4 +215,4 @@ def test_without_triton_the_references_run() -> None:
 @pytest.mark.parametrize("value, expected", [("1", "True"), ("0", "False"), (None, "False")])
 def test_the_interpreter_is_an_environment_variable(value: str | None, expected: str) -> None:
     environment = {} if value is None else {"TRITON_INTERPRET": value}
-    assert python("from lpo_fast import launch; print(launch.INTERPRETED)", **environment) == expected
+    assert python("from lpo_fast.system import launch; print(launch.INTERPRETED)", **environment) == expected

@@ -13,8 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lpo_fast import backbone, checkpoint, config, keeping, launch, train_lpo, train_lrm
+from lpo_fast import config, train_lpo, train_lrm
+from lpo_fast.lrm import checkpoint, selection
+from lpo_fast.models import texts
 from lpo_fast.shapes import evaluate, world
+from lpo_fast.system import launch
 
 STEPS = 3
 
@@ -86,14 +89,14 @@ def test_lrm_loop(kernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pair
     references, ours, called = both(monkeypatch, train_lrm.train, settings)
     assert called == {"reward_pool", "reward_pool_backward", "group_norm_silu", "group_norm_silu_backward"}
     assert_rows_close(references, ours, "train")
-    first, second = (checkpoint.load_lrm(run / keeping.FINAL).state_dict() for run in (references, ours))
+    first, second = (checkpoint.load_lrm(run / selection.FINAL).state_dict() for run in (references, ours))
     start = checkpoint.new_lrm(small, generator=torch.Generator().manual_seed(settings.seed)).state_dict()
     assert distance(second, first, start) < 2e-3 * distance(first, start, start)
 
 
 def test_lpo_loop(kernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small: Path) -> None:
     lrm = checkpoint.new_lrm(small, generator=torch.Generator().manual_seed(0))
-    checkpoint.save_lrm(lrm, backbone.load_tokenizers(small, lrm.family), tmp_path / "lrm")
+    checkpoint.save_lrm(lrm, texts.load_tokenizers(small, lrm.family), tmp_path / "lrm")
     (tmp_path / "prompts.json").write_text(json.dumps(world.captions(held_out=False)[:4]))
     settings = replace(config.shapes().lpo, model=str(small), lrm=str(tmp_path / "lrm"), pictures=0, max_batches=0,
                        prompts=str(tmp_path / "prompts.json"), out=str(tmp_path / "run"), batch_size=2, num_steps=2,

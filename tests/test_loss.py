@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from conftest import CONFIGS
 from torch import Tensor, nn
 
-from lpo_fast import loss, schedule, train_lpo
 from lpo_fast.config import LPO
-from lpo_fast.sample import Pairs
-from lpo_fast.schedule import Schedule
+from lpo_fast.lpo import steps
+from lpo_fast.lpo.sampling import Pairs
+from lpo_fast.method import loss, schedule
+from lpo_fast.method.schedule import Schedule
 
 KINDS = ["epsilon", "v_prediction", "sample"]
 GUIDANCE, STEPS = 5.0, 20
@@ -256,8 +257,8 @@ def test_train_step_is_one_step_of_the_mean_loss(size: int, max_norm: float) -> 
     policy.calls = 0
     config = LPO(guidance_scale=GUIDANCE, beta=20, clip_eps=0.1)
     update = conftest.update(torch.optim.SGD(policy.unet.parameters(), lr=0.1), size, max_norm)
-    row = train_lpo.train_step(policy, sched, pairs, update, config)
-    row = dict(zip(train_lpo.STEP, row.tolist(), strict=True))
+    row = steps.train_step(policy, sched, pairs, update, config)
+    row = dict(zip(steps.STEP, row.tolist(), strict=True))
     assert policy.calls == 2 * -(-5 // size)
     for before, parameter, g in zip(start, policy.unet.parameters(), expected, strict=True):
         change = 0.1 * g * min(1, max_norm / norm)
@@ -276,7 +277,7 @@ def test_train_step_is_one_step_of_the_mean_loss(size: int, max_norm: float) -> 
 
 def test_padded() -> None:
     pairs = pairs_of(batch_of(fine(), n=3))
-    full, same = train_lpo.padded(pairs, 5), train_lpo.padded(pairs, 3)
+    full, same = steps.padded(pairs, 5), steps.padded(pairs, 3)
     assert full.valid.tolist() == [True] * 3 + [False] * 2 and full.prompt.tolist() == [0, 1, 2, 0, 0]
     assert torch.equal(full.x_t[:3], pairs.x_t) and same.valid.all() and torch.equal(same.x_t, pairs.x_t)
 

@@ -12,9 +12,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lpo_fast import checkpoint, config, noise, outputs, ranks, report, train_lpo
+from lpo_fast import config, report, train_lpo
 from lpo_fast.errors import InputError
+from lpo_fast.lpo import batches as lpo_batches
+from lpo_fast.lpo import checkpoints, steps
+from lpo_fast.method import noise
+from lpo_fast.models import loras
+from lpo_fast.run import states
 from lpo_fast.shapes import world
+from lpo_fast.system import distributed
 
 NAME = "conv_in.weight"
 
@@ -30,14 +36,14 @@ def settings(tmp_path: Path, tiny_sd: Path, tiny_lrm: Path) -> config.LPO:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
     """A signal arrives during an optimizer step."""
-    real, count = train_lpo.train_step, []
+    real, count = steps.train_step, []
 
     def train_step(*arguments):
         count.append(1)
         if len(count) == step:
             os.kill(os.getpid(), number)
         return real(*arguments)
-    monkeypatch.setattr(train_lpo, "train_step", train_step)
+    monkeypatch.setattr(steps, "train_step", train_step)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
@@ -50,11 +56,11 @@ def test_a_run_stopped_inside_a_batch_goes_on_exactly(settings, number, optimize
         with pytest.raises(SystemExit) as stopped:
             train_lpo.train(settings)
     assert stopped.value.code == 128 + number
-    state = torch.load(tmp_path / "run" / checkpoint.STATE, weights_only=True)["at"]
+    state = torch.load(tmp_path / "run" / states.STATE, weights_only=True)["at"]
     assert state["step"] == 6 and state["batch"] == 1 and len(state["pairs"][0]) > 0  # in the middle of the second
     run = train_lpo.train(replace(settings, resume=True))
     assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    first, second = (checkpoint.read_lora(folder) for folder in (whole, run))
+    first, second = (loras.read_lora(folder) for folder in (whole, run))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -67,14 +73,14 @@ def test_the_exit_code_after_a_signal_can_be_chosen(settings, monkeypatch) -> No
 
 def test_states_are_saved_by_steps(settings, monkeypatch) -> None:
     saved: list[int] = []
-    monkeypatch.setattr(checkpoint, "save_state", lambda file, at, parts: saved.append(at["step"]))
+    monkeypatch.setattr(states, "save_state", lambda file, at, parts: saved.append(at["step"]))
     train_lpo.train(replace(settings, save_steps=3))
     assert saved[:3] == [3, 6, 9] and saved[-1] >= 9
 
 
 def test_checkpoints_are_limited(settings) -> None:
     out = train_lpo.train(replace(settings, epochs=3, keep_checkpoints=2, num_steps=2))
-    assert [path.name for path in outputs.checkpoints(out)] == ["checkpoint_1", "checkpoint_2"]
+    assert [path.name for path in checkpoints.checkpoints(out)] == ["checkpoint_1", "checkpoint_2"]
 
 
 def test_full_fine_tuning_goes_on_from_a_checkpoint(settings, tmp_path) -> None:
@@ -127,11 +133,11 @@ def test_the_text_pass_alone(settings) -> None:
 
 
 def test_order_of_the_prompts() -> None:
-    parts = train_lpo.order(config.LPO(batch_size=4, shuffle=False), 3, 10)
+    parts = lpo_batches.order(config.LPO(batch_size=4, shuffle=False), 3, 10)
     assert [part.tolist() for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert [len(part) for part in train_lpo.order(config.LPO(batch_size=4, drop_last=True), 0, 10)] == [4, 4]
-    assert [len(part) for part in train_lpo.order(config.LPO(batch_size=40, drop_last=True), 0, 10)] == [10]  # never none
-    whole = torch.cat(train_lpo.order(config.LPO(batch_size=4), 1, 10))
+    assert [len(part) for part in lpo_batches.order(config.LPO(batch_size=4, drop_last=True), 0, 10)] == [4, 4]
+    assert [len(part) for part in lpo_batches.order(config.LPO(batch_size=40, drop_last=True), 0, 10)] == [10]  # never none
+    whole = torch.cat(lpo_batches.order(config.LPO(batch_size=4), 1, 10))
     assert torch.equal(whole, noise.permutation(42, 1, 0, 10))
 
 
@@ -141,19 +147,19 @@ def test_batches_left(drop_last, unfinished, monkeypatch) -> None:
     on with any number of processes."""
     settings = config.LPO(batch_size=1, drop_last=drop_last, epochs=3)
     for prompts, before, after in product(range(1, 13), range(1, 5), range(1, 5)):
-        monkeypatch.setattr(ranks, "count", lambda count=before: count)
-        for done in accumulate(map(len, train_lpo.order(settings, 1, prompts))):
+        monkeypatch.setattr(distributed, "count", lambda count=before: count)
+        for done in accumulate(map(len, lpo_batches.order(settings, 1, prompts))):
             if not unfinished and prompts - done < (before if drop_last else 1):
                 continue  # the third epoch has begun
-            monkeypatch.setattr(ranks, "count", lambda count=after: count)
+            monkeypatch.setattr(distributed, "count", lambda count=after: count)
             at, half, batches = {"epoch": 1, "prompts": done}, unfinished, 0
-            left = train_lpo.batches_left(settings, prompts, at, half)
+            left = lpo_batches.batches_left(settings, prompts, at, half)
             while at["epoch"] < 3:
-                at["prompts"] += 0 if half else len(train_lpo.order(settings, at["epoch"], prompts, at["prompts"])[0])
+                at["prompts"] += 0 if half else len(lpo_batches.order(settings, at["epoch"], prompts, at["prompts"])[0])
                 half, batches = False, batches + 1
                 if prompts - at["prompts"] < (after if drop_last else 1):
                     at = {"epoch": at["epoch"] + 1, "prompts": 0}
-            assert left == batches and train_lpo.batches_left(settings, prompts, at, unfinished) == 0
+            assert left == batches and lpo_batches.batches_left(settings, prompts, at, unfinished) == 0
 
 
 def test_a_run_from_a_checkpoint_has_settings_of_its_own(settings, tmp_path) -> None:
@@ -161,7 +167,7 @@ def test_a_run_from_a_checkpoint_has_settings_of_its_own(settings, tmp_path) -> 
     first = train_lpo.train(replace(settings, num_steps=2))
     own = {"learning_rate": 1e-3, "weight_decay": 0.5, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6}
     second = train_lpo.train(replace(settings, num_steps=2, epochs=2, out=str(tmp_path / "on"), resume_from=str(first), **own))
-    before, after = (torch.load(folder / outputs.OPTIMIZER) for folder in (first / "checkpoint_0", second / "checkpoint_1"))
+    before, after = (torch.load(folder / checkpoints.OPTIMIZER) for folder in (first / "checkpoint_0", second / "checkpoint_1"))
     group = after["param_groups"][0]
     assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (1e-3, 0.5, (0.8, 0.9), 1e-6)
     assert after["state"][0]["step"] > before["state"][0]["step"] > 0
@@ -171,15 +177,15 @@ def test_a_run_from_a_checkpoint_has_settings_of_its_own(settings, tmp_path) -> 
 def test_the_average_that_is_exported(settings, monkeypatch, tmp_path) -> None:
     """w ← d·w + (1 − d)·w_k by hand, with diffusers' warm-up: d is 0 at step k = 0, then min(decay, (1 + k)/(10 + k)).
     Of a run without a step it is what the run started from, be that a checkpoint."""
-    real, seen = train_lpo.train_step, []
+    real, seen = steps.train_step, []
 
     def train_step(policy, *rest):
-        weights = checkpoint.Trained(policy.unet)
+        weights = states.Trained(policy.unet)
         seen[:] = seen or [{name: x.clone() for name, x in weights.state_dict().items()}]
         row = real(policy, *rest)
         seen.append({name: x.clone() for name, x in weights.state_dict().items()})
         return row
-    monkeypatch.setattr(train_lpo, "train_step", train_step)
+    monkeypatch.setattr(steps, "train_step", train_step)
     settings = replace(settings, num_steps=3, learning_rate=1e-3, ema_decay=0.22, full=True)
 
     def exported(**changes) -> torch.Tensor:
@@ -198,10 +204,10 @@ def test_the_average_that_is_exported(settings, monkeypatch, tmp_path) -> None:
 def test_a_directory_with_another_run_s_checkpoints_is_refused(settings) -> None:
     """One that was killed before its first state: --keep-checkpoints would take the new run's for the old ones."""
     out = train_lpo.train(replace(settings, num_steps=2, epochs=2))
-    (out / checkpoint.STATE).unlink()
+    (out / states.STATE).unlink()
     with pytest.raises(InputError, match="holds checkpoint_0 of another run"):
         train_lpo.train(replace(settings, num_steps=2, keep_checkpoints=1))
-    assert [path.name for path in outputs.checkpoints(out)] == ["checkpoint_0", "checkpoint_1"]
+    assert [path.name for path in checkpoints.checkpoints(out)] == ["checkpoint_0", "checkpoint_1"]
 
 
 @pytest.mark.parametrize("official", [False, True])
@@ -211,14 +217,14 @@ def test_a_run_goes_on_in_its_own_directory(settings, official, tmp_path) -> Non
     whole = train_lpo.train(replace(settings, epochs=3, out=str(tmp_path / "whole")))
     train_lpo.train(replace(settings, epochs=3, max_batches=4))  # killed in the second epoch
     if official:  # writes no files of ours
-        for name in ("config.json", "metrics.jsonl", checkpoint.STATE):
+        for name in ("config.json", "metrics.jsonl", states.STATE):
             (tmp_path / "run" / name).unlink()
     source = tmp_path / "run" if official else tmp_path / "run" / "checkpoint_0"
     out = train_lpo.train(replace(settings, epochs=2, resume_from=str(source)))
     train_lpo.train(replace(settings, epochs=3, resume=True))  # of the run that went on
     lines = [(folder / "metrics.jsonl").read_bytes() for folder in (whole, out)]
     assert lines[0].endswith(lines[1]) if official else lines[0] == lines[1]
-    first, second = (checkpoint.read_lora(folder) for folder in (whole, out))
+    first, second = (loras.read_lora(folder) for folder in (whole, out))
     assert all(torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(InputError, match="holds later checkpoints than checkpoint_0, up to checkpoint_2"):
         train_lpo.train(replace(settings, epochs=3, resume_from=str(out / "checkpoint_0")))
@@ -259,7 +265,7 @@ def test_deterministic_runs_are_equal_in_every_byte(settings: config.LPO, tmp_pa
     runs = [train_lpo.train(replace(settings, out=str(tmp_path / str(i)), deterministic=i < 2, validation_prompts=("a",)))
             for i in range(3)]
     assert not torch.are_deterministic_algorithms_enabled()
-    for name in ("metrics.jsonl", "checkpoint_0/unet_lora.pt", checkpoint.LORA_DIFFUSERS, "pictures/validation_0.png"):
+    for name in ("metrics.jsonl", "checkpoint_0/unet_lora.pt", loras.LORA_DIFFUSERS, "pictures/validation_0.png"):
         assert len({(run / name).read_bytes() for run in runs}) == 1, name
 
 

@@ -10,9 +10,12 @@ import pytest
 import torch
 from test_data import BLUE, RED, plain, table
 
-from lpo_fast import checkpoint, config, inputs, keeping, noise, train_lrm
+from lpo_fast import config, train_lrm
 from lpo_fast.config import LRM
 from lpo_fast.errors import InputError
+from lpo_fast.lrm import checkpoint, encoding, selection, steps, validation
+from lpo_fast.method import noise
+from lpo_fast.run import states
 
 
 @pytest.fixture
@@ -28,7 +31,7 @@ def rows(run: Path, kind: str) -> list[dict]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load_lrm(run / keeping.FINAL).state_dict()
+    return checkpoint.load_lrm(run / selection.FINAL).state_dict()
 
 
 def test_timesteps_of_comparisons() -> None:
@@ -36,28 +39,28 @@ def test_timesteps_of_comparisons() -> None:
     settings = LRM(compare_between_timestep=True, timestep_interval=2, largest_timestep=301)  # 1, 51, … 301
     pairs = torch.arange(4000)
     compare, labels = pairs % 2 == 0, torch.tensor([[0.5], [0.5]]).expand(2, 4000)
-    t, made = inputs.timesteps(settings, 3, pairs, compare, labels)
+    t, made = encoding.timesteps(settings, 3, pairs, compare, labels)
     assert (t[:, ~compare][0] == t[:, ~compare][1]).all() and (made[:, ~compare] == 0.5).all()
     first, second = t[:, compare]
     assert set(t.flatten().tolist()) == set(range(1, 302, 50)) and ((first - second).abs() == 100).all()
     assert torch.equal(made[0, compare] == 1, first < second) and torch.equal(made[1, compare] == 1, first > second)
     steps = {(int(a), int(b)) for a, b in zip(first, second, strict=True)}
     assert steps == {(a, b) for a in range(1, 302, 50) for b in (a - 100, a + 100) if 1 <= b <= 301}
-    alone = [inputs.timesteps(settings, 3, pairs[i:i + 1], compare[i:i + 1], labels[:, :1]) for i in range(20)]
+    alone = [encoding.timesteps(settings, 3, pairs[i:i + 1], compare[i:i + 1], labels[:, :1]) for i in range(20)]
     assert torch.equal(torch.cat([a for a, _ in alone], 1), t[:, :20])  # however pairs are batched
 
 
 def test_one_timestep() -> None:
     labels = torch.tensor([[1.0], [0.0]])
     settings = LRM(variable_timestep=False, constant_timestep=7)
-    t, same = inputs.timesteps(settings, 0, torch.tensor([0]), torch.tensor([False]), labels)
+    t, same = encoding.timesteps(settings, 0, torch.tensor([0]), torch.tensor([False]), labels)
     assert t.tolist() == [[7], [7]] and same is labels
 
 
 def test_mirrored() -> None:
     def mirrored(rows: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        flips = inputs.flips(LRM(hflip=True), 2, rows)
-        return inputs.mirrored(pixels.flatten(0, 1), flips.flatten()).view_as(pixels)
+        flips = encoding.flips(LRM(hflip=True), 2, rows)
+        return encoding.mirrored(pixels.flatten(0, 1), flips.flatten()).view_as(pixels)
     pixels = torch.randn(2, 400, 3, 4, 4)
     made = mirrored(torch.arange(400), pixels)
     kept, flipped = ((made == other).all(-1).all(-1).all(-1) for other in (pixels, pixels.flip(-1)))
@@ -68,12 +71,12 @@ def test_mirrored() -> None:
 
 def test_noise_offset_is_one_number_a_channel(tiny_sd: Path) -> None:
     lrm = checkpoint.new_lrm(tiny_sd, generator=torch.Generator().manual_seed(0))
-    plain_, offset = (inputs.Encoder(tiny_sd, lrm, 0, "no", noise_offset=amount) for amount in (0.0, 0.5))
+    plain_, offset = (encoding.Encoder(tiny_sd, lrm, 0, "no", noise_offset=amount) for amount in (0.0, 0.5))
     mean, std, t = torch.zeros(2, 3, 4, 8, 8), torch.ones(2, 3, 4, 8, 8), torch.tensor([951, 501, 1])
     rows = torch.tensor([3, 1, 2])
     added = offset.latents(mean, std, rows, 5, t) - plain_.latents(mean, std, rows, 5, t)
     assert (added.std((-1, -2)) < 1e-5).all()
-    drawn = noise.normal(0, 5, rows, inputs.OFFSET, 2, (4,))
+    drawn = noise.normal(0, 5, rows, encoding.OFFSET, 2, (4,))
     sigma = added[..., 0, 0] / (0.5 * drawn)
     assert torch.allclose(sigma, sigma[0, :, :1].expand_as(sigma), rtol=1e-2)  # √(1 − a_t), the same for all channels
 
@@ -90,7 +93,7 @@ def test_accumulation_leaves_the_step_unchanged(settings: LRM, tmp_path: Path) -
 def test_a_corrupt_pair_is_as_if_it_were_not_in_the_batch(settings: LRM, tmp_path: Path, tiny_sd: Path) -> None:
     """The step equals one of the other pairs alone, weights included."""
     lrm = checkpoint.new_lrm(tiny_sd, generator=torch.Generator().manual_seed(0))
-    encoder = inputs.Encoder(tiny_sd, lrm, 0, "no")
+    encoder = encoding.Encoder(tiny_sd, lrm, 0, "no")
     pixels = torch.rand(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     batch = {"rows": torch.arange(4), "captions": ["a", "b", "a", "c"], "pixels": pixels,
              "labels": torch.tensor([[1.0, 0, 1, 0.5], [0, 1, 0, 0.5]]), "counts": torch.tensor([2, 1, 2, 1]),
@@ -108,10 +111,10 @@ def test_a_corrupt_pair_is_as_if_it_were_not_in_the_batch(settings: LRM, tmp_pat
                 p.data.copy_(start[name])
             optimizer = torch.optim.SGD([p for p in lrm.parameters() if p.requires_grad], lr=0.0)
             update = conftest.update(optimizer, 4)
-            results.append(train_lrm.train_step(lrm, encoder, made, 0, update, options).tolist())
+            results.append(steps.train_step(lrm, encoder, made, 0, update, options).tolist())
         assert results[0] == pytest.approx(results[1], rel=1e-4)
     every = batch | {"corrupt": torch.ones(4, dtype=torch.bool)}
-    assert train_lrm.train_step(lrm, encoder, every, 0, update, settings)[0] == 0
+    assert steps.train_step(lrm, encoder, every, 0, update, settings)[0] == 0
 
 
 def test_corrupt_pairs_are_counted_and_may_stop_the_run(settings: LRM, tmp_path: Path, capsys) -> None:
@@ -132,13 +135,13 @@ def test_resume_is_exact_with_every_option(settings: LRM, tmp_path: Path, monkey
                     validation_pairs=settings.pairs, test_pairs=settings.pairs)
     first = train_lrm.train(whole)
     assert len(rows(first, "test")) == 1 and len(rows(first, "validation")) == 5
-    step, part = train_lrm.train_step, replace(whole, out=str(tmp_path / "part"))
+    step, part = steps.train_step, replace(whole, out=str(tmp_path / "part"))
 
     def killed(*args):
         if args[3] == 2:
             raise KeyError
         return step(*args)
-    monkeypatch.setattr(train_lrm, "train_step", killed)
+    monkeypatch.setattr(steps, "train_step", killed)
     with pytest.raises(KeyError):
         train_lrm.train(part)
     monkeypatch.undo()
@@ -158,10 +161,10 @@ def test_checkpoints(settings: LRM, tmp_path: Path, monkeypatch: pytest.MonkeyPa
                      final: int) -> None:
     """Validation accuracies 0.5 before the first step, then 0.6, 0.8, 0.55."""
     found = iter([0.5, 0.6, 0.8, 0.55, 0.9])
-    monkeypatch.setattr(train_lrm, "validate", lambda *args: {"accuracy": next(found), "accuracy_by_timestep": {}, "n": 1})
+    monkeypatch.setattr(validation, "validate", lambda *args: {"accuracy": next(found), "accuracy_by_timestep": {}, "n": 1})
     out = train_lrm.train(replace(settings, validation_pairs=settings.pairs, **options))
     assert sorted(int(p.name.removeprefix("checkpoint-gstep")) for p in out.glob("checkpoint-gstep*")) == kept
-    stage = json.loads((out / keeping.FINAL / "training_stage.json").read_text())
+    stage = json.loads((out / selection.FINAL / "training_stage.json").read_text())
     assert stage["global_step"] == final == rows(out, "validation")[-1]["checkpoint"]
     assert "learned nothing" not in capsys.readouterr().out
     assert stage.keys() == {"epoch", "step", "global_step", "step_loss", "lr", "metrics"} and np.isfinite(stage["step_loss"])
@@ -171,25 +174,25 @@ def test_checkpoints(settings: LRM, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_reward_model_that_learned_nothing(settings: LRM, monkeypatch, capsys, accuracies: list, useless: bool) -> None:
     """Validation accuracies before the first step, then after each of three."""
     found = iter([*accuracies, 0.9])
-    monkeypatch.setattr(train_lrm, "validate", lambda *args: {"accuracy": next(found), "accuracy_by_timestep": {}, "n": 1})
+    monkeypatch.setattr(validation, "validate", lambda *args: {"accuracy": next(found), "accuracy_by_timestep": {}, "n": 1})
     train_lrm.train(replace(settings, validation_pairs=settings.pairs))
     assert ("(best 0.600) is above the one before the first step (0.600): this reward model has learned nothing" in
             capsys.readouterr().out) is useless
 def test_checkpoints_go_only_when_no_state_names_them(settings: LRM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after the validation of step 2 and before its state: what the state of step 1 names is there."""
     found = iter([0.6, 0.8])
-    monkeypatch.setattr(train_lrm, "validate", lambda *args: {"accuracy": next(found), "accuracy_by_timestep": {}, "n": 1})
-    save, out = checkpoint.save_state, Path(settings.out)
+    monkeypatch.setattr(validation, "validate", lambda *args: {"accuracy": next(found), "accuracy_by_timestep": {}, "n": 1})
+    save, out = states.save_state, Path(settings.out)
 
     def killed(file: Path, at: dict, parts: dict) -> None:
         if at["step"] == 2:
             raise KeyError
         save(file, at, parts)
-    monkeypatch.setattr(checkpoint, "save_state", killed)
+    monkeypatch.setattr(states, "save_state", killed)
     with pytest.raises(KeyError):
         train_lrm.train(replace(settings, validation_pairs=settings.pairs, eval_on_start=False))
-    named = torch.load(out / checkpoint.STATE)["at"]["checkpoints"]
-    assert [step for step, _ in named] == [1] and (out / keeping.CHECKPOINT.format(1) / "state_dict.pt").is_file()
+    named = torch.load(out / states.STATE)["at"]["checkpoints"]
+    assert [step for step, _ in named] == [1] and (out / selection.CHECKPOINT.format(1) / "state_dict.pt").is_file()
 
 
 def test_no_validation_pair_decodes(settings: LRM, tmp_path: Path) -> None:
@@ -205,7 +208,7 @@ def test_the_handed_on_model_is_the_one_that_is_judged(settings: LRM, monkeypatc
     def validate(lrm, *args) -> dict:
         seen.append({name: x.clone() for name, x in lrm.state_dict().items()})
         return {"accuracy": next(found), "accuracy_by_timestep": {}, "n": 1}
-    monkeypatch.setattr(train_lrm, "validate", validate)
+    monkeypatch.setattr(validation, "validate", validate)
     final = weights(train_lrm.train(replace(settings, validation_pairs=settings.pairs, eval_on_start=False)))
     assert all(torch.equal(x, seen[1][name]) and torch.equal(x, seen[3][name]) for name, x in final.items())
     assert not torch.equal(seen[2]["visual_projection.weight"], seen[3]["visual_projection.weight"])
@@ -220,5 +223,5 @@ def test_other_pairs_are_not_resumed(settings: LRM, tmp_path: Path) -> None:
 
 def test_deterministic_runs_are_equal_in_every_byte(settings: LRM, tmp_path: Path) -> None:
     runs = [train_lrm.train(replace(settings, out=str(tmp_path / str(i)), deterministic=i < 2)) for i in range(3)]
-    for name in ("metrics.jsonl", f"{keeping.FINAL}/state_dict.pt"):
+    for name in ("metrics.jsonl", f"{selection.FINAL}/state_dict.pt"):
         assert len({(run / name).read_bytes() for run in runs}) == 1, name

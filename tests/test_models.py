@@ -14,9 +14,13 @@ import torch
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
-from lpo_fast import backbone, checkpoint, config, files, models, preflight, train, train_lpo
+from lpo_fast import config, train, train_lpo
 from lpo_fast.config import LPO
 from lpo_fast.errors import InputError
+from lpo_fast.lrm import checkpoint
+from lpo_fast.models import denoisers, families, locate, texts, vaes
+from lpo_fast.preflight import models, runs
+from lpo_fast.system import writing
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -52,22 +56,22 @@ def hub(tmp_path: Path, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
         (repo / extra).parent.mkdir(exist_ok=True)
         (repo / extra).write_text("large")
     fake.repos["org/sd"] = repo
-    monkeypatch.setattr(models.huggingface_hub, "snapshot_download", fake.snapshot_download)
-    models.download.cache_clear()
-    models.RESOLVED.clear()
+    monkeypatch.setattr(locate.huggingface_hub, "snapshot_download", fake.snapshot_download)
+    locate.download.cache_clear()
+    locate.RESOLVED.clear()
     yield fake
-    models.download.cache_clear()
-    models.RESOLVED.clear()
+    locate.download.cache_clear()
+    locate.RESOLVED.clear()
 
 
 def test_only_the_needed_files_are_downloaded_once(hub: Hub, tiny_sd: Path) -> None:
-    folder = models.locate("org/sd", "--model")
+    folder = locate.locate("org/sd", "--model")
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert names == {p.relative_to(tiny_sd).as_posix() for p in tiny_sd.rglob("*") if p.is_file()}
-    assert models.locate("org/sd", "--model") == folder and hub.calls == [("org/sd", None)]
-    assert models.RESOLVED == {"org/sd": f"org/sd@{COMMIT}"}
-    models.locate("org/sd", "--model", "fp16")
-    models.locate("org/sd@main", "--vae")
+    assert locate.locate("org/sd", "--model") == folder and hub.calls == [("org/sd", None)]
+    assert locate.RESOLVED == {"org/sd": f"org/sd@{COMMIT}"}
+    locate.locate("org/sd", "--model", "fp16")
+    locate.locate("org/sd@main", "--vae")
     assert hub.calls[1:] == [("org/sd", "fp16"), ("org/sd", "main")]
 
 
@@ -75,9 +79,9 @@ def test_half_precision_where_there_is_nothing_else(hub: Hub) -> None:
     repo = hub.repos["org/sd"]
     file = repo / "unet" / "diffusion_pytorch_model.safetensors"
     file.rename(repo / "unet" / "diffusion_pytorch_model.fp16.safetensors")
-    folder = models.locate("org/sd", "--model")
+    folder = locate.locate("org/sd", "--model")
     assert hub.calls == [("org/sd", None), ("org/sd", COMMIT)]  # the second time of the same commit
-    assert [f.name for f in backbone.weight_files(folder / "unet")] == ["diffusion_pytorch_model.fp16.safetensors"]
+    assert [f.name for f in families.weight_files(folder / "unet")] == ["diffusion_pytorch_model.fp16.safetensors"]
     assert not list(folder.glob("text_encoder/*fp16*"))
 
 
@@ -86,25 +90,25 @@ def test_a_folder_of_a_repository(hub: Hub, tiny_lrm: Path, tmp_path: Path) -> N
     shutil.copytree(tiny_lrm, repo / "lrm_sd15")
     shutil.copytree(tiny_lrm, repo / "lrm_sdxl")
     hub.repos["org/LRM"] = repo
-    folder = models.locate("org/LRM/lrm_sd15", "--lrm")
+    folder = locate.locate("org/LRM/lrm_sd15", "--lrm")
     assert {p.name for p in folder.iterdir()} == {p.name for p in tiny_lrm.iterdir()} and folder.name == "lrm_sd15"
     assert not (folder.parent / "lrm_sdxl").exists()
-    assert models.origin(folder) == f"org/LRM/lrm_sd15@{COMMIT}"
+    assert locate.origin(folder) == f"org/LRM/lrm_sd15@{COMMIT}"
 
 
 def test_paths_go_before_names(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "org" / "sd").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert models.locate("org/sd", "--model") == Path("org/sd") and not hub.calls
-    assert models.origin(Path("org/sd")) == str(tmp_path / "org" / "sd")
+    assert locate.locate("org/sd", "--model") == Path("org/sd") and not hub.calls
+    assert locate.origin(Path("org/sd")) == str(tmp_path / "org" / "sd")
     for name in ("./no/where", "/no/where", "nowhere", "~/no/where", "no/where/../x y"):
-        assert models.locate(name, "--model") == Path(name) and not hub.calls
+        assert locate.locate(name, "--model") == Path(name) and not hub.calls
     for name, revision in (("org/sd", "main"), ("/no/where", "main")):
         with pytest.raises(InputError, match="is no hub name") as caught:
-            models.locate(name, "--model", revision)
+            locate.locate(name, "--model", revision)
         assert caught.value.key == "--revision"
     with pytest.raises(InputError, match="names a revision already"):
-        models.locate("org/other@abc", "--model", "main")
+        locate.locate("org/other@abc", "--model", "main")
 
 
 RESPONSE = SimpleNamespace(headers={}, request=None)
@@ -121,14 +125,14 @@ RESPONSE = SimpleNamespace(headers={}, request=None)
 def test_what_the_hub_refuses(hub: Hub, error: Exception, message: str, flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.fails = error
     with pytest.raises(InputError, match=message) as caught:
-        models.locate("org/sd", "--model", "abc")
+        locate.locate("org/sd", "--model", "abc")
     assert caught.value.key == flag and caught.value.value == "org/sd" and caught.value.remedy
     if isinstance(error, errors.LocalEntryNotFoundError):
-        monkeypatch.setattr(models.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(locate.constants, "HF_HUB_OFFLINE", False)
         with pytest.raises(InputError, match="the hub cannot be reached"):
-            models.locate("org/sd", "--model", "abc")
+            locate.locate("org/sd", "--model", "abc")
     hub.fails = None
-    assert models.locate("org/sd", "--model", "abc").is_dir()  # a failure is not remembered
+    assert locate.locate("org/sd", "--model", "abc").is_dir()  # a failure is not remembered
 
 
 def test_a_run_records_the_commit_and_resumes_with_it(hub: Hub, tiny_lrm: Path, tmp_path: Path,
@@ -139,31 +143,31 @@ def test_a_run_records_the_commit_and_resumes_with_it(hub: Hub, tiny_lrm: Path, 
     out = train_lpo.train(settings)
     assert json.loads((out / "config.json").read_text())["model"] == "org/sd"
     assert json.loads((out / "environment.json").read_text())["models"] == {"org/sd": f"org/sd@{COMMIT}"}
-    preflight.lpo(replace(settings, resume=True))
+    runs.lpo(replace(settings, resume=True))
     (out / "environment.json").write_text(json.dumps({"models": {"org/sd": "org/sd@feed"}}))
     with pytest.raises(InputError, match=r"org/sd has changed: .* used org/sd@feed"):
-        preflight.lpo(replace(settings, resume=True))
+        runs.lpo(replace(settings, resume=True))
 
 
 def test_an_lrm_names_its_base(hub: Hub, tmp_path: Path) -> None:
-    base = models.locate("org/sd", "--model")
+    base = locate.locate("org/sd", "--model")
     lrm = checkpoint.new_lrm(base, generator=torch.Generator())
-    checkpoint.save_lrm(lrm, backbone.load_tokenizers(base, lrm.family), tmp_path / "lrm")
+    checkpoint.save_lrm(lrm, texts.load_tokenizers(base, lrm.family), tmp_path / "lrm")
     assert json.loads((tmp_path / "lrm" / "lrm.json").read_text())["base"] == f"org/sd@{COMMIT}"
     assert checkpoint.load_lrm(tmp_path / "lrm").base == f"org/sd@{COMMIT}"  # and needs no base
 
 
 def test_what_is_known_before_a_model_is_located(hub: Hub, tiny_sd: Path, tiny_sdxl: Path, tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    assert models.unet_config(str(tiny_sd))["cross_attention_dim"] == 16
-    assert models.unet_config(str(tiny_sdxl))["addition_embed_type"] == "text_time"
+    assert locate.unet_config(str(tiny_sd))["cross_attention_dim"] == 16
+    assert locate.unet_config(str(tiny_sdxl))["addition_embed_type"] == "text_time"
     for name in ("", "nowhere", "no/such", str(tmp_path)):
-        assert models.unet_config(name) == {}
+        assert locate.unet_config(name) == {}
     asked = []
-    monkeypatch.setattr(models.huggingface_hub, "hf_hub_download",
+    monkeypatch.setattr(locate.huggingface_hub, "hf_hub_download",
                         lambda *repo_and_file, revision: asked.append((*repo_and_file, revision)) or str(
                             tiny_sdxl / "unet" / "config.json"))
-    assert models.unet_config("org/name/part@v1")["addition_embed_type"] == "text_time"
+    assert locate.unet_config("org/name/part@v1")["addition_embed_type"] == "text_time"
     assert asked == [("org/name", "part/unet/config.json", "v1")]
     for width, kind in ((768, {}), (1024, {}), (2048, {"addition_embed_type": "text_time"})):
         save_file({"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(4, width)},
@@ -171,7 +175,7 @@ def test_what_is_known_before_a_model_is_located(hub: Hub, tiny_sd: Path, tiny_s
         torch.save({"state_dict": load_file(tmp_path / "one.safetensors"), "global_step": 1}, tmp_path / "one.ckpt")
         torch.save(load_file(tmp_path / "one.safetensors"), tmp_path / "bare.ckpt")
         for name in ("one.safetensors", "one.ckpt", "bare.ckpt"):
-            assert models.unet_config(str(tmp_path / name)) == {"cross_attention_dim": width} | kind
+            assert locate.unet_config(str(tmp_path / name)) == {"cross_attention_dim": width} | kind
             assert train.recipe(["lpo", "--model", str(tmp_path / name)]).lpo.rank == (64 if kind else 4)
 
 
@@ -179,7 +183,7 @@ def test_the_recipe_follows_the_model_that_is_named(tiny_sd: Path, tiny_sdxl: Pa
     assert train.recipe(["lpo", "--model", str(tiny_sdxl)]) == train.recipe(["lpo", f"--model={tiny_sdxl}"]) == config.sdxl()
     assert train.recipe(["lpo", "--model", str(tiny_sd)]) == train.recipe(["lpo"]) == config.sd15()
     asked = []
-    monkeypatch.setattr(models, "unet_config", lambda *a: asked.append(a) or {"addition_embed_type": "text_time"})
+    monkeypatch.setattr(locate, "unet_config", lambda *a: asked.append(a) or {"addition_embed_type": "text_time"})
     assert train.recipe(["lrm", "--model=org/xl", "--revision", "v1"]) == config.sdxl() and asked == [("org/xl", "v1")]
 
 
@@ -234,7 +238,7 @@ def original_names(folder: Path) -> dict[str, torch.Tensor]:
         return name.replace("conv_norm_out", "norm_out"), tensor.contiguous()
 
     def tensors(part: str) -> dict[str, torch.Tensor]:
-        (file,) = backbone.weight_files(folder / part)
+        (file,) = families.weight_files(folder / part)
         return load_file(file)
     text = {n if n.startswith("text_model.") else f"text_model.{n}": t for n, t in tensors("text_encoder").items()}
     return ({f"model.diffusion_model.{unet(n)}": t for n, t in tensors("unet").items()}
@@ -245,39 +249,39 @@ def original_names(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_a_single_file_is_converted_once(tiny_sd: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The configs are those of the directory of the same name beside it; the weights are the file's, all of them."""
-    monkeypatch.setattr(models.constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(locate.constants, "HF_HOME", str(tmp_path / "home"))
     state, file = original_names(tiny_sd), tmp_path / f"tuned{suffix}"
     save_file(state, file) if suffix == ".safetensors" else torch.save({"state_dict": state}, file)
     with pytest.raises(InputError, match="cannot be converted") as caught:
-        models.locate(str(file), "--model")
+        locate.locate(str(file), "--model")
     assert str(tmp_path / "tuned") in caught.value.remedy and not list((tmp_path / "home").rglob("[!.]*.*"))
     shutil.copytree(tiny_sd, tmp_path / "tuned", ignore=shutil.ignore_patterns("*.safetensors"))
-    folder = models.locate(str(file), "--model")
+    folder = locate.locate(str(file), "--model")
     assert folder.parent == tmp_path / "home" / "lpo_fast"
-    preflight.pipeline(str(file), "--model")
-    for load in (backbone.load_unet, backbone.load_vae, lambda path: backbone.load_text(path, backbone.SD)[0]):
+    models.pipeline(str(file), "--model")
+    for load in (denoisers.load_unet, vaes.load_vae, lambda path: texts.load_text(path, families.SD)[0]):
         first, second = load(folder).state_dict(), load(tiny_sd).state_dict()
         assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in second)
     made = (folder / "model_index.json").stat().st_mtime_ns
-    assert models.locate(str(file), "--model") == folder and (folder / "model_index.json").stat().st_mtime_ns == made
+    assert locate.locate(str(file), "--model") == folder and (folder / "model_index.json").stat().st_mtime_ns == made
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 @pytest.mark.parametrize("tensors", [{"a": (2, 3)}, {"x.attn2.to_k.weight": (3,)}, {"x.attn2.to_k.weight": (3, 768),
                                                                                   "y.attn2.to_k.weight": (3, 1024)}])
 def test_a_single_file_of_no_known_family(tmp_path: Path, tensors: dict, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models.constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(locate.constants, "HF_HOME", str(tmp_path / "home"))
     state, file = {name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / f"one{suffix}"
     save_file(state, file) if suffix == ".safetensors" else torch.save({"state_dict": state}, file)
-    assert models.unet_config(str(file)) == {}
+    assert locate.unet_config(str(file)) == {}
     with pytest.raises(InputError, match="is no checkpoint of SD1.5, SD2.1 or SDXL") as caught:
-        models.locate(str(file), "--lrm-base")
+        locate.locate(str(file), "--lrm-base")
     assert caught.value.key == "--lrm-base" and not (tmp_path / "home").exists()
 
 
 def test_two_processes_convert_a_single_file_once(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second waits for the first, and takes what that made; what a killed one left goes."""
-    monkeypatch.setattr(models.constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(locate.constants, "HF_HOME", str(tmp_path / "home"))
     save_file({"x.attn2.to_k.weight": torch.zeros(4, 768)}, tmp_path / "one.safetensors")
     made = []
 
@@ -287,9 +291,9 @@ def test_two_processes_convert_a_single_file_once(tiny_sd: Path, tmp_path: Path,
             for part in ("unet", "vae"):
                 shutil.copytree(tiny_sd / part, folder / part)
                 time.sleep(0.3)
-    monkeypatch.setattr(models.StableDiffusionPipeline, "from_single_file", lambda *_, **__: Slow())
+    monkeypatch.setattr(locate.StableDiffusionPipeline, "from_single_file", lambda *_, **__: Slow())
     with ThreadPoolExecutor(3) as pool:
-        folders = set(pool.map(lambda _: models.locate(str(tmp_path / "one.safetensors"), "--model"), range(3)))
+        folders = set(pool.map(lambda _: locate.locate(str(tmp_path / "one.safetensors"), "--model"), range(3)))
     (folder,) = folders
     assert len(made) == 1 and {part.name for part in folder.iterdir()} == {"unet", "vae"}
     assert {p.name for p in folder.parent.iterdir()} == {folder.name, f".{folder.name}.lock"}
@@ -300,16 +304,16 @@ def test_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     other.write_text("not ours")
     for left in (".it.arrow.node-77.new", "it.arrow.node-78"):
         (tmp_path / left).mkdir()
-    with pytest.raises(KeyboardInterrupt), files.once(target) as aside:
+    with pytest.raises(KeyboardInterrupt), writing.once(target) as aside:
         aside.write_text("half")
         raise KeyboardInterrupt
     assert {p.name for p in tmp_path.iterdir()} == {other.name, ".it.arrow.lock"}
-    with files.once(target) as aside:
+    with writing.once(target) as aside:
         aside.write_text("whole")
-    with files.once(target) as aside:
+    with writing.once(target) as aside:
         assert aside is None and target.read_text() == "whole"
-    monkeypatch.setattr(files.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
-    with files.once(tmp_path / "folder") as aside:  # another process is faster
+    monkeypatch.setattr(writing.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
+    with writing.once(tmp_path / "folder") as aside:  # another process is faster
         aside.mkdir()
         shutil.copytree(tmp_path, tmp_path / "folder", ignore=lambda *_: [p.name for p in tmp_path.iterdir() if p != target])
     assert "cannot be locked (No locks available)" in capsys.readouterr().err
@@ -318,7 +322,7 @@ def test_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
 
 
 def test_a_pickle_that_would_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models.constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(locate.constants, "HF_HOME", str(tmp_path / "home"))
     torch.save({"state_dict": Path("x")}, tmp_path / "evil.ckpt")
     with pytest.raises(InputError, match="cannot be read safely"):
-        models.locate(str(tmp_path / "evil.ckpt"), "--model")
+        locate.locate(str(tmp_path / "evil.ckpt"), "--model")

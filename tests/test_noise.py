@@ -7,9 +7,9 @@ import torch
 from conftest import DEVICE
 from torch import Tensor
 
-from lpo_fast import noise
-from lpo_fast.launch import jit, launch, tl
-from lpo_fast.noise import box_muller
+from lpo_fast.method import noise
+from lpo_fast.method.noise import box_muller
+from lpo_fast.system.launch import jit, launch, tl
 
 ONES = 0xFFFFFFFF
 # Random123, examples/kat_vectors, "philox4x32 10": counter, key, result.

@@ -9,9 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lpo_fast import backbone, checkpoint, config, official, outputs, train
+from lpo_fast import config, train
 from lpo_fast.config import LPO
 from lpo_fast.errors import InputError
+from lpo_fast.lpo import checkpoints
+from lpo_fast.models import families, loras
+from lpo_fast.official import lpo
+from lpo_fast.official import lrm as official_lrm
 from lpo_fast.shapes import world
 
 HERE = Path(__file__).parent / "official"
@@ -47,7 +51,7 @@ def in_the_official_directory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_key_of_the_official_configs(name: str) -> None:
-    settings, notes = official.parse(["--config", f"configs/{name}.py"])
+    settings, notes = lpo.parse(["--config", f"configs/{name}.py"])
     found = asdict(settings)
     for key, value in EXPECTED[name].items():
         assert found[key] == value, key
@@ -59,14 +63,14 @@ def test_every_key_of_the_official_configs(name: str) -> None:
 
 
 def test_every_official_key_is_known_and_no_other() -> None:
-    documented = set(official.flat(official.load("configs/sdxl.py"))) | {"dataset_cfg.caption_key"}
-    assert documented == official.SAME.keys() | official.WORKED_OUT | official.IDLE.keys()
+    documented = set(official_lrm.flat(lpo.load("configs/sdxl.py"))) | {"dataset_cfg.caption_key"}
+    assert documented == lpo.SAME.keys() | lpo.WORKED_OUT | lpo.IDLE.keys()
     fields = set(LPO.__dataclass_fields__)
-    assert set(official.SAME.values()) <= fields
+    assert set(lpo.SAME.values()) <= fields
 
 
 def test_overrides_and_our_own_flags() -> None:
-    settings, _ = official.parse([
+    settings, _ = lpo.parse([
         "--config=configs/sd15.py", "--config.train.beta=250", "--config.sample.num_steps", "10", "--config.use_lora=False",
         "--config.train.use_8bit_adam=true", "--config.logdir=elsewhere", "--config.run_name=mine", "--save-steps", "7",
         "--config.num_checkpoint_limit=3", "--config.validation_prompts=('a',)", "--lrm-base", "base",
@@ -80,14 +84,14 @@ def test_overrides_and_our_own_flags() -> None:
 
 def test_a_constant_threshold_and_the_launchers_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    flat = official.flat(official.load("configs/sd15.py")) | {"compare_func_cfg.dynamic_threshold": None}
-    settings, _ = official.settings(flat)
+    flat = official_lrm.flat(lpo.load("configs/sd15.py")) | {"compare_func_cfg.dynamic_threshold": None}
+    settings, _ = lpo.settings(flat)
     assert (settings.threshold_shape, settings.threshold_min, settings.mixed_precision) == ("none", 0.3, "bf16")
     del flat["compare_func_cfg.threshold"]
-    assert official.settings(flat)[0].threshold_min == 0.3
+    assert lpo.settings(flat)[0].threshold_min == 0.3
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(InputError, match="fp8: is a precision that LPO does not have"):
-        official.settings(flat)
+        lpo.settings(flat)
 
 
 @pytest.mark.parametrize("argv, flag, message", [
@@ -105,7 +109,7 @@ def test_a_constant_threshold_and_the_launchers_precision(monkeypatch: pytest.Mo
 ])
 def test_refusals_name_the_key(argv: list[str], flag: str, message: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(InputError, match=re.escape(message)) as error:
-        official.parse(argv)
+        lpo.parse(argv)
     assert error.value.key == flag
     assert train.main(argv) == 2 and message in capsys.readouterr().err
 
@@ -118,14 +122,14 @@ def test_refusals_name_the_key(argv: list[str], flag: str, message: str, capsys:
 def test_config_files_that_cannot_be_used(code: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text(code)
     with pytest.raises(InputError, match=re.escape(message)):
-        official.parse(["--config", str(tmp_path / "bad.py")])
+        lpo.parse(["--config", str(tmp_path / "bad.py")])
 
 
 def test_a_reward_model_of_another_kind_is_refused(tiny_lrm: Path) -> None:
     argv = ["--config", "configs/sd15.py", f"--config.preference_model_func_cfg.ft_model_path={tiny_lrm}"]
-    assert official.parse(argv)[0].lrm == str(tiny_lrm)
+    assert lpo.parse(argv)[0].lrm == str(tiny_lrm)
     with pytest.raises(InputError, match="says True; set it to that"):
-        official.parse([*argv, "--config.preference_model_func_cfg.multi_scale=False"])
+        lpo.parse([*argv, "--config.preference_model_func_cfg.multi_scale=False"])
 
 
 def test_a_reward_model_in_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
@@ -133,9 +137,9 @@ def test_a_reward_model_in_a_file_of_another_kind_is_refused(tmp_path: Path) -> 
     for width, multi_scale in ((8, False), (20, True)):
         torch.save({"visual_projection.weight": torch.zeros(4, width),
                     "unet.mid_block.resnets.0.conv1.weight": torch.zeros(8, 8, 3, 3)}, tmp_path / "lrm.pt")
-        official.parse([*argv, f"--config.preference_model_func_cfg.multi_scale={multi_scale}"])
+        lpo.parse([*argv, f"--config.preference_model_func_cfg.multi_scale={multi_scale}"])
         with pytest.raises(InputError, match=f"says {multi_scale}; set it to that"):
-            official.parse([*argv, f"--config.preference_model_func_cfg.multi_scale={not multi_scale}"])
+            lpo.parse([*argv, f"--config.preference_model_func_cfg.multi_scale={not multi_scale}"])
 
 
 def test_a_run_from_an_official_launch_line(tiny_sd: Path, tiny_lrm: Path, tmp_path: Path, capsys) -> None:
@@ -160,7 +164,7 @@ def test_a_run_from_an_official_launch_line(tiny_sd: Path, tiny_lrm: Path, tmp_p
 
     assert train.main([*argv, "--config.num_epochs=2", "--config.run_name=on",
                        f"--config.resume_from={out / 'checkpoint_0'}"]) == 0
-    first, second = (checkpoint.read_lora(tmp_path / name) for name in ("two", "on"))
+    first, second = (loras.read_lora(tmp_path / name) for name in ("two", "on"))
     assert all(torch.equal(first[name], second[name]) for name in first)  # the optimizer's state came along
     steps = [[json.loads(line)["global_step"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
              for name in ("two", "on")]
@@ -170,26 +174,26 @@ def test_a_run_from_an_official_launch_line(tiny_sd: Path, tiny_lrm: Path, tmp_p
 def test_checkpoints_are_found_and_limited(tmp_path: Path) -> None:
     for n in (2, 10, 9):
         (tmp_path / f"checkpoint_{n}").mkdir()
-    assert [path.name for path in outputs.checkpoints(tmp_path)] == ["checkpoint_2", "checkpoint_9", "checkpoint_10"]
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint_2", "checkpoint_9", "checkpoint_10"]
     with pytest.raises(InputError, match="holds no unet_lora.pt"):
-        outputs.find_checkpoint(tmp_path, full=False)
+        checkpoints.find_checkpoint(tmp_path, full=False)
     torch.save({}, tmp_path / "checkpoint_10" / "unet_lora.pt")
-    assert outputs.find_checkpoint(tmp_path, full=False).name == "checkpoint_10"
+    assert checkpoints.find_checkpoint(tmp_path, full=False).name == "checkpoint_10"
     for nothing in (tmp_path / "nowhere", tmp_path / "checkpoint_2" / "checkpoint_"):
         with pytest.raises(InputError, match="no checkpoint_{epoch} directory there"):
-            outputs.find_checkpoint(nothing, full=False)
+            checkpoints.find_checkpoint(nothing, full=False)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_record_is_a_config_of_the_same_run(name: str, tmp_path: Path) -> None:
-    settings, _ = official.parse(["--config", f"configs/{name}.py"])
-    lrm = SimpleNamespace(family=backbone.SDXL if name == "sdxl" else backbone.SD, multi_scale=True, multi_scale_cfg=False,
+    settings, _ = lpo.parse(["--config", f"configs/{name}.py"])
+    lrm = SimpleNamespace(family=families.SDXL if name == "sdxl" else families.SD, multi_scale=True, multi_scale_cfg=False,
                           guidance_scale=(7.5,))
     for case in (settings, replace(settings, rank=7, full=True, threshold_shape="none", threshold_max=0.45, threshold_min=0.45,
                                    steps_used="0:5", optimizer="adamw8bit", keep_checkpoints=3, out="a/b", run_name="b")):
-        (tmp_path / "exp_config.py").write_text(official.render(case, lrm))
-        record = official.flat(official.load(str(tmp_path / "exp_config.py")))
-        assert record.keys() == official.SAME.keys() | official.WORKED_OUT | official.IDLE.keys()
-        assert official.settings(record)[0] == case
-        assert official.parse(["--config", str(tmp_path / "exp_config.py"), "--config.train.beta=7"])[0].beta == 7
+        (tmp_path / "exp_config.py").write_text(lpo.render(case, lrm))
+        record = official_lrm.flat(lpo.load(str(tmp_path / "exp_config.py")))
+        assert record.keys() == lpo.SAME.keys() | lpo.WORKED_OUT | lpo.IDLE.keys()
+        assert lpo.settings(record)[0] == case
+        assert lpo.parse(["--config", str(tmp_path / "exp_config.py"), "--config.train.beta=7"])[0].beta == 7
     assert record["lora_rank"] == 7 and record["use_xformers"]

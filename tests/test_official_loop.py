@@ -18,11 +18,15 @@ from conftest import DEVICE
 from official_loop import Random
 from torch import Tensor, nn
 
-from lpo_fast import backbone, checkpoint, noise, policy, select, speed, train_lpo
 from lpo_fast.config import LPO
-from lpo_fast.policy import Policy
-from lpo_fast.sample import Pairs
-from lpo_fast.schedule import Schedule
+from lpo_fast.lpo import batches, judging, policies, steps
+from lpo_fast.lpo.policies import Policy
+from lpo_fast.lpo.sampling import Pairs
+from lpo_fast.lrm import checkpoint
+from lpo_fast.method import noise, select
+from lpo_fast.method.schedule import Schedule
+from lpo_fast.models import denoisers, loras, texts
+from lpo_fast.run import optimization
 from lpo_fast.shapes import world
 
 PROMPTS = world.captions(held_out=False)[:3]
@@ -50,7 +54,7 @@ class Counted(Random):
 def lrm_of(model: Path, folder: Path) -> Path:
     """An LRM of a model, trained on nothing."""
     lrm = checkpoint.new_lrm(model, generator=torch.Generator().manual_seed(1))
-    checkpoint.save_lrm(lrm, backbone.load_tokenizers(model, lrm.family), folder)
+    checkpoint.save_lrm(lrm, texts.load_tokenizers(model, lrm.family), folder)
     return folder
 
 
@@ -63,12 +67,12 @@ def config(request: pytest.FixtureRequest, tmp_path: Path, tiny_sd: Path, tiny_l
     if request.param == "sdxl":
         lrm = lrm_of(model, tmp_path / "lrm")
     (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
-    lora = backbone.load_unet(model)
-    checkpoint.add_lora(lora, 4, 4, LPO().targets, 0)
+    lora = denoisers.load_unet(model)
+    loras.add_lora(lora, 4, 4, LPO().targets, 0)
     torch.manual_seed(2)
-    for parameter in policy.trainable(lora):
+    for parameter in loras.trainable(lora):
         parameter.data = 0.2 * torch.randn_like(parameter)
-    checkpoint.save_lora(lora, tmp_path / "lora")
+    loras.save_lora(lora, tmp_path / "lora")
     return LPO(model=str(model), lrm=str(lrm), prompts=str(tmp_path / "prompts.json"), num_steps=5, num_candidates=3,
                lora=str(tmp_path / "lora"), mixed_precision="no", train_batch_size=100, beta=50.0, max_grad_norm=1e9,
                threshold_min=0.0, threshold_max=0.001)
@@ -79,16 +83,16 @@ class Both:
 
     def __init__(self, config: LPO):
         self.config = config
-        self.policy, self.sched = policy.load(config, PROMPTS, DEVICE)
-        self.judge = policy.load_score(config, PROMPTS, DEVICE)
+        self.policy, self.sched = policies.load(config, PROMPTS, DEVICE)
+        self.judge = judging.load_score(config, PROMPTS, DEVICE)
         self.official = official_loop.load(config, PROMPTS, DEVICE)
         if config.lora:
-            checkpoint.load_lora(self.official.unet, Path(config.lora))
-        self.shape, self.index = policy.latent_shape(config, self.policy.unet), torch.arange(len(PROMPTS), device=DEVICE)
+            loras.load_lora(self.official.unet, Path(config.lora))
+        self.shape, self.index = policies.latent_shape(config, self.policy.unet), torch.arange(len(PROMPTS), device=DEVICE)
 
     def ours(self) -> Pairs:
         gap = select.gaps(self.sched, self.config.threshold_shape, self.config.threshold_min, self.config.threshold_max)
-        return train_lpo.sample_pairs(self.policy, self.judge, self.sched, gap, self.shape, self.index, self.config, 1,
+        return batches.sample_pairs(self.policy, self.judge, self.sched, gap, self.shape, self.index, self.config, 1,
                                       slots=len(self.index))[0]
 
     def stated(self) -> official_loop.Pairs:
@@ -152,10 +156,10 @@ def test_pairs_loss_and_gradients(config: LPO) -> None:
 def step_of_ours(model: Policy, sched: Schedule, pairs: Pairs, config: LPO) -> tuple[list[Tensor], Tensor]:
     """The gradients that the optimizer is given in a training step, and the step's metrics."""
     given: list[Tensor] = []
-    optimizer = speed.optimizer("adamw", model.unet.parameters(), lr=1e-4, weight_decay=0.0)
-    optimizer.register_step_pre_hook(lambda *_: given.extend(p.grad.clone() for p in policy.trainable(model.unet)))
+    optimizer = optimization.optimizer("adamw", model.unet.parameters(), lr=1e-4, weight_decay=0.0)
+    optimizer.register_step_pre_hook(lambda *_: given.extend(p.grad.clone() for p in loras.trainable(model.unet)))
     update = conftest.update(optimizer, config.train_batch_size, config.max_grad_norm)
-    metrics = train_lpo.train_step(model, sched, pairs, update, config)
+    metrics = steps.train_step(model, sched, pairs, update, config)
     return given, metrics[:-1]
 
 
@@ -164,7 +168,7 @@ def test_thresholds(tiny_sd: Path, tiny_lrm: Path, shape: str) -> None:
     """Of both for every timestep of a trajectory: a gap g is a threshold tanh(g / 2)."""
     config = LPO(model=str(tiny_sd), lrm=str(tiny_lrm), threshold_shape=shape, mixed_precision="no")
     official = official_loop.load(config, PROMPTS, DEVICE)
-    _, sched = policy.load(config, PROMPTS, DEVICE)
+    _, sched = policies.load(config, PROMPTS, DEVICE)
     low = config.threshold_min
     gap = select.gaps(sched, shape, low, low if shape == "none" else config.threshold_max)[sched.timesteps]
     assert official.threshold(sched.timesteps).tolist() == pytest.approx(torch.tanh(gap / 2).tolist(), rel=1e-5)

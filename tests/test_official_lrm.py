@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from lpo_fast import checks, official_lrm
 from lpo_fast.config import LRM, Columns
 from lpo_fast.errors import InputError
+from lpo_fast.official import lrm
+from lpo_fast.preflight import settings
 
 HERE = str(Path(__file__).parent / "official")
 TABLE = "dataset.pseudo_preference_path=../vqa_aes_clip_score_mp.csv"  # as the official launch script says
@@ -38,7 +39,7 @@ NOT_OFFICIAL = {"revision", "compile", "resolution", "optimizer", "fused_norms",
 
 
 def parse(*overrides: str, name: str = "step_sd15", folder: str = HERE) -> LRM:
-    return official_lrm.parse(["--config-path", folder, "--config-name", name, TABLE, *overrides])
+    return lrm.parse(["--config-path", folder, "--config-name", name, TABLE, *overrides])
 
 
 @pytest.mark.parametrize("family", [0, 1])
@@ -51,7 +52,7 @@ def test_the_shipped_files(monkeypatch: pytest.MonkeyPatch, capsys, family: int)
     assert SHIPPED.keys() | NOT_OFFICIAL == asdict(parsed).keys()  # no field is forgotten
     assert all(getattr(parsed, key) == getattr(LRM(), key) for key in NOT_OFFICIAL - {"out"})
     assert f"{expected['batch_size']} pairs an optimizer step" in capsys.readouterr().out
-    checks.lrm(parsed)
+    settings.lrm(parsed)
 
 
 @pytest.mark.parametrize("overrides", [(), (
@@ -64,8 +65,8 @@ def test_the_configuration_that_a_run_writes_is_its_own(monkeypatch: pytest.Monk
                                                         overrides: tuple[str, ...]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     parsed = parse(*overrides, *["model.noise_offset=True"] * family, name=("step_sd15", "step_sdxl_base")[family])
-    (tmp_path / "config.yaml").write_text(official_lrm.render(parsed, ("sd", "sdxl")[family], 2))
-    assert official_lrm.parse(["--config-path", str(tmp_path), "--config-name", "config"]) == parsed
+    (tmp_path / "config.yaml").write_text(lrm.render(parsed, ("sd", "sdxl")[family], 2))
+    assert lrm.parse(["--config-path", str(tmp_path), "--config-name", "config"]) == parsed
 
 
 def test_our_recipe_is_the_shipped_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,11 +147,11 @@ def test_an_unknown_key_names_the_nearest() -> None:
 
 
 def test_every_key_has_a_meaning_or_a_reason() -> None:
-    ruled = {name for name, key in official_lrm.KEYS.items() if not (key.field or key.fixed or key.inert)}
-    source = Path(official_lrm.__file__).read_text()
+    ruled = {name for name, key in lrm.KEYS.items() if not (key.field or key.fixed or key.inert)}
+    source = Path(lrm.__file__).read_text()
     assert all(f'"{name}"' in source.partition("def _settings")[2] for name in ruled)
     names = set(asdict(LRM())) | {f"columns.{name}" for name in asdict(Columns())}
-    assert {key.field for key in official_lrm.KEYS.values() if key.field} <= names
+    assert {key.field for key in lrm.KEYS.values() if key.field} <= names
 
 
 def test_where_the_file_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,13 +162,13 @@ def test_where_the_file_is_looked_for(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     assert parse(folder="../conf").largest_timestep == 951
     for argv in (["--config-path=../conf", "--config-name=step_sd15", TABLE], ["-cp", "../conf", "-cn", "step_sd15", TABLE]):
-        assert official_lrm.parse(argv) == parse(folder="../conf")
+        assert lrm.parse(argv) == parse(folder="../conf")
     with pytest.raises(InputError, match="--config-path .*no step_sd16.yaml there"):
         parse(name="step_sd16", folder="../conf")
     for argv, flag in ((["--config-path", "x"], "--config-name"), (["--config-name", "x"], "--config-path"),
                        (["--config-name"], "--config-name")):
         with pytest.raises(InputError) as caught:
-            official_lrm.parse(argv)
+            lrm.parse(argv)
         assert caught.value.key == flag
 
 

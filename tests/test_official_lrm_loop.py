@@ -15,8 +15,9 @@ import torch
 from conftest import DEVICE
 from torch import Tensor, nn
 
-from lpo_fast import checkpoint, inputs, noise, train_lrm
 from lpo_fast.config import LRM
+from lpo_fast.lrm import checkpoint, encoding, steps
+from lpo_fast.method import noise
 from lpo_fast.shapes import world
 
 STEP = 8e-5  # max|a − b| / max|b| of a training step in fp32, as in README.md
@@ -30,7 +31,7 @@ def run(request: pytest.FixtureRequest, tiny_sd: Path) -> SimpleNamespace:
     config = LRM(model=str(model), mixed_precision="no", logit_scale=3.0, max_grad_norm=0.1)
     lrm = checkpoint.new_lrm(model, generator=torch.Generator().manual_seed(config.seed)).to(DEVICE).train()
     lrm.logit_scale.data.fill_(config.logit_scale)
-    encoder = inputs.Encoder(model, lrm, config.seed, "no")
+    encoder = encoding.Encoder(model, lrm, config.seed, "no")
     pixels = torch.rand(2, PAIRS, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     batch = {"rows": torch.arange(3, 3 + PAIRS), "captions": world.captions(held_out=False)[:PAIRS],
              "labels": torch.tensor([[1.0, 0.0, 0.5, 0.0, 1.0], [0.0, 1.0, 0.5, 1.0, 0.0]]),
@@ -45,7 +46,7 @@ def ours(run: SimpleNamespace) -> Tensor:
     """The loss; gradients are left on the parameters."""
     mean, std = run.encoder.posterior(run.batch)
     weight = (1 / run.batch["counts"]).sum()
-    loss, _ = train_lrm.pair_loss(run.lrm, run.encoder, run.batch | {"mean": mean, "std": std}, 0, run.config, weight)
+    loss, _ = steps.pair_loss(run.lrm, run.encoder, run.batch | {"mean": mean, "std": std}, 0, run.config, weight)
     loss.backward()
     return loss.detach()
 
@@ -55,7 +56,7 @@ def stated(run: SimpleNamespace, step: Callable) -> Tensor | float:
     batch, config, official = run.batch, run.config, run.official
     shape = run.lrm.unet.config.in_channels, *[run.lrm.unet.config.sample_size] * 2
     z = noise.normal(config.seed, 0, batch["rows"], 0, 4, shape).unflatten(0, (2, 2)).flatten(1, 2)
-    t, labels = inputs.timesteps(config, 0, batch["rows"], batch["compare"], batch["labels"])
+    t, labels = encoding.timesteps(config, 0, batch["rows"], batch["compare"], batch["labels"])
     ids, _ = run.encoder.ids(batch["captions"])
     return step(ids, official.latents(batch["pixels"], z[0]), t, labels, batch["counts"], z[1])
 

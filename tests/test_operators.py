@@ -11,7 +11,7 @@ from triton.runtime.errors import OutOfResources
 from lpo_fast import doctor
 from lpo_fast.kernels.ddim_candidates import ddim_candidates
 from lpo_fast.kernels.pair_loss import pair_loss
-from lpo_fast.operators import OPERATORS, Operator, error
+from lpo_fast.verify.operators import OPERATORS, Operator, error
 
 CUDA = torch.cuda.is_available()
 

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from tolerance import EPS, allowed, assert_close
 from torch import Tensor
 
-from lpo_fast import launch, schedule
-from lpo_fast.golden import Golden
 from lpo_fast.kernels import pair_loss as module
 from lpo_fast.kernels.pair_loss import pair_loss, pair_loss_reference
-from lpo_fast.loss import StepDPO
-from lpo_fast.schedule import Schedule
+from lpo_fast.method import schedule
+from lpo_fast.method.loss import StepDPO
+from lpo_fast.method.schedule import Schedule
+from lpo_fast.system import launch
+from lpo_fast.verify.golden import Golden
 
 pytestmark = pytest.mark.usefixtures("kernels")
 KINDS = ["epsilon", "v_prediction", "sample"]

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from test_noise import ONES, philox_python
 from torch import Tensor
 
-from lpo_fast import launch, noise, schedule, select
-from lpo_fast.golden import Golden
 from lpo_fast.kernels.pair_select import BLOCK, Selection, _op, pair_select, pair_select_reference
-from lpo_fast.noise import Counter
+from lpo_fast.method import noise, schedule, select
+from lpo_fast.method.noise import Counter
+from lpo_fast.system import launch
+from lpo_fast.verify.golden import Golden
 
 pytestmark = pytest.mark.usefixtures("kernels")
 GAP = torch.linspace(0, 3, 50, device=DEVICE)

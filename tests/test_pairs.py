@@ -12,18 +12,19 @@ from PIL import Image
 from test_data import BLUE, RED, columns, plain, table
 from torch.utils.data import DataLoader
 
-from lpo_fast import pairs
 from lpo_fast.config import Columns
+from lpo_fast.data import dataset as data_dataset
+from lpo_fast.data import preferences
 from lpo_fast.errors import InputError
 
 GREEN = plain((0, 255, 0))
 
 
-def dataset(path: Path, chosen: np.ndarray | None = None, columns: Columns | None = None) -> pairs.PairDataset:
-    table = pairs.read(str(path), columns=columns)
+def dataset(path: Path, chosen: np.ndarray | None = None, columns: Columns | None = None) -> data_dataset.PairDataset:
+    table = preferences.read(str(path), columns=columns)
     if chosen is not None:
-        table = pairs.replace(table, rows=chosen, pictures=table.pictures[chosen], compare=table.compare[chosen])
-    return pairs.PairDataset(table, 8)
+        table = preferences.replace(table, rows=chosen, pictures=table.pictures[chosen], compare=table.compare[chosen])
+    return data_dataset.PairDataset(table, 8)
 
 
 def colours(item: dict) -> str:
@@ -66,7 +67,7 @@ def test_columns_by_other_names(tmp_path: Path) -> None:
                   label_1="human_preference[1]")
     made = dataset(tmp_path / "hpd.parquet", columns=hpd)
     assert [made[i]["labels"].tolist() for i in (0, 1)] == [[0, 1], [1, 0]] and colours(made[1]) == "rg"
-    pairs.check_pictures(made.pairs)
+    data_dataset.check_pictures(made.pairs)
     pq.write_table(pa.table({"prompt": ["a"], "chosen": [BLUE], "rejected": [RED]}), tmp_path / "plain.parquet")
     made = dataset(tmp_path / "plain.parquet", columns=Columns("prompt", "chosen", "rejected", "", ""))
     assert made[0]["labels"].tolist() == [1, 0] and colours(made[0]) == "br" and made.pairs.different.tolist() == [True]
@@ -75,7 +76,7 @@ def test_columns_by_other_names(tmp_path: Path) -> None:
 def test_one_label_is_enough(tmp_path: Path) -> None:
     path = table(tmp_path / "p.parquet", ["a", "b", "c"])
     for name in ("label_0", "label_1"):
-        assert pairs.read(str(path), columns=Columns(**{name: ""})).labels.tolist() == [[1, 0], [0, 1], [0.5, 0.5]]
+        assert preferences.read(str(path), columns=Columns(**{name: ""})).labels.tolist() == [[1, 0], [0, 1], [0.5, 0.5]]
 
 
 def test_pictures_by_file_name(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_pictures_by_file_name(tmp_path: Path) -> None:
 def test_missing_column(tmp_path: Path, key: str) -> None:
     pq.write_table(pa.table({k: v for k, v in columns(["a"]).items() if k != key}), tmp_path / "p.parquet")
     with pytest.raises(InputError, match="no column of .*p.parquet, which has ") as caught:
-        pairs.read(str(tmp_path / "p.parquet"))
+        preferences.read(str(tmp_path / "p.parquet"))
     assert caught.value.key == f"--columns.{key.replace('_', '-')}" and caught.value.value == key
     assert all(name in caught.value.problem for name in columns(["a"]) if name != key)
 
@@ -107,20 +108,20 @@ def test_missing_column(tmp_path: Path, key: str) -> None:
 def test_wrong_columns(tmp_path: Path, columns: Columns, flag: str, message: str) -> None:
     path = table(tmp_path / "p.parquet", ["a", "b"], short=[[1, 0], [1]])
     with pytest.raises(InputError, match=message) as caught:
-        pairs.read(str(path), columns=columns)
+        preferences.read(str(path), columns=columns)
     assert caught.value.key == flag and caught.value.value in (*vars(columns).values(), "(none)")
 
 
 def test_wrong_pairs(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere.parquet", tmp_path / "nowhere"):
         with pytest.raises(InputError, match="no .parquet there"):
-            pairs.read(str(path))
+            preferences.read(str(path))
     (tmp_path / "text.parquet").write_text("caption,jpg_0")
     with pytest.raises(InputError, match="is not parquet"):
-        pairs.read(str(tmp_path / "text.parquet"))
+        preferences.read(str(tmp_path / "text.parquet"))
     pq.write_table(pa.table(columns(["a"])).slice(0, 0), tmp_path / "empty.parquet")
     with pytest.raises(InputError, match="holds no pair"):
-        pairs.check_pictures(pairs.read(str(tmp_path / "empty.parquet")))
+        data_dataset.check_pictures(preferences.read(str(tmp_path / "empty.parquet")))
 
 
 @pytest.mark.parametrize("changed, message", [
@@ -137,17 +138,17 @@ def test_wrong_pairs(tmp_path: Path) -> None:
 ])
 def test_wrong_records(tmp_path: Path, changed: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        pairs.read(str(table(tmp_path / "p.parquet", ["a", "b"], **changed)))
+        preferences.read(str(table(tmp_path / "p.parquet", ["a", "b"], **changed)))
 
 
 def test_files_that_do_not_go_together(tmp_path: Path) -> None:
     table(tmp_path / "0.parquet", ["a"])
     table(tmp_path / "1.parquet", ["b"], label_0=["one"])
     with pytest.raises(InputError, match="cannot be read"):
-        pairs.read(str(tmp_path))
+        preferences.read(str(tmp_path))
     pq.write_table(pa.table({"caption": ["a"]}), tmp_path / "1.parquet")
     with pytest.raises(InputError, match="no column of"):
-        pairs.read(str(tmp_path))
+        preferences.read(str(tmp_path))
     table(tmp_path / "1.parquet", ["b"], jpg_0=[7])
     with pytest.raises(InputError, match="cannot be converted to Arrow"):
         dataset(tmp_path)
@@ -155,8 +156,8 @@ def test_files_that_do_not_go_together(tmp_path: Path) -> None:
 
 def test_counts_of_the_table_go_before_our_own(tmp_path: Path) -> None:
     path = table(tmp_path / "p.parquet", ["a", "a"], num_example_per_prompt=[5, 7])
-    assert pairs.read(str(path)).counts.tolist() == [5, 7]
-    assert pairs.read(str(path), columns=Columns(num_example_per_prompt="")).counts.tolist() == [2, 2]
+    assert preferences.read(str(path)).counts.tolist() == [5, 7]
+    assert preferences.read(str(path), columns=Columns(num_example_per_prompt="")).counts.tolist() == [2, 2]
 
 
 # Pictures that do not decode
@@ -170,11 +171,11 @@ def test_a_broken_picture_is_marked(tmp_path: Path) -> None:
 
 
 def test_a_table_without_any_picture_is_refused_at_once(tmp_path: Path) -> None:
-    pairs.check_pictures(pairs.read(str(table(tmp_path / "p.parquet", ["a", "b"], jpg_0=[b"", RED]))))
+    data_dataset.check_pictures(preferences.read(str(table(tmp_path / "p.parquet", ["a", "b"], jpg_0=[b"", RED]))))
     for kind, bad in (("none", [b"", b""]), ("cut", [RED[:40]] * 2), ("null", pa.array([None, None], pa.binary()))):
         path = table(tmp_path / f"{kind}.parquet", ["a", "b"], jpg_1=bad)
         with pytest.raises(InputError, match="a picture of row 0 does not decode") as caught:
-            pairs.check_pictures(pairs.read(str(path), "--test-pairs"))
+            data_dataset.check_pictures(preferences.read(str(path), "--test-pairs"))
         assert caught.value.key == "--test-pairs"
 
 
@@ -182,19 +183,19 @@ def test_a_table_without_any_picture_is_refused_at_once(tmp_path: Path) -> None:
 def test_a_named_column_without_pictures_is_refused_by_its_flag(key: str, tmp_path: Path) -> None:
     path = table(tmp_path / "p.parquet", ["a", "b"])
     with pytest.raises(InputError, match="a picture of row 0 does not decode .* in .*p.parquet; name a column") as caught:
-        pairs.check_pictures(pairs.read(str(path), columns=Columns(**{key: "caption"})))
+        data_dataset.check_pictures(preferences.read(str(path), columns=Columns(**{key: "caption"})))
     assert (caught.value.key, caught.value.value) == (f"--columns.{key.replace('_', '-')}", "caption")
 
 
 def test_the_count_of_broken_pictures_stops_a_run(tmp_path: Path) -> None:
     made = dataset(table(tmp_path / "p.parquet", list("abcdefgh"), jpg_0=[RED, b"", RED, b"", RED, b"", RED, RED]))
-    corrupt = pairs.Corrupt(made.pairs, 2)
-    batch = pairs.collate([made[i] for i in range(4)])
+    corrupt = data_dataset.Corrupt(made.pairs, 2)
+    batch = data_dataset.collate([made[i] for i in range(4)])
     for _ in range(3):  # epochs: a pair counts once
         corrupt.count(batch)
         corrupt.share()
     assert corrupt.rows == {1, 3}
-    corrupt.count(pairs.collate([made[5]]))
+    corrupt.count(data_dataset.collate([made[5]]))
     with pytest.raises(InputError, match="pictures of 3 pairs do not decode, the first: rows 1, 3, 5") as caught:
         corrupt.share()
     assert "--max-corrupt" in caught.value.remedy
@@ -202,7 +203,7 @@ def test_the_count_of_broken_pictures_stops_a_run(tmp_path: Path) -> None:
 
 def test_collate(tmp_path: Path) -> None:
     made = dataset(table(tmp_path / "p.parquet", ["a", "b", "a"]))
-    batch = pairs.collate([made[2], made[0]])
+    batch = data_dataset.collate([made[2], made[0]])
     assert batch["rows"].tolist() == [2, 0] and batch["captions"] == ["a", "a"] and batch["counts"].tolist() == [2, 2]
     assert batch["pixels"].shape == (2, 2, 3, 8, 8) and batch["labels"].tolist() == [[0.5, 1.0], [0.5, 0.0]]
     assert torch.equal(batch["pixels"][0, 1], made[0]["pixels"][0])
@@ -211,7 +212,7 @@ def test_collate(tmp_path: Path) -> None:
 
 def test_worker_processes_give_the_same(tmp_path: Path) -> None:
     made = dataset(table(tmp_path / "p.parquet", ["a", "b", "a"], jpg_0=[RED, GREEN, b"?"]))
-    whole, apart = (list(DataLoader(made, 2, num_workers=n, collate_fn=pairs.collate)) for n in (0, 2))
+    whole, apart = (list(DataLoader(made, 2, num_workers=n, collate_fn=data_dataset.collate)) for n in (0, 2))
     for one, other in zip(whole, apart, strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
@@ -234,8 +235,8 @@ def test_host_memory_stays_flat(tmp_path: Path) -> None:
             writer.write_table(pa.table({"caption": ["a"] * 10, "jpg_0": noise[:1] * 10, "jpg_1": noise[1:] * 10,
                                          "label_0": [1.0] * 10, "label_1": [0.0] * 10}, schema=schema))
     assert path.stat().st_size > 150e6
-    table = pairs.read(str(path))
-    made = pairs.PairDataset(table, 8)
+    table = preferences.read(str(path))
+    made = data_dataset.PairDataset(table, 8)
     assert not made[0]["corrupt"]
     private = memory()
     for i in range(len(made)):

@@ -12,9 +12,14 @@ import torch
 from PIL import Image
 from test_data import BLUE, HEADER, RED, scores, table
 
-from lpo_fast import backbone, checkpoint, checks, config, evaluate, files, models, preflight, speed, train_lpo, train_lrm
+from lpo_fast import config, evaluate, train_lpo, train_lrm
 from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
+from lpo_fast.lrm import checkpoint
+from lpo_fast.models import locate, loras, texts
+from lpo_fast.preflight import runs, settings
+from lpo_fast.run import optimization, states
+from lpo_fast.system import writing
 
 
 @dataclass
@@ -35,7 +40,7 @@ class Bench:
     def without(self, folder: Path, part: str) -> str:
         """A copy of a directory without a file or a part."""
         copy = self.copy(folder)
-        files._remove(copy / part)
+        writing._remove(copy / part)
         return str(copy)
 
     def with_config(self, folder: Path, part: str, **changes) -> str:
@@ -66,8 +71,8 @@ class Bench:
     def lora(self, rank: int) -> str:
         from diffusers import UNet2DConditionModel
         unet = UNet2DConditionModel.from_pretrained(self.sd, subfolder="unet")
-        checkpoint.add_lora(unet, rank, rank, ("to_q", "to_k", "to_v", "to_out.0"), 0)
-        checkpoint.save_lora(unet, self.tmp / "lora")
+        loras.add_lora(unet, rank, rank, ("to_q", "to_k", "to_v", "to_out.0"), 0)
+        loras.save_lora(unet, self.tmp / "lora")
         return str(self.tmp / "lora")
 
 
@@ -107,54 +112,54 @@ def refused(train: Callable, settings: LPO | LRM, flag: str, message: str) -> In
 
 
 def test_good_settings_pass_and_write_nothing(bench: Bench, lpo: LPO, lrm: LRM) -> None:
-    assert preflight.lpo(lpo)[0] == ["a red circle", "two"]
-    assert preflight.lrm(lrm)["train"].rows.tolist() == [0, 1]
+    assert runs.lpo(lpo)[0] == ["a red circle", "two"]
+    assert runs.lrm(lrm)["train"].rows.tolist() == [0, 1]
     table_of_scores = scores(bench.tmp / "s.csv", [(1, 1, 1, 1), (1, -9, 1, 1)], HEADER)
     with_all = replace(lrm, scores=str(table_of_scores), clip=clip(bench, 16), validation_pairs=lrm.pairs)
-    used = preflight.lrm(replace(with_all, test_pairs=lrm.pairs, vae=str(bench.sd)))
+    used = runs.lrm(replace(with_all, test_pairs=lrm.pairs, vae=str(bench.sd)))
     assert {use: pairs.rows.tolist() for use, pairs in used.items()} == {"train": [0], "validation": [0, 1], "test": [0, 1]}
-    assert preflight.lpo(replace(lpo, lora=bench.lora(4), lrm_base=str(bench.sd)))[0] == ["a red circle", "two"]
+    assert runs.lpo(replace(lpo, lora=bench.lora(4), lrm_base=str(bench.sd)))[0] == ["a red circle", "two"]
     assert not (bench.tmp / "runs").exists()
 
 
 @pytest.mark.parametrize("use, end", [("validation", "and chooses the best LRM"), ("test", "says little of other pairs")])
 def test_a_warning_where_training_pairs_are_held_out(bench: Bench, lrm: LRM, use: str, end: str, capsys) -> None:
     (bench.tmp / "link.parquet").symlink_to(lrm.pairs)
-    preflight.lrm(replace(lrm, **{f"{use}_pairs": str(bench.tmp / "link.parquet")}))
+    runs.lrm(replace(lrm, **{f"{use}_pairs": str(bench.tmp / "link.parquet")}))
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"warning: --{use}-pairs has rows of --pairs (") and line.endswith(end)
-    preflight.lrm(replace(lrm, **{f"{use}_pairs": bench.pairs("others.parquet")}))
+    runs.lrm(replace(lrm, **{f"{use}_pairs": bench.pairs("others.parquet")}))
     assert not capsys.readouterr().out
 
 
 def test_a_model_is_located_last(bench: Bench, lpo: LPO, lrm: LRM, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may have to be downloaded or converted: other settings are refused before."""
-    monkeypatch.setattr(models, "model", lambda config: pytest.fail("located"))
-    monkeypatch.setattr(models, "single_file", lambda *_: pytest.fail("converted"))
+    monkeypatch.setattr(locate, "model", lambda config: pytest.fail("located"))
+    monkeypatch.setattr(locate, "single_file", lambda *_: pytest.fail("converted"))
     one = {"model": bench.file("one.safetensors", "x")}
     for changes in ({"prompts": "no.txt"}, {"lora": "/no/where"}, {"resume_from": "/no/where"}, {"lrm": "/no/where"},
                     {"out": bench.file("a_file")}, {"log_with": "nothing"}):
         with pytest.raises(InputError):
-            preflight.lpo(replace(lpo, **one | changes))
+            runs.lpo(replace(lpo, **one | changes))
     for changes in ({"pairs": "/no/where"}, {"scores": "/no/where"}, {"validation_pairs": "/no/where"}, {"batch_size": 3,
                     "accumulate": 2}, {"out": bench.file("a_file")}):
         with pytest.raises(InputError):
-            preflight.lrm(replace(lrm, **one | changes))
+            runs.lrm(replace(lrm, **one | changes))
     with pytest.raises(InputError):
         evaluate.run(evaluate.Evaluate(prompts="/no/where", **one))
 
 
 def test_sdxl_passes(bench: Bench, lpo: LPO, lrm: LRM, tiny_sdxl: Path) -> None:
     model = checkpoint.new_lrm(tiny_sdxl, generator=torch.Generator())
-    checkpoint.save_lrm(model, backbone.load_tokenizers(tiny_sdxl, model.family), bench.tmp / "lrm_xl")
+    checkpoint.save_lrm(model, texts.load_tokenizers(tiny_sdxl, model.family), bench.tmp / "lrm_xl")
     good = replace(lpo, model=str(tiny_sdxl), lrm=str(bench.tmp / "lrm_xl"))
-    assert preflight.lpo(good)[0] == ["a red circle", "two"]
-    assert len(preflight.lrm(replace(lrm, model=str(tiny_sdxl)))["train"]) == 2
+    assert runs.lpo(good)[0] == ["a red circle", "two"]
+    assert len(runs.lrm(replace(lrm, model=str(tiny_sdxl)))["train"]) == 2
     refused(train_lpo.train, replace(good, lrm=str(bench.lrm)), "--lrm", "scores sd latents, the model makes sdxl")
     for part in ("tokenizer_2", "text_encoder_2"):
         broken = bench.without(tiny_sdxl, part)
         refused(train_lpo.train, replace(good, model=broken), "--model", "is missing")
-        files._remove(Path(broken))
+        writing._remove(Path(broken))
 
 
 @pytest.mark.parametrize("stage", ["lpo", "lrm"])
@@ -169,7 +174,7 @@ def test_pictures(stage: str, changes: dict, flag: str, message: str, request: p
     settings = request.getfixturevalue(stage)
     train = {"lpo": train_lpo.train, "lrm": train_lrm.train}[stage]
     refused(train, replace(settings, **changes), flag, message)
-    {"lpo": preflight.lpo, "lrm": preflight.lrm}[stage](replace(settings, resolution=32, vae=str(Path(settings.model) / "vae")))
+    {"lpo": runs.lpo, "lrm": runs.lrm}[stage](replace(settings, resolution=32, vae=str(Path(settings.model) / "vae")))
 
 
 def test_a_vae_of_another_family(bench: Bench, lpo: LPO) -> None:
@@ -178,7 +183,7 @@ def test_a_vae_of_another_family(bench: Bench, lpo: LPO) -> None:
     assert problem.value == vae
     for part, message in (("config.json", "config.json is missing"), ("diffusion_pytorch_model.safetensors", "holds no")):
         (Path(vae) / "config.json").write_text((bench.sd / "vae" / "config.json").read_text())
-        files._remove(Path(vae) / part)
+        writing._remove(Path(vae) / part)
         refused(train_lpo.train, replace(lpo, vae=vae), "--vae", message)
 
 
@@ -192,10 +197,10 @@ def test_a_directory_without_a_vae_is_named_as_it_was_typed(bench: Bench, lpo: L
                                            ("adafactor", "transformers")])
 def test_an_optimizer_that_is_not_installed(lpo: LPO, lrm: LRM, name: str, package: str,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    preflight.lpo(replace(lpo, optimizer=name))
-    monkeypatch.setattr(speed, "find_spec", lambda wanted: None if wanted == package else wanted)
-    for train, settings in ((train_lpo.train, lpo), (train_lrm.train, lrm)):
-        problem = refused(train, replace(settings, optimizer=name), "--optimizer", f"{package} is not installed")
+    runs.lpo(replace(lpo, optimizer=name))
+    monkeypatch.setattr(optimization, "find_spec", lambda wanted: None if wanted == package else wanted)
+    for train, given in ((train_lpo.train, lpo), (train_lrm.train, lrm)):
+        problem = refused(train, replace(given, optimizer=name), "--optimizer", f"{package} is not installed")
         assert f"pip install {package}" in problem.remedy
 
 
@@ -203,10 +208,10 @@ def test_families_do_not_mix(bench: Bench, lpo: LPO, tiny_sdxl: Path, tiny_sd21:
     """The latent spaces of SD and SDXL differ, those of SD1.5 and SD2.1 do not."""
     problem = refused(train_lpo.train, replace(lpo, model=str(tiny_sdxl)), "--lrm", "scores sd latents, the model makes sdxl")
     assert "latent spaces, differ" in problem.problem
-    preflight.lpo(replace(lpo, model=str(tiny_sd21)))
+    runs.lpo(replace(lpo, model=str(tiny_sd21)))
     bare = bench.without(bench.lrm, "tokenizer")
     refused(train_lpo.train, replace(lpo, model=str(tiny_sd21), lrm=bare), "--lrm", "has no tokenizer")
-    preflight.lpo(replace(lpo, model=str(tiny_sd21), lrm=bare, lrm_base=str(bench.sd)))
+    runs.lpo(replace(lpo, model=str(tiny_sd21), lrm=bare, lrm_base=str(bench.sd)))
 
 
 BAD_NUMBERS = [
@@ -251,7 +256,7 @@ def test_settings_that_only_look_wrong(lpo: LPO) -> None:
                     {"threshold_min": 0.4, "threshold_max": 0.4}, {"clip_eps": 5.0},
                     {"guidance_scale": 0.0}, {"num_steps": 999},
                     {"full": True, "shard": True, "mixed_precision": "bf16", "ema_decay": 0.9}):
-        preflight.lpo(replace(lpo, **changes))
+        runs.lpo(replace(lpo, **changes))
 
 
 @pytest.mark.parametrize("changes, flag, message", [
@@ -329,17 +334,17 @@ def test_no_reward_model(bench: Bench, lpo: LPO, make: Callable[[Bench], str], m
 def test_the_policys_tokenizer_is_not_used_for_an_lrm_of_another_width(bench: Bench, lpo: LPO) -> None:
     """SD2.1 is aligned with an LRM of SD1.5, whose official directory holds no tokenizer."""
     bare = bench.without(bench.lrm, "tokenizer")
-    preflight.lpo(replace(lpo, lrm=bare))
+    runs.lpo(replace(lpo, lrm=bare))
     text = bench.with_config(bench.sd, "text_encoder", hidden_size=20)
     other = bench.with_config(Path(text), "unet", cross_attention_dim=20)
     refused(train_lpo.train, replace(lpo, lrm=bare, model=other), "--lrm", "has no tokenizer")
-    preflight.lpo(replace(lpo, lrm=bare, model=other, lrm_base=str(bench.sd)))
-    preflight.lpo(replace(lpo, model=other))
+    runs.lpo(replace(lpo, lrm=bare, model=other, lrm_base=str(bench.sd)))
+    runs.lpo(replace(lpo, model=other))
 
 
 def test_text_projection_is_held_against_the_text_encoder_that_will_be_used(bench: Bench, lpo: LPO) -> None:
     folder = bench.without(bench.lrm, "text_encoder")
-    preflight.lpo(replace(lpo, lrm=folder))
+    runs.lpo(replace(lpo, lrm=folder))
     text = bench.with_config(bench.sd, "text_encoder", hidden_size=24)
     refused(train_lpo.train, replace(lpo, lrm=folder, lrm_base=text), "--lrm-base", "its text encoders give 24 features")
     base = bench.with_config(Path(text), "unet", cross_attention_dim=24)
@@ -356,7 +361,7 @@ def test_prompts(lpo: LPO, changes: dict, message: str) -> None:
 def test_prompts_without_the_caption_key(bench: Bench, lpo: LPO) -> None:
     file = bench.file("p.json", '[{"text": "a"}]')
     refused(train_lpo.train, replace(lpo, prompts=file), "--prompts", "record 0 has no 'caption'")
-    assert preflight.lpo(replace(lpo, prompts=file, caption_key="text"))[0] == ["a"]
+    assert runs.lpo(replace(lpo, prompts=file, caption_key="text"))[0] == ["a"]
 
 
 def test_lora(bench: Bench, lpo: LPO) -> None:
@@ -416,7 +421,7 @@ def test_run_directory(bench: Bench, stage: str, request: pytest.FixtureRequest)
     refused(train, replace(settings, out=file), "--out", "cannot be written")
     refused(train, replace(settings, out=file + "/below/it"), "--out", "cannot be written")
     assert Path(file).read_text() == "mine"
-    run, check = Path(settings.out), {"lpo": preflight.lpo, "lrm": preflight.lrm}[stage]
+    run, check = Path(settings.out), {"lpo": runs.lpo, "lrm": runs.lrm}[stage]
     check(replace(settings, resume=True))  # what a restart script says, also if there is nothing to go on from yet,
     run.mkdir(parents=True)
     for name in (".lock", ".config.json.new"):  # if the run was killed before it had written its settings,
@@ -426,7 +431,7 @@ def test_run_directory(bench: Bench, stage: str, request: pytest.FixtureRequest)
     check(replace(settings, resume=True))  # or before its first state
     for path in run.iterdir():
         path.unlink()
-    (run / checkpoint.STATE).write_text("not looked at")
+    (run / states.STATE).write_text("not looked at")
     (run / "config.json").write_text(json.dumps(asdict(settings)))
     before = {p.name: p.read_bytes() for p in run.iterdir()}
     with pytest.raises(InputError, match="holds a run already"):
@@ -442,9 +447,9 @@ def test_run_directory(bench: Bench, stage: str, request: pytest.FixtureRequest)
 
 def test_recipes_are_valid() -> None:
     for recipe in (config.sd15(), config.sd21(), config.sdxl(), config.shapes()):
-        checks.lpo(recipe.lpo)
-        checks.lrm(recipe.lrm)
-    checks.demo(config.Demo())
+        settings.lpo(recipe.lpo)
+        settings.lrm(recipe.lrm)
+    settings.demo(config.Demo())
     (lrm15, sd15), (lrm_xl, sdxl) = config.sd15(), config.sdxl()
     assert (sd15.rank, sd15.learning_rate, sd15.threshold_min, sd15.threshold_max) == (4, 6e-5, 0.35, 0.5)
     assert (sdxl.rank, sdxl.learning_rate, sdxl.threshold_min, sdxl.threshold_max) == (64, 1e-5, 0.45, 0.6)
@@ -457,4 +462,4 @@ def test_recipes_are_valid() -> None:
 
 def test_pictures_of_odd_sizes_and_kinds_are_no_error(bench: Bench, lrm: LRM) -> None:
     Image.new("L", (3, 50)).save(bench.tmp / "x.jpg")
-    preflight.lrm(replace(lrm, pairs=bench.pairs(jpg_0=[(bench.tmp / "x.jpg").read_bytes()] * 2)))
+    runs.lrm(replace(lrm, pairs=bench.pairs(jpg_0=[(bench.tmp / "x.jpg").read_bytes()] * 2)))

@@ -16,62 +16,71 @@ from forked import ROOT, environment, free_port, processes
 from safetensors.torch import load_file
 from test_data import plain, table
 
-from lpo_fast import preflight
 from lpo_fast.config import LRM
 from lpo_fast.errors import InputError
+from lpo_fast.preflight import runs
 from lpo_fast.shapes import world
 
 STEPS = """
 import sys, torch
 from pathlib import Path
 from diffusers import UNet2DConditionModel
-from lpo_fast import checkpoint, ranks, schedule, train_lpo
-from lpo_fast.backbone import Text
+from lpo_fast.lpo import steps
+from lpo_fast.method import schedule
+from lpo_fast.models import loras
+from lpo_fast.run import states
+from lpo_fast.system import distributed
+from lpo_fast.models.texts import Text
 from lpo_fast.config import LPO
-from lpo_fast.guard import Update
-from lpo_fast.policy import Policy, trainable
-from lpo_fast.sample import Pairs
+from lpo_fast.run.optimization import Update
+from lpo_fast.lpo.policies import Policy
+from lpo_fast.models.loras import trainable
+from lpo_fast.lpo.sampling import Pairs
 model, out = sys.argv[1:]
-ranks.state()
+distributed.state()
 torch.manual_seed(0)
 unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").eval()
-checkpoint.add_lora(unet, 2, 2, ("to_q", "to_out.0"), 0)
+loras.add_lora(unet, 2, 2, ("to_q", "to_out.0"), 0)
 unet.double()
 null = Text(torch.randn(1, 16, 16).double(), torch.zeros(1, 1))
 text = Text(torch.randn(5, 16, 16).double(), torch.zeros(5, 1), null)
 sched = schedule.ddim(torch.linspace(0.999, 0.01, 1000).double(), torch.arange(951, 0, -50), 20)
 config = LPO(beta=5.0, guidance_scale=2.0)
 update = Update(torch.optim.SGD(trainable(unet), lr=10.0), torch.amp.GradScaler("cpu", enabled=False), config.max_grad_norm,
-                6 // ranks.count(), "")
+                6 // distributed.count(), "")
 for step in range(5):
     n = 6 if step < 4 else 4  # the last one is smaller, in no process alike
     x = torch.randn(3, n, 4, 8, 8).double()
     pairs = Pairs(*x, torch.arange(1, 1 + 50 * n, 50), torch.arange(n) % 5, torch.ones(n, dtype=torch.bool))
-    row = train_lpo.train_step(Policy(unet, text, None, full=False), sched, pairs, update, config)
-row = dict(zip(train_lpo.STEP, row.tolist(), strict=True))
-ranks.wait()
-if ranks.main():
-    torch.save((checkpoint.Trained(unet).state_dict(), row), out)
+    row = steps.train_step(Policy(unet, text, None, full=False), sched, pairs, update, config)
+row = dict(zip(steps.STEP, row.tolist(), strict=True))
+distributed.wait()
+if distributed.main():
+    torch.save((states.Trained(unet).state_dict(), row), out)
 """
 
 LRM_STEPS = """
 import sys, torch
 from pathlib import Path
-from lpo_fast import checkpoint, inputs, ranks, reward, train_lrm
+from lpo_fast.lrm import checkpoint
+from lpo_fast.lrm import encoding
+from lpo_fast.lrm import reward as lrm_reward
+from lpo_fast.lrm import steps
+from lpo_fast.system import distributed
 from lpo_fast.config import LRM
-from lpo_fast.guard import Update
-reward.normalized = lambda projection, x: torch.nn.functional.normalize(projection(x), dim=-1, eps=0)  # in float64
+from lpo_fast.run.optimization import Update
+lrm_reward.normalized = lambda projection, x: torch.nn.functional.normalize(projection(x), dim=-1, eps=0)  # in float64
 model, out = sys.argv[1:]
-ranks.state()
+distributed.state()
 lrm = checkpoint.new_lrm(Path(model), generator=torch.Generator().manual_seed(0), multi_scale=True).double().train()
 lrm.requires_grad_(True)
-encoder = inputs.Encoder(Path(model), lrm, 0, "no")
+encoder = encoding.Encoder(Path(model), lrm, 0, "no")
 encoder.posterior = lambda batch, *_: (batch["pixels"][:, :, [0, 1, 2, 0]],
                                        torch.full((2, len(batch["rows"]), 1, 1, 1), 0.1).double())
 config = LRM(loss_type="both", batch_coeff=0.5, compare_between_timestep=True, aux_loss_coeff=0.5)
 update = Update(torch.optim.SGD(lrm.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=False), config.max_grad_norm,
-                6 // ranks.count(), "")
-own, first = 6 // ranks.count(), 6 // ranks.count() * ranks.index()
+                6 // distributed.count(), "")
+own, first = 6 // distributed.count(), 6 // distributed.count() * distributed.index()
 for step in range(5):
     generator = torch.Generator().manual_seed(step)
     labels = torch.rand(6, generator=generator).gt(0.4).double()
@@ -82,10 +91,10 @@ for step in range(5):
              "compare": torch.arange(6) == 1, "corrupt": torch.tensor([step > 2, False, False, False, step > 2, step > 2])}
     at = {key: 1 if key in ("pixels", "labels") else 0 for key in batch}
     part = {key: value[first:first + own] if at[key] == 0 else value[:, first:first + own] for key, value in batch.items()}
-    row = train_lrm.train_step(lrm, encoder, part, step, update, config)
-row = dict(zip(train_lrm.STEP, row.tolist(), strict=True))
-ranks.wait()
-if ranks.main():
+    row = steps.train_step(lrm, encoder, part, step, update, config)
+row = dict(zip(steps.STEP, row.tolist(), strict=True))
+distributed.wait()
+if distributed.main():
     torch.save((lrm.state_dict(), row), out)
 """
 
@@ -158,17 +167,19 @@ def test_bad_input_ends_all(tiny_sd: Path, tmp_path: Path) -> None:
 
 FAILS = """
 import os, signal, sys, time
-from lpo_fast import ranks, train, train_lpo
-step, count, how, which, at = train_lpo.train_step, [], sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+from lpo_fast.lpo import steps
+from lpo_fast.system import distributed
+from lpo_fast import train
+step, count, how, which, at = steps.train_step, [], sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 def breaks(*arguments):
     count.append(1)
-    if len(count) == at and ranks.state().process_index == which:
+    if len(count) == at and distributed.state().process_index == which:
         print("failed at", time.time(), file=sys.stderr, flush=True)
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("this rank is broken")
     return step(*arguments)
-train_lpo.train_step = breaks
+steps.train_step = breaks
 sys.exit(train.main(sys.argv[4:]))
 """
 
@@ -238,14 +249,14 @@ def test_the_reward_model_in_several_processes(count: int, tiny_sd: Path, tmp_pa
 
 def test_more_processes_than_pairs(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = LRM(model=str(tiny_sd), pairs=str(table(tmp_path / "p.parquet", ["a", "b"])), out=str(tmp_path / "run"))
-    preflight.lrm(settings)
+    runs.lrm(settings)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match="processes, but there are 2 pairs"):
-        preflight.lrm(settings)
+        runs.lrm(settings)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    preflight.lrm(settings)
+    runs.lrm(settings)
     with pytest.raises(InputError, match="5: pairs are not dealt out evenly to 2 processes and 1 passes"):
-        preflight.lrm(replace(settings, batch_size=5))
+        runs.lrm(replace(settings, batch_size=5))
 
 
 def test_a_port_in_use(tiny_sd: Path, tmp_path: Path) -> None:
@@ -281,8 +292,10 @@ def test_parameters_that_no_loss_reaches(tiny_sdxl: Path, tmp_path: Path) -> Non
 
 STOPS = """
 import os, signal, sys, time
-from lpo_fast import checkpoint, train, train_lrm
-rank, step, save = os.environ["RANK"], train_lrm.train_step, checkpoint.save_state
+from lpo_fast.lrm import steps
+from lpo_fast.run import states
+from lpo_fast import train
+rank, step, save = os.environ["RANK"], steps.train_step, states.save_state
 def slow(*arguments):
     time.sleep(3)
     save(*arguments)
@@ -291,7 +304,7 @@ def stops(*arguments):
     if rank == "0":
         os.kill(os.getpid(), signal.SIGTERM)
     return step(*arguments)
-checkpoint.save_state, train_lrm.train_step = slow, stops
+states.save_state, steps.train_step = slow, stops
 try:
     train.main(sys.argv[1:])
 except SystemExit as end:
@@ -310,14 +323,16 @@ def test_no_process_leaves_before_the_state_is_written(tiny_sd: Path, tmp_path: 
 
 NOTES = """
 import json, sys
-from lpo_fast import ranks, train, train_lpo
-file, sample_pairs = sys.argv.pop(1), train_lpo.sample_pairs
+from lpo_fast.lpo import batches
+from lpo_fast.system import distributed
+from lpo_fast import train
+file, sample_pairs = sys.argv.pop(1), batches.sample_pairs
 def notes(*arguments, **named):
-    if ranks.main():
+    if distributed.main():
         with open(file, "a") as out:
             out.write(json.dumps(arguments[5].tolist()) + "\\\\n")
     return sample_pairs(*arguments, **named)
-train_lpo.sample_pairs = notes
+batches.sample_pairs = notes
 sys.exit(train.main(sys.argv[1:]))
 """
 

@@ -11,9 +11,11 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lpo_fast import backbone, reward
-from lpo_fast.backbone import SD, SDXL, Family, Text
-from lpo_fast.reward import LatentRewardModel
+from lpo_fast.lrm import reward
+from lpo_fast.lrm.reward import LatentRewardModel
+from lpo_fast.models import denoisers, families, texts
+from lpo_fast.models.families import SD, SDXL, Family
+from lpo_fast.models.texts import Text
 
 PROMPTS, LATENT = 3, (4, 16, 16)
 SIZE = 64
@@ -33,7 +35,7 @@ class World:
         if name == "sdxl":
             config = CLIPTextConfig(**CONFIGS["text_encoder_2"])
             self.encoders.append(CLIPTextModelWithProjection(config).eval())
-        self.loaded = backbone.load_down_mid(folder).eval()
+        self.loaded = denoisers.load_down_mid(folder).eval()
         channels = CONFIGS[f"unet_{name}"]["block_out_channels"]
         widths = {True: sum(channels) + channels[-1], False: channels[-1]}  # with and without multi_scale
         self.visual = {multi_scale: torch.randn(12, width) * 0.1 for multi_scale, width in widths.items()}
@@ -44,7 +46,7 @@ class World:
         self.x, self.t = torch.randn(PROMPTS, *LATENT), torch.tensor([951, 401, 1])
 
     def lrm(self, **settings) -> LatentRewardModel:
-        sizes = backbone.time_ids(SIZE, SIZE) if self.name == "sdxl" else None
+        sizes = denoisers.time_ids(SIZE, SIZE) if self.name == "sdxl" else None
         visual = self.visual[settings.get("multi_scale", True)]
         return LatentRewardModel(self.family, self.loaded, self.encoders, visual, self.projection, torch.tensor(2.6592),
                                  sizes=sizes, **settings)
@@ -169,8 +171,8 @@ def test_guidance_of_every_timestep() -> None:
 
 
 def test_the_null_pass_is_run_only_if_some_timestep_is_guided(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, down_mid = [], backbone.down_mid
-    monkeypatch.setattr(backbone, "down_mid", lambda unet, x, *rest: rows.append(len(x)) or down_mid(unet, x, *rest))
+    rows, down_mid = [], denoisers.down_mid
+    monkeypatch.setattr(denoisers, "down_mid", lambda unet, x, *rest: rows.append(len(x)) or down_mid(unet, x, *rest))
     for scale in (7.5, (1.0, 1.5), 1.0, (0.0, 1.0), 0.5):
         lrm = world.lrm(guidance_scale=scale)
         lrm.score(world.x, world.t, world.text(lrm))
@@ -196,7 +198,7 @@ def test_normalized_is_single_precision_under_autocast() -> None:
 
 
 def test_families() -> None:
-    assert backbone.family_of(CONFIGS["unet_sd15"]) is SD and backbone.family_of(CONFIGS["unet_sdxl"]) is SDXL
+    assert families.family_of(CONFIGS["unet_sd15"]) is SD and families.family_of(CONFIGS["unet_sdxl"]) is SDXL
     assert SD.tokenizers == ("tokenizer",) and SDXL.tokenizers == ("tokenizer", "tokenizer_2")
     assert not SD.zero_null and SDXL.zero_null and isinstance(SD, Family)
 
@@ -205,7 +207,7 @@ def test_predict_evaluates_both_branches(world: World) -> None:
     lrm = world.lrm()
     with torch.no_grad():
         text = world.text(lrm)
-        null, with_text = backbone.predict(world.unet, world.x, world.t, text, lrm.sizes).chunk(2)
+        null, with_text = denoisers.predict(world.unet, world.x, world.t, text, lrm.sizes).chunk(2)
         for i in range(PROMPTS):
             for got, row in ((null[i], PROMPTS), (with_text[i], i)):
                 context, pooled = world.context(row)
@@ -231,14 +233,14 @@ def test_encode_prompts(world: World) -> None:
     prompts = ["a red dog", "", "blue", "x" * 100, "green cat"]
     tokenizers = [Words()] * len(world.encoders)
     for zero in (False, True):
-        text = backbone.encode_prompts(world.family, tokenizers, world.encoders, prompts, zero_null=zero, batch=2)
+        text = texts.encode_prompts(world.family, tokenizers, world.encoders, prompts, zero_null=zero, batch=2)
         assert len(text) == 5 and text.null.context.shape == (1, *text.context.shape[1:])
         if zero:
             assert not text.null.context.any() and not text.null.pooled.any()
         else:
             assert torch.allclose(text.null.context[0], text.context[1], atol=1e-5)
             assert torch.allclose(text.null.pooled[0], text.pooled[1], atol=1e-5)
-        alone = backbone.encode_prompts(world.family, tokenizers, world.encoders, prompts[4:], zero_null=zero)
+        alone = texts.encode_prompts(world.family, tokenizers, world.encoders, prompts[4:], zero_null=zero)
         assert torch.allclose(alone.context[0], text.context[4], atol=1e-5)
         half = text.to(torch.float16)
         assert half.null.pooled.dtype == half.context.dtype == torch.float16

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tolerance import assert_close
 from torch import Tensor
 
-from lpo_fast import launch
 from lpo_fast.kernels import reward_pool as module
 from lpo_fast.kernels.reward_pool import reward_pool, reward_pool_reference
+from lpo_fast.system import launch
 
 pytestmark = pytest.mark.usefixtures("kernels")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

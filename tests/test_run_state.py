@@ -10,9 +10,12 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from lpo_fast import backbone, checkpoint, files
-from lpo_fast.backbone import SD
 from lpo_fast.errors import InputError
+from lpo_fast.lrm import checkpoint
+from lpo_fast.models import loras, texts
+from lpo_fast.models.families import SD
+from lpo_fast.run import states
+from lpo_fast.system import reading, writing
 
 # Run states
 
@@ -25,19 +28,19 @@ def parts(rank: int = 2, ema: bool = False, bias: bool = True) -> dict:
     module(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     average = EMAModel(module.parameters(), decay=0.5) if ema else None
-    return {"weights": checkpoint.Trained(module), "optimizer": optimizer,
+    return {"weights": states.Trained(module), "optimizer": optimizer,
             "scaler": torch.amp.GradScaler("cpu", enabled=False), "ema": average}
 
 
 @pytest.mark.parametrize("ema", [False, True])
 def test_run_state_round_trip(tmp_path: Path, ema: bool) -> None:
     saved, other = parts(ema=ema), parts(ema=ema)
-    checkpoint.save_state(tmp_path / "state.pt", {"step": 7, "best": 0.5}, saved)
+    states.save_state(tmp_path / "state.pt", {"step": 7, "best": 0.5}, saved)
     assert not saved["weights"].state_dict().keys() & {"1.weight", "1.bias"}  # what does not train is not saved
     for parameter in other["weights"].parameters.values():
         parameter.data.zero_()
     identities = [id(p) for p in other["weights"].parameters.values()]
-    assert checkpoint.load_state(tmp_path / "state.pt", other) == {"step": 7, "best": 0.5}
+    assert states.load_state(tmp_path / "state.pt", other) == {"step": 7, "best": 0.5}
     assert identities == [id(p) for p in other["weights"].parameters.values()]  # the optimizer still holds them
     for name, value in saved["weights"].state_dict().items():
         assert torch.equal(other["weights"].state_dict()[name], value)
@@ -50,20 +53,20 @@ def test_run_state_round_trip(tmp_path: Path, ema: bool) -> None:
     ({"ema": True}, "ema was not in use"),
 ])
 def test_run_state_of_another_run(tmp_path: Path, other: dict, message: str) -> None:
-    checkpoint.save_state(tmp_path / "state.pt", {}, parts())
+    states.save_state(tmp_path / "state.pt", {}, parts())
     with pytest.raises(InputError, match=message) as caught:
-        checkpoint.load_state(tmp_path / "state.pt", parts(**other))
+        states.load_state(tmp_path / "state.pt", parts(**other))
     assert caught.value.key == "--out"
-    checkpoint.save_state(tmp_path / "state.pt", {}, parts(ema=True))
+    states.save_state(tmp_path / "state.pt", {}, parts(ema=True))
     with pytest.raises(InputError, match="ema was in use"):
-        checkpoint.load_state(tmp_path / "state.pt", parts())
+        states.load_state(tmp_path / "state.pt", parts())
 
 
 @pytest.mark.parametrize("state", [{}, [], {"at": {}}])
 def test_what_is_no_run_state(tmp_path: Path, state: object) -> None:
     torch.save(state, tmp_path / "state.pt")
     with pytest.raises(InputError, match="was saved with other settings|it is no dictionary"):
-        checkpoint.load_state(tmp_path / "state.pt", parts())
+        states.load_state(tmp_path / "state.pt", parts())
 
 
 # Pickles
@@ -85,7 +88,7 @@ def test_hostile_pickles_do_not_run(tiny_lrm: Path, copied, tmp_path: Path) -> N
     torch.save(Attack(trace), tmp_path / "unet_lora.pt")
     torch.save({"text_projection.weight": Attack(trace)}, tmp_path / "pytorch_model.bin")
     lora = tmp_path / "unet_lora.pt"
-    for read, what in ((checkpoint.load_lrm, folder), (checkpoint.read_lora, lora), (checkpoint.read_pickle, lora),
+    for read, what in ((checkpoint.load_lrm, folder), (loras.read_lora, lora), (reading.read_pickle, lora),
                        (checkpoint.read_text_projection, str(tmp_path))):
         with pytest.raises(InputError, match="cannot be read safely"):
             read(what)
@@ -98,7 +101,7 @@ def test_hostile_pickles_do_not_run(tiny_lrm: Path, copied, tmp_path: Path) -> N
 def test_damaged_pickles(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(InputError, match="cannot be read safely"):
-        checkpoint.read_pickle(tmp_path / "x.pt")
+        reading.read_pickle(tmp_path / "x.pt")
 
 
 # Atomic writes
@@ -107,12 +110,12 @@ def test_damaged_pickles(tmp_path: Path, content: bytes) -> None:
 def test_replacing_a_file(tmp_path: Path) -> None:
     target = tmp_path / "new" / "file.txt"
     for text in ("one", "two"):
-        with checkpoint.replacing(target) as aside:
+        with writing.replacing(target) as aside:
             assert aside.parent == target.parent and not aside.exists()
             aside.write_text(text)
             assert not target.exists() or target.read_text() == "one"
         assert target.read_text() == text
-    with pytest.raises(RuntimeError, match="half way"), checkpoint.replacing(target) as aside:
+    with pytest.raises(RuntimeError, match="half way"), writing.replacing(target) as aside:
         aside.write_text("three")
         raise RuntimeError("half way")
     assert target.read_text() == "two" and [p.name for p in target.parent.iterdir()] == ["file.txt"]
@@ -121,11 +124,11 @@ def test_replacing_a_file(tmp_path: Path) -> None:
 def test_replacing_a_directory(tmp_path: Path) -> None:
     target = tmp_path / "folder"
     for name in ("a", "b"):
-        with checkpoint.replacing(target) as aside:
+        with writing.replacing(target) as aside:
             (aside / "sub").mkdir(parents=True)
             (aside / "sub" / name).write_text(name)
         assert [p.name for p in (target / "sub").iterdir()] == [name]
-    with pytest.raises(KeyboardInterrupt), checkpoint.replacing(target) as aside:
+    with pytest.raises(KeyboardInterrupt), writing.replacing(target) as aside:
         aside.mkdir()
         (aside / "c").write_text("c")
         raise KeyboardInterrupt
@@ -134,11 +137,11 @@ def test_replacing_a_directory(tmp_path: Path) -> None:
 
 def test_replacing_what_a_killed_run_left(tmp_path: Path) -> None:
     for _ in range(2):  # the name of the second run's temporary is that of the first's
-        with checkpoint.replacing(tmp_path / "file") as aside:
+        with writing.replacing(tmp_path / "file") as aside:
             aside.write_text("whole")
         aside.mkdir()
         (aside / "half").write_text("half")
-    with checkpoint.replacing(tmp_path / "file") as again:
+    with writing.replacing(tmp_path / "file") as again:
         assert not again.exists()
         again.write_text("new")
     assert (tmp_path / "file").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]
@@ -147,7 +150,7 @@ def test_replacing_what_a_killed_run_left(tmp_path: Path) -> None:
 def test_a_directory_is_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between any two operations of the file system, the old or the new directory can be found again."""
     def write(text: str) -> None:
-        with checkpoint.replacing(tmp_path / "folder") as aside:
+        with writing.replacing(tmp_path / "folder") as aside:
             aside.mkdir()
             (aside / "file").write_text(text)
     for survives in range(3):
@@ -160,10 +163,10 @@ def test_a_directory_is_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             calls.append(b)
             real(a, b)
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            patch.setattr(files.os, "replace", replace)
-            patch.setattr(files, "_remove", lambda path: None)  # a killed process does not clean up
+            patch.setattr(writing.os, "replace", replace)
+            patch.setattr(writing, "_remove", lambda path: None)  # a killed process does not clean up
             write("new")
-        with contextlib.suppress(RuntimeError), checkpoint.replacing(tmp_path / "folder"):
+        with contextlib.suppress(RuntimeError), writing.replacing(tmp_path / "folder"):
             raise RuntimeError  # the next run recovers, even if it fails
         assert (tmp_path / "folder" / "file").read_text() in ("old", "new")
 
@@ -178,16 +181,16 @@ def test_a_failed_save_leaves_the_lrm_before(tiny_sd: Path, tiny_lrm: Path, copi
         raise OSError("no space left on device")
     monkeypatch.setattr(checkpoint.torch, "save", full_disk)
     with pytest.raises(InputError, match="copy_of_lrm: cannot be written .no space"):
-        checkpoint.save_lrm(lrm, backbone.load_tokenizers(tiny_sd, SD), folder)
+        checkpoint.save_lrm(lrm, texts.load_tokenizers(tiny_sd, SD), folder)
     assert {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
     assert json.loads((folder / "lrm.json").read_text())["guidance_scale"] == [7.5]
 
 
 def test_replacing_keeps_the_old_directory_when_the_new_one_was_never_made(tmp_path: Path) -> None:
-    with checkpoint.replacing(tmp_path / "run") as aside:
+    with writing.replacing(tmp_path / "run") as aside:
         aside.mkdir()
         (aside / "weights").write_text("old")
-    with pytest.raises(FileNotFoundError), checkpoint.replacing(tmp_path / "run"):
+    with pytest.raises(FileNotFoundError), writing.replacing(tmp_path / "run"):
         pass
     assert (tmp_path / "run" / "weights").read_text() == "old" and len(list(tmp_path.iterdir())) == 1

@@ -8,8 +8,10 @@ import torch
 from conftest import CONFIGS
 from torch import Tensor
 
-from lpo_fast import noise, sample, schedule, select, train_lpo
 from lpo_fast.config import LPO
+from lpo_fast.lpo import batches as lpo_batches
+from lpo_fast.lpo import sampling
+from lpo_fast.method import noise, schedule, select
 
 SHAPE, GUIDANCE, SEED, EPOCH = (2, 3, 3), 3.0, 5, 2
 CONFIG = CONFIGS["scheduler"]
@@ -48,9 +50,9 @@ def run(prompts: list[int], steps: int = 6, k: int = 4, threshold: float = 0.9, 
     fake = fake or Fake()
     sched = schedule.from_config(CONFIG, steps)
     index = torch.tensor(prompts)
-    draw = sample.CounterNoise(SEED, EPOCH, index, SHAPE)
+    draw = sampling.CounterNoise(SEED, EPOCH, index, SHAPE)
     gap = select.gaps(sched, "sigma", threshold / 2, threshold)
-    return sample.trajectory(fake.predict, fake.score, sched, gap, draw, index, guidance=GUIDANCE, num_candidates=k,
+    return sampling.trajectory(fake.predict, fake.score, sched, gap, draw, index, guidance=GUIDANCE, num_candidates=k,
                              window=(start, stop or steps))
 
 
@@ -125,13 +127,13 @@ def test_winner_and_loser_have_the_extreme_scores() -> None:
 
 def test_goes_on_from_the_drawn_candidate() -> None:
     """The best, the worst, the first and others are all gone on from, as the draw says."""
-    class Draw(sample.CounterNoise):
+    class Draw(sampling.CounterNoise):
         def steps(self, count: int) -> Iterator[tuple[noise.Counter, Tensor]]:
             for step, (counter, _) in enumerate(super().steps(count)):
                 yield counter, torch.tensor([step % 3, (step + 1) % 3])
     fake, sched, index = Fake(), schedule.from_config(CONFIG, 6), torch.tensor([0, 1])
     draw = Draw(SEED, EPOCH, index, SHAPE)
-    pairs, _ = sample.trajectory(fake.predict, fake.score, sched, torch.zeros(1000), draw, index, guidance=GUIDANCE,
+    pairs, _ = sampling.trajectory(fake.predict, fake.score, sched, torch.zeros(1000), draw, index, guidance=GUIDANCE,
                                  num_candidates=3)
     x_t, t = pairs.x_t.view(6, 2, *SHAPE), pairs.t.view(6, 2)
     for step, (_, choice) in zip(range(5), draw.steps(5), strict=True):
@@ -158,7 +160,7 @@ def test_independent_of_the_batch() -> None:
     for size in (3, 1):
         parts = [run(prompts[i:i + size]) for i in range(0, 6, size)]
         assert torch.allclose(torch.cat([s for _, s in parts], 2), scores, rtol=1e-5, atol=1e-5)
-        for name in sample.Pairs._fields:
+        for name in sampling.Pairs._fields:
             field = torch.cat([getattr(p, name).view(6, size, *getattr(p, name).shape[1:]) for p, _ in parts], 1)
             assert torch.allclose(field.flatten(0, 1).double(), getattr(whole, name).double(), rtol=1e-5, atol=1e-5)
 
@@ -183,17 +185,17 @@ def test_valid_pairs_are_shuffled_and_none_is_lost() -> None:
     assert 10 < len(index) < 24
     orders = []
     for seed, epoch, batch in ((0, 0, 0), (0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
-        some = train_lpo.shuffled(pairs, LPO(seed=seed), epoch, batch)
+        some = lpo_batches.shuffled(pairs, LPO(seed=seed), epoch, batch)
         keys = [next(i for i in index if torch.equal(pairs.winner[i], winner)) for winner in some.winner]
         assert sorted(keys) == index and torch.equal(some.t, pairs.t[keys])
         orders.append(keys)
-    none = train_lpo.shuffled(pairs._replace(valid=torch.zeros(24, dtype=torch.bool)), LPO(), 0, 0)
+    none = lpo_batches.shuffled(pairs._replace(valid=torch.zeros(24, dtype=torch.bool)), LPO(), 0, 0)
     assert len(none.t) == 0
     assert orders[0] == orders[1] and len({tuple(keys) for keys in [index, *orders]}) == 5
 
 
 def test_order_of_the_prompts() -> None:
-    orders = [train_lpo.order(LPO(seed=seed, batch_size=4), epoch, 10)
+    orders = [lpo_batches.order(LPO(seed=seed, batch_size=4), epoch, 10)
               for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))]
     assert [len(batch) for batch in orders[0]] == [4, 4, 2]
     flat = [torch.cat(batches).tolist() for batches in orders]
@@ -207,8 +209,8 @@ def test_batch_metrics() -> None:
     valid = torch.tensor([1, 1, 1, 0, 1, 1, 0, 1, 0, 0, 1, 1], dtype=torch.bool)
     blank = torch.zeros(12, *SHAPE)
     scores = torch.arange(6 * 3 * 2.0).view(6, 3, 2)
-    pairs = sample.Pairs(blank, blank, blank, t, t, valid)
-    row = train_lpo.batch_metrics(pairs, scores)
+    pairs = sampling.Pairs(blank, blank, blank, t, t, valid)
+    row = lpo_batches.batch_metrics(pairs, scores)
     n = scores.numel()
     assert row == {
         "preference_scores_mean": (n - 1) / 2, "preference_scores_std": pytest.approx(math.sqrt(n * (n + 1) / 12)),
@@ -219,8 +221,8 @@ def test_batch_metrics() -> None:
 
 def test_generate() -> None:
     fake, sched, index = Fake(), schedule.from_config(CONFIG, 6), torch.tensor([4, 9])
-    draw = sample.CounterNoise(SEED, EPOCH, index, SHAPE)
-    got = sample.generate(fake.predict, sched, draw, index, guidance=GUIDANCE)
+    draw = sampling.CounterNoise(SEED, EPOCH, index, SHAPE)
+    got = sampling.generate(fake.predict, sched, draw, index, guidance=GUIDANCE)
     assert len(fake.predicted) == 6 and got.shape == (2, *SHAPE)
     # Up to the last step it is a trajectory whose first candidate is always gone on from.
     expected = [slow(prompt, start=5, k=1)[0]["winner"] for prompt in (4, 9)]

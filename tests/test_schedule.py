@@ -7,8 +7,8 @@ import torch
 from conftest import CONFIGS
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from lpo_fast import schedule
 from lpo_fast.kernels.ddim_candidates import ddim_candidates
+from lpo_fast.method import schedule
 
 KINDS = ["epsilon", "v_prediction", "sample"]
 CONFIG = CONFIGS["scheduler"]

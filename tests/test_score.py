@@ -15,7 +15,10 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 from PIL import Image
 
-from lpo_fast import backbone, checkpoint, noise, preflight, score
+from lpo_fast import errors, score
+from lpo_fast.lrm import checkpoint
+from lpo_fast.method import noise
+from lpo_fast.models import texts
 from lpo_fast.score import Scorer
 
 PROMPTS = ["a red circle", "a blue square on a green background", "a red circle", "three cats", "a blue square"]
@@ -43,12 +46,12 @@ def plain(sd: Path, lrm: Path, pictures: list[Image.Image], prompts: list[str], 
           seed: int = 0) -> torch.Tensor:
     """The same scores picture by picture, with diffusers' VAE and DDPM scheduler."""
     model, vae = checkpoint.load_lrm(lrm, sd), AutoencoderKL.from_pretrained(sd, subfolder="vae")
-    tokenizers = backbone.load_tokenizers(sd, model.family)
+    tokenizers = texts.load_tokenizers(sd, model.family)
     ddpm, scores = DDPMScheduler.from_pretrained(sd, subfolder="scheduler"), []
     for row, (one, prompt) in enumerate(zip(pictures, prompts, strict=True)):
         pixels = torch.from_numpy(np.array(one)).permute(2, 0, 1)[None] / 127.5 - 1
         x0 = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
-        text = model.encode(backbone.tokenize(tokenizers, [prompt]), backbone.tokenize(tokenizers, [""]))
+        text = model.encode(texts.tokenize(tokenizers, [prompt]), texts.tokenize(tokenizers, [""]))
         z = noise.normal(seed, 0, torch.tensor([row]), t, draws, tuple(x0.shape[1:]))
         scores.append(sum(model.score(ddpm.add_noise(x0, n, torch.tensor([t])), torch.tensor([t]), text) for n in z) / draws)
     return torch.cat(scores)
@@ -66,7 +69,7 @@ def test_scores_are_those_of_plain_calls(tiny_sd, tiny_lrm, timestep, draws, see
 
 def test_sdxl_scores_are_those_of_plain_calls(tiny_sdxl, tmp_path):
     model = checkpoint.new_lrm(tiny_sdxl, generator=torch.Generator().manual_seed(1))
-    checkpoint.save_lrm(model, backbone.load_tokenizers(tiny_sdxl, model.family), tmp_path / "lrm")
+    checkpoint.save_lrm(model, texts.load_tokenizers(tiny_sdxl, model.family), tmp_path / "lrm")
     pictures = [picture(i) for i in range(2)]
     scores = Scorer(tmp_path / "lrm", base=tiny_sdxl)(pictures, PROMPTS[:2])
     torch.testing.assert_close(scores, plain(tiny_sdxl, tmp_path / "lrm", pictures, PROMPTS[:2], 1, 1), rtol=1e-5, atol=2e-5)
@@ -77,7 +80,7 @@ def test_the_resolution_of_its_training(name, tmp_path, request):
     """Is recorded for every family; pictures are resized to it, or to another that is asked for, and time ids say so."""
     base = request.getfixturevalue(name)
     model = checkpoint.new_lrm(base, generator=torch.Generator().manual_seed(1), resolution=32)
-    checkpoint.save_lrm(model, backbone.load_tokenizers(base, model.family), tmp_path / "lrm")
+    checkpoint.save_lrm(model, texts.load_tokenizers(base, model.family), tmp_path / "lrm")
     assert json.loads((tmp_path / "lrm" / "lrm.json").read_text())["resolution"] == 32
     shapes = []
     for resolution, size in ((0, 32), (16, 16)):
@@ -139,9 +142,9 @@ def test_pictures_are_turned_upright(scorer):
 
 def test_none_and_unequal_numbers(scorer):
     assert scorer([], []).shape == (0,)
-    with pytest.raises(preflight.InputError, match="2 pictures: come with 1 prompts"):
+    with pytest.raises(errors.InputError, match="2 pictures: come with 1 prompts"):
         scorer([picture(0)] * 2, ["a"])
-    with pytest.raises(preflight.InputError, match="picture 1: row 1 does not decode"):
+    with pytest.raises(errors.InputError, match="picture 1: row 1 does not decode"):
         scorer([picture(0), b"no picture"], "a")
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from test_data import BLUE, RED, plain, table
 
-from lpo_fast import data, pairs, score_table
+from lpo_fast import score_table
 from lpo_fast.config import LRM
+from lpo_fast.data import mpcf, preferences
 from lpo_fast.errors import InputError
 from lpo_fast.score_table import ScoreTable
 
@@ -76,9 +77,9 @@ def test_the_filter_takes_the_table(config: ScoreTable, scorers, tmp_path: Path,
     columns = {f"jpg_{i}": [plain((grey, 0, 0)) for grey in side] for i, side in enumerate(GREYS)}
     path = table(tmp_path / "k.parquet", list("abcde"), **columns, **keys)
     out = score_table.make(replace(config, pairs=str(path), clipscore="my_scorers:red", vqascore="my_scorers:red"))
-    scores = data.read_scores(str(out))
+    scores = mpcf.read_scores(str(out))
     assert (scores.keys is not None) == keyed
-    assert pairs.choose(pairs.read(str(path)), LRM(), scores).rows.tolist() == [2, 3, 4]
+    assert preferences.choose(preferences.read(str(path)), LRM(), scores).rows.tolist() == [2, 3, 4]
 
 
 def test_a_stopped_run_goes_on_after_its_last_row(config: ScoreTable, scorers) -> None:
@@ -103,7 +104,7 @@ def test_pictures_that_do_not_decode_and_pairs_not_judged_have_no_gaps(config: S
                  label_1=[0, 0, 0], has_label=[True, True, False])
     made = score_table.make(replace(config, pairs=str(path)))
     assert [row["aesthetic_gap"] for row in rows(made)] == ["nan", "2.55", "nan"]
-    assert data.mpcf(made, 3)[0].tolist() == []
+    assert mpcf.mpcf(made, 3)[0].tolist() == []
     with pytest.raises(InputError, match="pictures of 1 pairs do not decode, the first: rows 0"):
         score_table.make(replace(config, pairs=str(path), out=config.out + "2", max_corrupt=0))
 

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from lpo_fast import scorers
 from lpo_fast.errors import InputError
+from lpo_fast.evaluation import scorers
 
 SIZE, DIM = 16, 12
 PROMPTS = ["a red circle", "two blue squares on a green background", "three"]
@@ -67,7 +67,7 @@ def test_pickscore_and_clipscore(folder):
     assert scorers.resolve("clipscore")(pictures(), PROMPTS) == pytest.approx(cosines.tolist(), abs=1e-6)
     wanted = (cosines * model.logit_scale.exp()).tolist()
     assert model.logit_scale.item() == pytest.approx(1.7)
-    assert scorers.resolve("lpo_fast.scorers:pickscore")(pictures(), PROMPTS) == pytest.approx(wanted, abs=1e-5)
+    assert scorers.resolve("lpo_fast.evaluation.scorers:pickscore")(pictures(), PROMPTS) == pytest.approx(wanted, abs=1e-5)
     assert scorers.pickscore(pictures()[1:2], PROMPTS[1:2]) == pytest.approx(wanted[1:2], abs=1e-5)
 
 

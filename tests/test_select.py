@@ -8,7 +8,7 @@ from conftest import CONFIGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lpo_fast import schedule, select
+from lpo_fast.method import schedule, select
 
 CONFIG = CONFIGS["scheduler"]
 STEPS = [20, 7, 50, 3]

@@ -14,7 +14,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from test_data import encoded, table
 
-from lpo_fast import backbone, checkpoint, config, keeping, outputs, policy, train_lpo, train_lrm
+from lpo_fast import config, train_lpo, train_lrm
+from lpo_fast.lpo import checkpoints, judging
+from lpo_fast.lrm import checkpoint, selection
+from lpo_fast.models import texts
 from lpo_fast.shapes import world
 
 RATE, DECAY, VISUAL, TEXT = 1e-3, 0.3, "visual_projection.weight", "text_encoders.0"
@@ -55,7 +58,7 @@ def lrm(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
     def run(**changes) -> Run:
         out = train_lrm.train(replace(default, out=str(folder / str(len(list(folder.iterdir())))), **changes))
         row = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
-        return Run(row, checkpoint.load_lrm(out / keeping.FINAL).state_dict())
+        return Run(row, checkpoint.load_lrm(out / selection.FINAL).state_dict())
     return run
 
 
@@ -124,7 +127,7 @@ def lpo(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
     """lpo(**changes): a run of one prompt batch."""
     folder = tmp_path_factory.mktemp("lpo")
     reward = checkpoint.new_lrm(model, generator=torch.Generator().manual_seed(1))
-    checkpoint.save_lrm(reward, backbone.load_tokenizers(model, reward.family), folder / "reward")
+    checkpoint.save_lrm(reward, texts.load_tokenizers(model, reward.family), folder / "reward")
     (folder / "p.json").write_text(json.dumps(world.captions(held_out=False)[:2]))
     default = config.LPO(model=str(model), lrm=str(folder / "reward"), prompts=str(folder / "p.json"), epochs=1, batch_size=2,
                          num_steps=2, num_candidates=2, threshold_min=0.0, threshold_max=1e-6, pictures=0)
@@ -132,7 +135,7 @@ def lpo(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
     def run(**changes) -> Run:
         out = train_lpo.train(replace(default, out=str(folder / str(len(list(folder.iterdir())))), **changes))
         rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-        return Run(next(rows), torch.load(out / "checkpoint_0" / outputs.OPTIMIZER)["param_groups"][0])
+        return Run(next(rows), torch.load(out / "checkpoint_0" / checkpoints.OPTIMIZER)["param_groups"][0])
     return run
 
 
@@ -171,8 +174,8 @@ def test_lpo(name: str, lpo: Callable[..., Run], aligned: Run) -> None:
 def test_the_reward_model_is_told_the_resolution(tiny_sdxl: Path, tmp_path: Path) -> None:
     """SDXL's time ids."""
     reward = checkpoint.new_lrm(tiny_sdxl, generator=torch.Generator().manual_seed(1))
-    checkpoint.save_lrm(reward, backbone.load_tokenizers(tiny_sdxl, reward.family), tmp_path / "reward")
+    checkpoint.save_lrm(reward, texts.load_tokenizers(tiny_sdxl, reward.family), tmp_path / "reward")
     for resolution, pixels in ((0, 16), (32, 32)):
-        judge = policy.load_score(config.LPO(model=str(tiny_sdxl), lrm=str(tmp_path / "reward"), resolution=resolution), ["a"],
+        judge = judging.load_score(config.LPO(model=str(tiny_sdxl), lrm=str(tmp_path / "reward"), resolution=resolution), ["a"],
                                   torch.device("cpu"))
         assert judge.lrm.sizes.tolist() == [[pixels, pixels, 0, 0, pixels, pixels]]

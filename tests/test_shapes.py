@@ -8,8 +8,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from lpo_fast import checkpoint, config
+from lpo_fast import config
 from lpo_fast.config import Demo
+from lpo_fast.lrm import checkpoint
 from lpo_fast.shapes import PIPELINE, evaluate, pretrain, world
 
 

@@ -11,7 +11,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from test_ranks import STEPS, processes
 
-from lpo_fast import checkpoint, config, train_lpo
+from lpo_fast import config, train_lpo
+from lpo_fast.run import states
 from lpo_fast.shapes import world
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -19,20 +20,20 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 # Of all weights; the policy also draws between the steps, as in sampling, and after the last one.
 WHOLE_STEPS = STEPS
 for old, new in (
-    ('checkpoint.add_lora(unet, 2, 2, ("to_q", "to_out.0"), 0)\nunet.double()', "unet.double()"),
+    ('loras.add_lora(unet, 2, 2, ("to_q", "to_out.0"), 0)\nunet.double()', "unet.double()"),
     ("config = LPO(", 'policy = Policy(unet, text, None, full=True, sharded=True)\nconfig = LPO(max_grad_norm=0.01, '),
-    ("    row = train_lpo", """    with torch.no_grad():
+    ("    row = steps", """    with torch.no_grad():
         policy.predict(pairs.x_t, pairs.t, pairs.prompt)
-    row = train_lpo"""),
+    row = steps"""),
     ("Policy(unet, text, None, full=False)", "policy"),
-    ("    torch.save((checkpoint.Trained(unet).state_dict(), row), out)", "    torch.save((state, row), out)"),
-    ("ranks.wait()", """with torch.no_grad():
+    ("    torch.save((states.Trained(unet).state_dict(), row), out)", "    torch.save((state, row), out)"),
+    ("distributed.wait()", """with torch.no_grad():
     outputs = {"policy": policy.predict(pairs.x_t, pairs.t, pairs.prompt),
                "reference": policy.reference(pairs.x_t, pairs.t, pairs.prompt)}
-state = shard.whole(checkpoint.Trained(unet).state_dict()) | outputs
+state = sharding.whole(states.Trained(unet).state_dict()) | outputs
 held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for network in (unet, policy.frozen) for p in network.parameters())
 row["held"] = held / 2 / sum(p.numel() for p in unet.parameters())"""),
-    ("import checkpoint, ranks,", "import checkpoint, ranks, shard,"),
+    ("models import loras", "models import loras, sharding"),
 ):
     assert WHOLE_STEPS.count(old) == 1, old
     WHOLE_STEPS = WHOLE_STEPS.replace(old, new)
@@ -60,23 +61,25 @@ def test_equal_global_batches_give_equal_weights(tiny_sd: Path, tmp_path: Path) 
 RUNS = """
 import os, signal, sys
 from dataclasses import replace
-from lpo_fast import config, ranks, train_lpo
+from lpo_fast.lpo import steps
+from lpo_fast.system import distributed
+from lpo_fast import train_lpo
 from test_shard import settings
 out = sys.argv[1]
 settings = replace(settings(*sys.argv[2:]), shard=True)
 train_lpo.train(replace(settings, out=f"{out}/whole"))
-step, count = train_lpo.train_step, []
+step, count = steps.train_step, []
 def stops(*arguments):
     count.append(1)
-    if len(count) == 2 and ranks.index() == 1:
+    if len(count) == 2 and distributed.index() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     return step(*arguments)
-train_lpo.train_step = stops
+steps.train_step = stops
 try:
     train_lpo.train(replace(settings, out=f"{out}/stopped"))
 except SystemExit as stopped:
     assert stopped.code == 143
-train_lpo.train_step = step
+steps.train_step = step
 train_lpo.train(replace(settings, out=f"{out}/stopped", resume=True))
 train_lpo.train(replace(settings, out=f"{out}/average", ema_decay=0.5, max_batches=1))
 train_lpo.train(replace(settings, out=f"{out}/average", ema_decay=0.5, resume=True))
@@ -130,7 +133,7 @@ def test_the_run_of_one_process(cut: tuple, tmp_path: Path) -> None:
         assert config_file.read_bytes() == (one / config_file.relative_to(whole)).read_bytes()
     UNet2DConditionModel.from_pretrained(whole / "unet")
     assert {p.name for p in (one / "pictures").iterdir()} == {p.name for p in (whole / "pictures").iterdir()}
-    a, b = (torch.load(run / checkpoint.STATE, weights_only=True) for run in (one, whole))
+    a, b = (torch.load(run / states.STATE, weights_only=True) for run in (one, whole))
     assert all(torch.allclose(a["weights"][name], b["weights"][name], atol=1e-4) for name in a["weights"])
     moments = [run["optimizer"]["state"][0]["exp_avg"] for run in (a, b)]
     assert moments[0].shape == moments[1].shape == next(iter(a["weights"].values())).shape

@@ -10,7 +10,8 @@ import pytest
 from test_data import BLUE, RED, columns, table
 from test_pairs import GREEN, colours, dataset
 
-from lpo_fast import pairs
+from lpo_fast.data import dataset as data_dataset
+from lpo_fast.data import preferences
 from lpo_fast.errors import InputError
 
 
@@ -30,10 +31,10 @@ def test_a_directory_as_on_the_hub_has_splits(tmp_path: Path, folder: str) -> No
     for name, captions in (("train-00000-of-00002-f39d", ["a"]), ("train-00001-of-00002-0b1e", ["b"]),
                            ("validation_unique-00000-of-00001", ["c"])):
         table(tmp_path / folder / f"{name}.parquet", captions)
-    assert pairs.read(str(tmp_path), split="train").captions == ["a", "b"]
-    assert pairs.read(str(tmp_path), split="validation_unique").captions == ["c"]
+    assert preferences.read(str(tmp_path), split="train").captions == ["a", "b"]
+    assert preferences.read(str(tmp_path), split="validation_unique").captions == ["c"]
     with pytest.raises(InputError, match="no split of .*, which has train, validation_unique") as caught:
-        pairs.read(str(tmp_path), "--validation-pairs", split="test")
+        preferences.read(str(tmp_path), "--validation-pairs", split="test")
     assert caught.value.key == "--validation-split" and caught.value.value == "test"
 
 
@@ -42,8 +43,8 @@ def test_a_directory_as_on_the_hub_has_splits(tmp_path: Path, folder: str) -> No
 def test_files_are_named_for_splits(tmp_path: Path, names: tuple[str, ...]) -> None:
     for name in names:
         table(tmp_path / f"{name}.parquet", [name])
-    assert pairs.read(str(tmp_path), split="train").captions == [name for name in names if name.startswith("train")]
-    assert pairs.read(str(tmp_path), split=names[-1].partition("-")[0]).captions == [names[-1]]
+    assert preferences.read(str(tmp_path), split="train").captions == [name for name in names if name.startswith("train")]
+    assert preferences.read(str(tmp_path), split=names[-1].partition("-")[0]).captions == [names[-1]]
 
 
 @pytest.mark.parametrize("names, stray", [
@@ -54,14 +55,14 @@ def test_a_stray_file_among_splits(tmp_path: Path, names: tuple[str, str], stray
         table(tmp_path / f"{name}.parquet", [name])
     for split in ("train", "validation"):
         with pytest.raises(InputError, match=f"named for splits .*, others are not: {stray}"):
-            pairs.read(str(tmp_path), split=split)
-    assert len(pairs.read(str(tmp_path))) == 2  # no split is asked for
+            preferences.read(str(tmp_path), split=split)
+    assert len(preferences.read(str(tmp_path))) == 2  # no split is asked for
 
 
 def test_a_directory_without_the_split(tmp_path: Path) -> None:
     table(tmp_path / "train.parquet", ["a"])
     with pytest.raises(InputError, match="--validation-split validation_unique: no split of .*, which has train"):
-        pairs.read(str(tmp_path), "--validation-pairs", split="validation_unique")
+        preferences.read(str(tmp_path), "--validation-pairs", split="validation_unique")
 
 
 def test_names_with_the_signs_of_patterns(tmp_path: Path) -> None:
@@ -81,13 +82,13 @@ def test_a_file_changed_within_its_time_is_read_anew(tmp_path: Path) -> None:
 
 def test_a_conversion_that_lost_rows(tmp_path: Path) -> None:
     file = table(tmp_path / "p.parquet", ["a", "b"])
-    pairs.read(str(file), cache_dir=str(tmp_path / "c")).source.open("jpg_0")
+    preferences.read(str(file), cache_dir=str(tmp_path / "c")).source.open("jpg_0")
     (made,) = (tmp_path / "c" / "lpo_fast").glob("[!.]*.arrow")
     column = pa.ipc.open_stream(made.read_bytes()).read_all()
     with pa.OSFile(str(made), "wb") as out, pa.ipc.new_stream(out, column.schema) as stream:
         stream.write_table(column[:1])
     with pytest.raises(InputError, match="has 1 rows, not 2: remove it"):
-        pairs.read(str(file), cache_dir=str(tmp_path / "c")).source.open("jpg_0")
+        preferences.read(str(file), cache_dir=str(tmp_path / "c")).source.open("jpg_0")
 
 
 def test_many_files_in_their_order(tmp_path: Path) -> None:
@@ -118,24 +119,24 @@ def stored(path: Path, kind: str, rows: dict) -> str:
 def test_a_directory_of_datasets(tmp_path: Path, kind: str) -> None:
     rows = columns(["a", "b", "a"], jpg_0=[RED, GREEN, BLUE]) | {"extra": [0, 1, 2]}
     path = stored(tmp_path / "d", kind, rows)
-    made = pairs.PairDataset(pairs.read(path, split="train"), 8)
+    made = data_dataset.PairDataset(preferences.read(path, split="train"), 8)
     assert made.pairs.captions == ["a", "b", "a"] and [colours(made[i]) for i in range(3)] == ["rb", "gb", "bb"]
-    pairs.check_pictures(made.pairs)
+    data_dataset.check_pictures(made.pairs)
     copy = pickle.loads(pickle.dumps(made))  # as worker processes get it
     assert colours(copy[1]) == "gb" and len(pickle.dumps(made)) < 20_000
     if kind != "plain":
-        held = pairs.PairDataset(pairs.read(path, split="held"), 8)
+        held = data_dataset.PairDataset(preferences.read(path, split="held"), 8)
         assert held.pairs.captions == ["b"] and colours(held[0]) == "gb"
         with pytest.raises(InputError, match="--train-split .*no split of .*, which has train, held"):
-            pairs.read(path, split="validation_unique")
+            preferences.read(path, split="validation_unique")
 
 
 def test_a_name_that_is_no_path_is_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, asked = datasets.Dataset.from_dict(columns(["a", "b"]) | {"extra": [0, 1]}), []
     monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: asked.append((name, options)) or made)
-    assert pairs.read("owner/name", split="train", cache_dir="c").captions == ["a", "b"]
+    assert preferences.read("owner/name", split="train", cache_dir="c").captions == ["a", "b"]
     assert asked == [("owner/name", {"split": "train", "cache_dir": "c"})]
     monkeypatch.undo()
     with pytest.raises(InputError, match="is no file or directory, and cannot be loaded as a data set") as caught:
-        pairs.read("owner/name", cache_dir=str(tmp_path))  # the tests are offline
+        preferences.read("owner/name", cache_dir=str(tmp_path))  # the tests are offline
     assert caught.value.key == "--pairs" and caught.value.remedy

@@ -13,9 +13,11 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lpo_fast import backbone, checkpoint, speed
 from lpo_fast.errors import InputError
-from lpo_fast.reward import LatentRewardModel
+from lpo_fast.lrm import checkpoint
+from lpo_fast.lrm.reward import LatentRewardModel
+from lpo_fast.models import attention, denoisers, texts
+from lpo_fast.run import optimization
 
 SETTINGS = {"lr": 0.01, "weight_decay": 0.1}
 ADAM = {"betas": (0.9, 0.99), "eps": 1e-8}
@@ -25,7 +27,7 @@ def stepped(name: str, start: torch.Tensor, grads: list[torch.Tensor], **adam) -
     """The parameter after a step with each gradient."""
     p = nn.Parameter(start.clone())
     frozen = nn.Parameter(torch.ones(3), requires_grad=False)
-    optimizer = speed.optimizer(name, [p, frozen], **SETTINGS, **adam)
+    optimizer = optimization.optimizer(name, [p, frozen], **SETTINGS, **adam)
     assert [q for group in optimizer.param_groups for q in group["params"]] == [p]
     for grad in grads:
         p.grad = grad.clone()
@@ -62,7 +64,7 @@ def test_the_8_bit_optimizers_hold_8_bits(problem) -> None:
     pytest.importorskip("bitsandbytes")
     for name in ("adamw8bit", "paged_adamw8bit"):
         p = nn.Parameter(problem[0].clone())
-        optimizer = speed.optimizer(name, [p], **SETTINGS)
+        optimizer = optimization.optimizer(name, [p], **SETTINGS)
         p.grad = problem[1][0]
         optimizer.step()
         assert optimizer.state[p]["state1"].dtype == torch.uint8 and optimizer.is_paged == name.startswith("paged")
@@ -84,33 +86,33 @@ def test_adafactor(problem) -> None:
 
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "find_spec", lambda name: None if name == "bitsandbytes" else name)
+    monkeypatch.setattr(optimization, "find_spec", lambda name: None if name == "bitsandbytes" else name)
     for name in ("adamw8bit", "paged_adamw8bit"):
         with pytest.raises(InputError, match="bitsandbytes is not installed") as caught:
-            speed.optimizer(name, [nn.Parameter(torch.zeros(1))], **SETTINGS)
+            optimization.optimizer(name, [nn.Parameter(torch.zeros(1))], **SETTINGS)
         assert caught.value.key == "--optimizer" and "pip install bitsandbytes" in caught.value.remedy
-    speed.check_optimizer("adamw")
+    optimization.check_optimizer("adamw")
 
 
 @pytest.mark.parametrize("warmup", ["log", "linear"])
 def test_warm_up_and_decay(warmup: str) -> None:
     """DeepSpeed's logarithmic warm-up lr·ln(k+1)/ln(steps) or a linear one; then linearly to 0 at max_steps."""
-    factor = speed.learning_rate(warmup, 500, 4000)
+    factor = optimization.learning_rate(warmup, 500, 4000)
     for k in (0, 1, 10, 250, 499):
         expected = math.log(k + 1) / math.log(500) if warmup == "log" else (k + 1) / 500
         assert factor(k) == pytest.approx(expected, abs=1e-6)
     assert factor(499) == pytest.approx(1.0)
     for k in (500, 1000, 2250, 3999, 4000, 5000):
         assert factor(k) == pytest.approx(max(4000 - k, 0) / 3500)
-    assert speed.learning_rate(warmup, 0, 10)(0) == 1.0
-    assert speed.learning_rate("log", 1, 10)(0) == 0.0  # ln 1
+    assert optimization.learning_rate(warmup, 0, 10)(0) == 1.0
+    assert optimization.learning_rate("log", 1, 10)(0) == 0.0  # ln 1
 
 
 def test_up_blocks_are_never_in_the_optimizer(tiny_sd: Path, tiny_lrm: Path) -> None:
     names = set(UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet").state_dict())
     for lrm in (checkpoint.new_lrm(tiny_sd, generator=torch.Generator()), checkpoint.load_lrm(tiny_lrm)):
         lrm.requires_grad_(True)
-        optimizer = speed.optimizer("adamw", lrm.parameters(), **SETTINGS)
+        optimizer = optimization.optimizer("adamw", lrm.parameters(), **SETTINGS)
         known = {p: name for name, p in lrm.named_parameters()}
         inside = {known[p] for group in optimizer.param_groups for p in group["params"]}
         denoiser = {name.removeprefix("unet.") for name in inside if name.startswith("unet.")}
@@ -119,21 +121,21 @@ def test_up_blocks_are_never_in_the_optimizer(tiny_sd: Path, tiny_lrm: Path) -> 
 
 
 def test_attention(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unet = backbone.load_unet(tiny_sd).eval()
+    unet = denoisers.load_unet(tiny_sd).eval()
     x = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 16, 16)
     unet.set_default_attn_processor()
     plain = unet(*x).sample
-    speed.attention(unet, "sdpa")
+    attention.attention(unet, "sdpa")
     assert {type(p) for p in unet.attn_processors.values()} == {AttnProcessor2_0}
     assert torch.allclose(unet(*x).sample, plain, atol=1e-5)
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="needs a CUDA GPU") as caught:
-            speed.attention(unet, "xformers")
+            attention.attention(unet, "xformers")
         assert caught.value.key == "--attention" and "sdpa" in caught.value.remedy
-    monkeypatch.setattr(speed, "find_spec", lambda _: None)
+    monkeypatch.setattr(optimization, "find_spec", lambda _: None)
     with pytest.raises(InputError, match="is not installed"):
-        speed.check_attention("xformers")
-    speed.check_attention("sdpa")
+        attention.check_attention("xformers")
+    attention.check_attention("sdpa")
 
 
 def test_an_xformers_built_for_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,15 +143,15 @@ def test_an_xformers_built_for_something_else(monkeypatch: pytest.MonkeyPatch) -
         raise NotImplementedError("No operator found for `memory_efficient_attention_forward` with inputs:\nmore")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))  # there is no such device
-    monkeypatch.setattr(speed, "find_spec", lambda name: name)
+    monkeypatch.setattr(optimization, "find_spec", lambda name: name)
     ops = ModuleType("xformers.ops")
     ops.memory_efficient_attention = broken
     monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
     with pytest.raises(InputError, match=r"does not run here \(No operator found .* inputs:\)"):
-        speed.check_attention("xformers")
+        attention.check_attention("xformers")
     ops.memory_efficient_attention = lambda *_: None
-    speed.check_attention("xformers")
+    attention.check_attention("xformers")
 
 
 class Operations(TorchDispatchMode):
@@ -170,15 +172,15 @@ def test_checkpointing_recomputes_and_keeps_gradients(tiny_sd: Path, tiny_lrm: P
     grads, counts = [], []
     for how in ("none", "selective", "full"):
         lrm: LatentRewardModel | None = checkpoint.load_lrm(tiny_lrm) if reward else None
-        unet = (lrm.unet if reward else backbone.load_unet(tiny_sd)).eval().requires_grad_(True)
-        speed.attention(unet, "sdpa")
-        speed.checkpointing(unet, how)
+        unet = (lrm.unet if reward else denoisers.load_unet(tiny_sd)).eval().requires_grad_(True)
+        attention.attention(unet, "sdpa")
+        attention.checkpointing(unet, how)
         generator = torch.Generator().manual_seed(2)
         x, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 16, 16, generator=generator)
         with Operations() as operations:
             if reward:
-                text = backbone.Text(context, torch.randn(2, 16, generator=generator))
-                stages, mid = backbone.down_mid(unet, x, torch.tensor([5, 500]), text, None)
+                text = texts.Text(context, torch.randn(2, 16, generator=generator))
+                stages, mid = denoisers.down_mid(unet, x, torch.tensor([5, 500]), text, None)
                 loss = sum(s.square().mean() for s in [*stages, mid])
             else:
                 loss = unet(x, torch.tensor([5, 500]), context).sample.square().mean()

@@ -9,7 +9,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lpo_fast import checkpoint, launch, policy, surgery
+from lpo_fast.models import fused_norms, loras
+from lpo_fast.system import launch
 
 FAMILIES = {"sd15": two_stages("unet_sd15"), "sdxl": two_stages("unet_sdxl"),
             "sd21": two_stages("unet_sd15", use_linear_projection=True, attention_head_dim=[1, 2])}
@@ -42,8 +43,8 @@ def norms(unet: nn.Module) -> int:
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 def test_outputs_and_gradients(config: dict, kernels) -> None:
     plain, fused = denoiser(config), denoiser(config)
-    assert surgery.fuse_norms(fused) == norms(plain) > 10
-    assert surgery.fuse_norms(fused) == 0  # nothing is fused twice
+    assert fused_norms.fuse_norms(fused) == norms(plain) > 10
+    assert fused_norms.fuse_norms(fused) == 0  # nothing is fused twice
     arguments = inputs(plain)
     expected, got = output(plain, *arguments), output(fused, *arguments)
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
@@ -63,7 +64,7 @@ def test_every_norm_is_a_kernel_and_no_map_is_copied_for_it(config: dict) -> Non
             return function(*args, **(kwargs or {}))
 
     unet = denoiser(config)
-    count = surgery.fuse_norms(unet)
+    count = fused_norms.fuse_norms(unet)
     with torch.no_grad(), launch.recording() as launches, Norms() as seen:
         output(unet, *inputs(unet))
     assert len(launches) == 2 * count and seen.native == 0
@@ -74,13 +75,13 @@ def test_what_is_no_plain_block_stays(kernels) -> None:
     arguments, before = inputs(unet), norms(unet)
     expected = output(unet, *arguments)
     resnets = sum(type(module).__name__ == "ResnetBlock2D" for module in unet.modules())
-    assert surgery.fuse_norms(unet) == before - 2 * resnets
+    assert fused_norms.fuse_norms(unet) == before - 2 * resnets
     assert torch.allclose(output(unet, *arguments), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_copies_files_and_adapters(tmp_path, kernels) -> None:
     plain, fused = denoiser(FAMILIES["sd15"]), denoiser(FAMILIES["sd15"])
-    surgery.fuse_norms(fused)
+    fused_norms.fuse_norms(fused)
     assert list(plain.state_dict()) == list(fused.state_dict())
     arguments = inputs(plain)
     expected = output(fused, *arguments)
@@ -88,18 +89,18 @@ def test_weights_copies_files_and_adapters(tmp_path, kernels) -> None:
     fused.save_pretrained(tmp_path)
     loaded = UNet2DConditionModel.from_pretrained(tmp_path).to(DEVICE)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), plain.parameters(), strict=True))
-    checkpoint.add_lora(fused, 2, 2, ("to_q", "to_out.0"), 0)
-    for parameter in policy.trainable(fused):
+    loras.add_lora(fused, 2, 2, ("to_q", "to_out.0"), 0)
+    for parameter in loras.trainable(fused):
         nn.init.ones_(parameter)
     assert not torch.allclose(output(fused, *arguments), expected, rtol=1e-2)
-    with policy.adapters_off(policy.adapters(fused)):
+    with loras.adapters_off(loras.adapters(fused)):
         assert torch.equal(output(fused, *arguments), expected)
 
 
 def test_one_graph(kernels) -> None:
     torch._dynamo.reset()
     unet = denoiser(FAMILIES["sd15"])
-    surgery.fuse_norms(unet)
+    fused_norms.fuse_norms(unet)
     arguments = inputs(unet)
     compiled = torch.compile(unet, fullgraph=True, dynamic=False, backend="aot_eager")
     assert torch.allclose(output(compiled, *arguments), output(unet, *arguments), rtol=1e-5, atol=1e-6)

@@ -14,20 +14,15 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from lpo_fast import (
-    backbone,
-    checkpoint,
-    config,
-    keeping,
-    policy,
-    preflight,
-    sample,
-    select,
-    train,
-    train_lpo,
-    train_lrm,
-)
-from lpo_fast.sample import CounterNoise
+from lpo_fast import config, errors, train, train_lpo, train_lrm
+from lpo_fast.lpo import judging, policies
+from lpo_fast.lpo import sampling as lpo_sampling
+from lpo_fast.lpo.sampling import CounterNoise
+from lpo_fast.lrm import checkpoint, selection
+from lpo_fast.lrm import steps as lrm_steps
+from lpo_fast.method import select
+from lpo_fast.models import loras, texts
+from lpo_fast.run import states
 from lpo_fast.shapes import PIPELINE, evaluate, world
 
 OFFICIAL = {"epoch", "global_step", "train_loss", "train_ratio_win", "train_ratio_lose", "train_win_prob_policy",
@@ -57,7 +52,7 @@ def lrm_run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def lrm(lrm_run) -> Path:
-    return lrm_run / keeping.FINAL
+    return lrm_run / selection.FINAL
 
 
 @pytest.fixture
@@ -77,7 +72,7 @@ def test_lrm_run_directory(lrm_run):
     assert last["accuracy"] == last["accuracy_by_timestep"]["1"] and len(last["accuracy_by_timestep"]) == 20
     assert (lrm_run / "report.html").is_file() and (lrm_run / "config.json").is_file()
     best = max(during, key=lambda row: (row["accuracy"], row["global_step"]))
-    stage = json.loads((lrm_run / keeping.FINAL / "training_stage.json").read_text())
+    stage = json.loads((lrm_run / selection.FINAL / "training_stage.json").read_text())
     assert stage["global_step"] == best["global_step"] == last["checkpoint"] and best["accuracy"] == last["accuracy"]
     assert len(list(lrm_run.glob("checkpoint-gstep*"))) == 1
 
@@ -96,7 +91,7 @@ def test_lrm_resume_is_exact(tmp_path, lrm_run, monkeypatch):
     class Stop(Exception):
         pass
 
-    step = train_lrm.train_step
+    step = lrm_steps.train_step
 
     def killed(*args):
         steps.append(args[3])
@@ -104,13 +99,13 @@ def test_lrm_resume_is_exact(tmp_path, lrm_run, monkeypatch):
             raise Stop  # after the state of step 3
         return step(*args)
 
-    monkeypatch.setattr(train_lrm, "train_step", killed)
+    monkeypatch.setattr(lrm_steps, "train_step", killed)
     with pytest.raises(Stop):
         train_lrm.train(whole)
     train_lrm.train(replace(whole, resume=True))
     assert steps == [0, 1, 2, 3, 4, 3, 4, 5]
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (lrm_run / "metrics.jsonl").read_bytes()
-    first, second = (checkpoint.load_lrm(run / keeping.FINAL) for run in (lrm_run, tmp_path / "run"))
+    first, second = (checkpoint.load_lrm(run / selection.FINAL) for run in (lrm_run, tmp_path / "run"))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
@@ -133,7 +128,7 @@ def test_lpo_run_directory_and_official_names(settings):
 def test_same_seed_same_bytes(settings, tmp_path):
     runs = [train_lpo.train(replace(settings, out=str(tmp_path / name))) for name in "ab"]
     assert (runs[0] / "metrics.jsonl").read_bytes() == (runs[1] / "metrics.jsonl").read_bytes()
-    weights = [checkpoint.read_lora(run) for run in runs]
+    weights = [loras.read_lora(run) for run in runs]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -147,7 +142,7 @@ def test_resume_is_exact(settings, tmp_path):
     train_lpo.train(replace(part, max_batches=5, resume=True))
     assert len(rows(tmp_path / "part", "batch")) == 5
     assert (whole / "metrics.jsonl").read_bytes() == (tmp_path / "part" / "metrics.jsonl").read_bytes()
-    first, second = checkpoint.read_lora(whole), checkpoint.read_lora(tmp_path / "part")
+    first, second = loras.read_lora(whole), loras.read_lora(tmp_path / "part")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -155,19 +150,19 @@ def test_prompt_batches_of_any_size_give_the_same_pairs(settings):
     """At learning rate 0 nothing but rounding depends on how prompts are split into batches."""
     captions = world.captions(held_out=False)[:20]
     device = torch.device("cpu")
-    model, sched = policy.load(settings, captions, device)
-    score = policy.load_score(settings, captions, device)
+    model, sched = policies.load(settings, captions, device)
+    score = judging.load_score(settings, captions, device)
     gap = select.gaps(sched, "sigma", 0.0, 0.001)
     shape = (4, 8, 8)
 
-    def pairs(size: int) -> tuple[sample.Pairs, torch.Tensor]:
+    def pairs(size: int) -> tuple[lpo_sampling.Pairs, torch.Tensor]:
         made = []
         for index in torch.arange(20).split(size):
             draw = CounterNoise(7, 3, index, shape)
-            made.append(sample.trajectory(model.predict, score, sched, gap, draw, index, guidance=3.0, num_candidates=3))
+            made.append(lpo_sampling.trajectory(model.predict, score, sched, gap, draw, index, guidance=3.0, num_candidates=3))
         steps = len(sched.timesteps)
-        parts = [sample.Pairs(*(f.view(steps, -1, *f.shape[1:]) for f in p)) for p, _ in made]
-        joined = sample.Pairs(*(torch.cat(field, 1).flatten(0, 1) for field in zip(*parts, strict=True)))
+        parts = [lpo_sampling.Pairs(*(f.view(steps, -1, *f.shape[1:]) for f in p)) for p, _ in made]
+        joined = lpo_sampling.Pairs(*(torch.cat(field, 1).flatten(0, 1) for field in zip(*parts, strict=True)))
         return joined, torch.cat([s for _, s in made], 2)
 
     whole, scores = pairs(20)
@@ -191,9 +186,9 @@ def test_exported_lora_draws_the_same_pictures_in_diffusers(settings, alpha):
     pipe.load_lora_weights(out)
     x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([301, 301])
     captions = world.captions(held_out=False)[:2]
-    resumed, _ = policy.load(replace(settings, rank=6, alpha=alpha, lora=str(out)), captions, torch.device("cpu"))
+    resumed, _ = policies.load(replace(settings, rank=6, alpha=alpha, lora=str(out)), captions, torch.device("cpu"))
     with torch.no_grad():
-        context = pipe.text_encoder(backbone.tokenize([pipe.tokenizer], captions)[0]).last_hidden_state
+        context = pipe.text_encoder(texts.tokenize([pipe.tokenizer], captions)[0]).last_hidden_state
         theirs = pipe.unet(x, t, context).sample
         ours = resumed.predict(x, t, torch.arange(2)).chunk(2)[1]
         base = resumed.reference(x, t, torch.arange(2)).chunk(2)[1]
@@ -234,7 +229,7 @@ def test_accumulation_and_partial_batches_leave_the_step_unchanged(settings, tmp
 
 def test_one_policy_and_one_reference_evaluation_a_pair(settings, monkeypatch):
     sizes = {"policy": 0, "reference": 0}
-    evaluate_ = policy.Policy._evaluate
+    evaluate_ = policies.Policy._evaluate
 
     def count(self, unet, x_t, t, prompts):
         if unet.training is False and torch.is_grad_enabled():
@@ -242,7 +237,7 @@ def test_one_policy_and_one_reference_evaluation_a_pair(settings, monkeypatch):
         elif any(getattr(m, "_disable_adapters", False) is True for m in unet.modules()):
             sizes["reference"] += len(x_t)
         return evaluate_(self, unet, x_t, t, prompts)
-    monkeypatch.setattr(policy.Policy, "_evaluate", count)
+    monkeypatch.setattr(policies.Policy, "_evaluate", count)
     out = train_lpo.train(replace(settings, pictures=0))
     padded = 5 * len(rows(out, "train"))
     assert sizes == {"policy": padded, "reference": padded}
@@ -250,16 +245,16 @@ def test_one_policy_and_one_reference_evaluation_a_pair(settings, monkeypatch):
 
 def test_text_encoders_never_run_inside_the_loop(settings, monkeypatch):
     calls = []
-    encode = backbone.encode
-    monkeypatch.setattr(backbone, "encode", lambda *a: calls.append(sampling) or encode(*a))
+    encode = texts.encode
+    monkeypatch.setattr(texts, "encode", lambda *a: calls.append(sampling) or encode(*a))
     sampling = False
-    trajectory = sample.trajectory
+    trajectory = lpo_sampling.trajectory
 
     def inside(*args, **kwargs):
         nonlocal sampling
         sampling = True
         return trajectory(*args, **kwargs)
-    monkeypatch.setattr(sample, "trajectory", inside)
+    monkeypatch.setattr(lpo_sampling, "trajectory", inside)
     train_lpo.train(replace(settings, pictures=0))
     assert calls and not any(calls)
 
@@ -273,13 +268,13 @@ def test_trackers_write_and_a_missing_one_only_warns(settings, tmp_path, capsys)
     assert list(out.rglob("events.out.tfevents*"))
     train_lpo.train(replace(settings, log_with="aim", out=str(tmp_path / "b"), pictures=0))
     assert "warning: --log-with aim" in capsys.readouterr().err
-    with pytest.raises(preflight.InputError, match="--log-with nonesuch: no such tracker"):
+    with pytest.raises(errors.InputError, match="--log-with nonesuch: no such tracker"):
         train_lpo.train(replace(settings, log_with="nonesuch", out=str(tmp_path / "c"), pictures=0))
 
 
 def test_a_directory_with_something_else_is_refused(settings, tmp_path):
     model = Path(shutil.copytree(PIPELINE, tmp_path / "model"))
-    with pytest.raises(preflight.InputError, match="--out .*: holds something else than a run"):
+    with pytest.raises(errors.InputError, match="--out .*: holds something else than a run"):
         train_lpo.train(replace(settings, model=str(model), out=str(model)))
 
 
@@ -383,7 +378,7 @@ def test_a_signal_saves_and_stops(settings, number, tmp_path):
             break
     rest = process.stdout.read()
     assert process.wait(60) == 128 + number and "--resume" in rest
-    state = torch.load(Path(settings.out) / checkpoint.STATE, weights_only=True)
+    state = torch.load(Path(settings.out) / states.STATE, weights_only=True)
     assert 1 <= state["at"]["batch"] + 2 * state["at"]["epoch"] < 8
     assert train.main([*argv, "--resume"]) == 0
     assert train.main([*argv[:8], str(tmp_path / "whole"), *argv[9:]]) == 0
@@ -394,7 +389,7 @@ def test_a_resumed_run_keeps_its_settings(settings, capsys):
     out = train_lpo.train(replace(settings, pictures=0))
     recorded = (out / "config.json").read_bytes()
     for change in ({"seed": 1}, {"learning_rate": 1.0}, {"num_candidates": 3}, {"rank": 3}):
-        with pytest.raises(preflight.InputError, match=next(iter(change)).replace("_", "-")):
+        with pytest.raises(errors.InputError, match=next(iter(change)).replace("_", "-")):
             train_lpo.train(replace(settings, pictures=0, resume=True, **change))
     assert (out / "config.json").read_bytes() == recorded
 
@@ -415,12 +410,12 @@ def test_mixed_precision_trains_float32_parameters(settings, precision, full):
     first = rows(out, "train")[0]  # policy and reference take the same path, so the ratio is 1 in any precision
     assert first["train_ratio_win"] == first["train_ratio_lose"] == 1.0
     if not full:
-        assert {t.dtype for t in checkpoint.read_lora(out).values()} == {torch.float32}
+        assert {t.dtype for t in loras.read_lora(out).values()} == {torch.float32}
 
 
 def test_preflight_is_quick(settings):
     """Refusals come before models are loaded: no parameter is read for a bad prompt file."""
     start = time.perf_counter()
-    with pytest.raises(preflight.InputError):
+    with pytest.raises(errors.InputError):
         train_lpo.train(replace(settings, prompts="nowhere.json"))
     assert time.perf_counter() - start < 5 and not Path(settings.out).exists()

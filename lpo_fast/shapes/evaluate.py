@@ -22,11 +22,18 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lpo_fast import checkpoint, config, inputs, keeping, pairs, policy, preflight, runs, speed, train_lpo, train_lrm
+from lpo_fast import config, train_lpo, train_lrm
 from lpo_fast.config import LPO, Demo
+from lpo_fast.data import dataset, preferences
 from lpo_fast.errors import InputError
-from lpo_fast.sample import Score
+from lpo_fast.lpo import drawing, policies
+from lpo_fast.lpo.sampling import Score
+from lpo_fast.lrm import checkpoint, encoding, selection, validation
+from lpo_fast.models import loras
+from lpo_fast.preflight import models
+from lpo_fast.run import logs
 from lpo_fast.shapes import PIPELINE, world
+from lpo_fast.system import devices
 
 LRM_PAIRS, VALIDATION_PAIRS = 8000, 300
 PROMPT_COPIES = 8  # every training caption so often in the prompt file
@@ -55,17 +62,17 @@ def train_reward(out: Path, seed: int) -> Path:
     settings = replace(config.shapes().lrm, model=str(PIPELINE), out=str(out / "lrm"), seed=seed,
                        pairs=str(out / "pairs" / "train.parquet"), cache_dir=str(out / "pairs" / "arrow"),
                        validation_pairs=str(out / "pairs" / "validation.parquet"))
-    return train_lrm.train(settings) / keeping.FINAL
+    return train_lrm.train(settings) / selection.FINAL
 
 
 def reward_accuracy(out: Path, lrm: Path, seed: int) -> dict[str, object]:
     """The LRM's accuracy by timestep on pairs of the held-out combinations, as a row of its metrics."""
     write_pairs(out / "pairs" / "held_out.parquet", VALIDATION_PAIRS, seed, held_out=True)
-    model = checkpoint.load_lrm(lrm).to(speed.device())
-    encoder = inputs.Encoder(PIPELINE, model, seed, "no")
-    held_out = pairs.read(str(out / "pairs" / "held_out.parquet"), cache_dir=str(out / "pairs" / "arrow"))
-    loader = DataLoader(pairs.PairDataset(held_out, encoder.resolution), 100, collate_fn=pairs.collate)
-    shown = train_lrm.validate(model, encoder, loader, list(range(1, 1000, 50)))
+    model = checkpoint.load_lrm(lrm).to(devices.device())
+    encoder = encoding.Encoder(PIPELINE, model, seed, "no")
+    held_out = preferences.read(str(out / "pairs" / "held_out.parquet"), cache_dir=str(out / "pairs" / "arrow"))
+    loader = DataLoader(dataset.PairDataset(held_out, encoder.resolution), 100, collate_fn=dataset.collate)
+    shown = validation.validate(model, encoder, loader, list(range(1, 1000, 50)))
     return {"kind": "validation", "global_step": config.shapes().lrm.max_steps, "held_out": True, **shown}
 
 
@@ -94,10 +101,10 @@ def draw(lora: Path | None, n: int, seed: int) -> tuple[np.ndarray, list[str]]:
     """n pictures of held-out captions (in turn) by the base pipeline or with a LoRA, and their captions."""
     recipe = replace(config.shapes().lpo, model=str(PIPELINE), lora=str(lora or ""))
     captions = world.captions(held_out=True)
-    model, sched = policy.load(recipe, captions, speed.device())
+    model, sched = policies.load(recipe, captions, devices.device())
     shape = (model.unet.config.in_channels, *[model.unet.config.sample_size] * 2)
     index = torch.arange(n) % len(captions)
-    pictures = policy.pictures(model.predict, sched, PIPELINE, index, shape, guidance=recipe.guidance_scale,
+    pictures = drawing.pictures(model.predict, sched, PIPELINE, index, shape, guidance=recipe.guidance_scale,
                                seed=seed, batch=100)
     return pictures.numpy(), [captions[i] for i in index]
 
@@ -125,14 +132,14 @@ def evaluate(out: Path, before: np.ndarray, after: np.ndarray, captions: list[st
     was, now = world.right(before, captions), world.right(after, captions)
     result = {"captions": len(set(captions)), "n": n, "before": judge(before, captions), "after": judge(after, captions),
               "gained": int((now & ~was).sum()), "lost": int((was & ~now).sum())}
-    runs.write_json(out / "evaluation.json", result)
+    logs.write_json(out / "evaluation.json", result)
     folder = out / "pictures"
     folder.mkdir(exist_ok=True)
     shown = min(n, 48)
     for i in range(shown):
         Image.fromarray(before[i]).save(folder / f"{i:03d}_before.png")
         Image.fromarray(after[i]).save(folder / f"{i:03d}_after.png")
-    runs.write_json(folder / "captions.json", [
+    logs.write_json(folder / "captions.json", [
         {"caption": captions[i], "before_right": bool(was[i]), "after_right": bool(now[i])} for i in range(shown)])
     return result
 
@@ -146,17 +153,17 @@ def demo(options: Demo) -> tuple[dict[str, object], Path]:
         seconds[stage], start = time.perf_counter() - start, time.perf_counter()
 
     clear(out)
-    runs.write_json(out / MARK, asdict(options))
+    logs.write_json(out / MARK, asdict(options))
     lrm = train_reward(out, options.seed)
     lap("latent reward model")
     run = train_lpo.train(settings(out, lrm, options.seed))
     lap("preference optimization")
     before, captions = draw(None, options.pictures, options.seed)
-    after, _ = draw(run / checkpoint.LORA_DIFFUSERS, options.pictures, options.seed)
+    after, _ = draw(run / loras.LORA_DIFFUSERS, options.pictures, options.seed)
     result = evaluate(run, before, after, captions)
     lap("evaluation")
     result |= {"seconds": seconds}
-    runs.write_json(run / "evaluation.json", result)
+    logs.write_json(run / "evaluation.json", result)
     rows = (out / "lrm" / "metrics.jsonl").read_text() + json.dumps(reward_accuracy(out, lrm, options.seed)) + "\n"
     (run / "lrm").mkdir(exist_ok=True)
     (run / "lrm" / "metrics.jsonl").write_text(rows)
@@ -165,7 +172,7 @@ def demo(options: Demo) -> tuple[dict[str, object], Path]:
 
 def clear(out: Path) -> None:
     """Remove an earlier demo, which is known by its mark, and make the directory."""
-    preflight.writable(out)
+    models.writable(out)
     if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
         raise InputError(str(out), "is no earlier demo", "name another directory", "--out")
     if out.exists():
@@ -200,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
             control = replace(plain, out=str(out / "control"))
             before, captions = draw(None, arguments.n, seed)
             for name, run in (("LPO", train_lpo.train(plain)), ("shuffled", train_lpo.train(control, shuffled))):
-                after, _ = draw(run / checkpoint.LORA_DIFFUSERS, arguments.n, seed)
+                after, _ = draw(run / loras.LORA_DIFFUSERS, arguments.n, seed)
                 rows.append((seed, name, evaluate(run, before, after, captions), accuracy))
         print(table(rows, arguments.n))
     return 0

@@ -1,0 +1,81 @@
+"""Parquet files, read within bounds."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lpo_fast.errors import InputError
+
+LARGEST_TEXT, A_VALUE = 2**31, 64  # bytes of a column and, in Python, of each value: 13 million prompts of 100 letters
+EXPANDS = 100  # times that tables with pictures may be larger than their files, if they are larger than LARGEST_TEXT
+
+
+def parquet_files(path: Path, flag: str) -> list[Path]:
+    """A .parquet file, or all such files of a directory."""
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise InputError(str(path) if str(path) != "." else "(none)", "no .parquet there",
+                         "name a .parquet file or a directory of them", flag)
+    return files
+
+
+def column_names(files: list[Path], flag: str) -> list[str]:
+    """The columns that every file has, once."""
+    names = []
+    for file in files:
+        try:
+            names.append(pq.read_schema(file).names)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise InputError(str(file), "is not parquet", "name a .parquet file", flag) from error
+    return [name for name in names[0] if all(other.count(name) == 1 for other in names)]
+
+
+def require_columns(path: Path, columns: Sequence[str], flag: str) -> None:
+    """Refuse parquet files that lack a column."""
+    names = column_names(parquet_files(path, flag), flag)
+    if missing := [c for c in columns if c not in names]:
+        raise InputError(str(path), f"has no column {missing[0]!r}, only {', '.join(names)}", "rename its columns", flag)
+
+
+def read_columns(files: list[Path], columns: Sequence[str] | None = None, most: int = 0) -> pa.Table:
+    """Some columns of .parquet files, or all. Raises ValueError if they take more than ``most`` bytes, else LARGEST_TEXT, as
+    those of files of kilobytes may: rows come few at a time, and are counted."""
+    most, tables, size = most or LARGEST_TEXT, [], 0
+    for file in files:
+        parquet = pq.ParquetFile(file)
+        schema = pa.schema([parquet.schema_arrow.field(name) for name in columns]) if columns else parquet.schema_arrow
+        batches = parquet.iter_batches(_rows(parquet, schema, most), columns=schema.names, use_threads=False)
+        rows, found = parquet.metadata.num_rows * len(schema) * A_VALUE, []
+        while rows + size <= most and (batch := next(batches, None)) is not None:
+            found.append(batch.select(schema.names))
+            size += sum(map(_size, found[-1].columns))
+        if (size := size + rows) > most:
+            raise ValueError(f"{file.name} holds more than {most:,} bytes of text and numbers")
+        tables.append(pa.Table.from_batches(found, schema))
+    return pa.concat_tables(tables, promote_options="default")
+
+
+def _rows(parquet: pq.ParquetFile, schema: pa.Schema, most: int) -> int:
+    """How many rows take ``most`` bytes or less: no value is larger than its row group's column, unless metadata lie."""
+    if any(pa.types.is_dictionary(field.type) for field in schema):
+        return 2**16  # the values come once, and their numbers
+    groups = map(parquet.metadata.row_group, range(parquet.metadata.num_row_groups))
+    columns, paths = (g.column(i) for g in groups for i in range(g.num_columns)), tuple(f"{name}." for name in schema.names)
+    sizes = (column.total_uncompressed_size for column in columns if f"{column.path_in_schema}.".startswith(paths))
+    return min(max(most // max([1, *sizes]), 1), 64)
+
+
+def largest(files: Sequence[Path] = ()) -> int:
+    """Bytes that tables with pictures may take; without pictures: LARGEST_TEXT."""
+    return max(LARGEST_TEXT, EXPANDS * sum(file.stat().st_size for file in files))
+
+
+def _size(column: pa.Array) -> int:
+    """Bytes of a column's values, each for itself."""
+    if pa.types.is_dictionary(column.type) and isinstance(column.dictionary, pa.StringArray | pa.LargeStringArray):
+        return pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0
+    return column.nbytes
+

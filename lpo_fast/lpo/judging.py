@@ -1,0 +1,46 @@
+"""The LRM as a function of latents, timesteps and prompt numbers."""
+
+import json
+
+import torch
+from torch import Tensor, nn
+
+from lpo_fast.config import LPO
+from lpo_fast.lpo import policies
+from lpo_fast.lrm import checkpoint
+from lpo_fast.lrm.reward import LatentRewardModel
+from lpo_fast.models import attention, fused_norms, locate, texts, vaes
+from lpo_fast.models.texts import Text, Windowed
+from lpo_fast.system import devices
+
+
+def load_score(config: LPO, prompts: list[str], device: torch.device) -> "Judge":
+    """The LRM as a function of latents, timesteps and prompt numbers; its text features are computed here, once."""
+    path, base, model = locate.lrm(config), locate.base(config), locate.model(config)
+    size = vaes.pixels(model, json.loads((model / "unet" / "config.json").read_text()), config.resolution)
+    settings = {"guidance_scale": config.lrm_guidance or None, "multi_scale_cfg": config.lrm_multi_scale_cfg}
+    lrm = checkpoint.load_lrm(path, base, resolution=size,  # of the latents that it scores, whatever it was trained at
+                              **{k: v for k, v in settings.items() if v is not None}).to(device)
+    devices.layout(lrm.unet)
+    if config.fused_norms:
+        fused_norms.fuse_norms(lrm.unet)
+    attention.attention(lrm.unet, config.attention)
+    tokenizers = texts.load_tokenizers(locate.tokenizer(config), lrm.family)
+    precision = devices.precision(config.mixed_precision, "fp16")
+    text = policies.encoded(config, lrm.family, tokenizers, list(lrm.text_encoders), prompts, False, precision)
+    lrm.text_encoders = nn.ModuleList()  # never needed again
+    if precision != "no":
+        lrm.unet.to(devices.DTYPES[precision])
+    return Judge(lrm, text, precision)
+
+
+class Judge:
+    """A reward model as a ``Score``: of latents, timesteps and prompt numbers."""
+
+    def __init__(self, lrm: LatentRewardModel, text: Text | Windowed, precision: str):
+        self.lrm, self.text, self.precision, self.bring = lrm, text, precision, text.bring
+
+    def __call__(self, x: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
+        with devices.autocast(self.precision):
+            return self.lrm.score(x, t, self.text[prompts])
+

@@ -1,0 +1,132 @@
+"""The policy: the denoiser that trains, its reference, its text features and its sampler; loading and drawing with it."""
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from lpo_fast.config import LPO
+from lpo_fast.method import schedule
+from lpo_fast.method.schedule import Schedule
+from lpo_fast.models import attention, denoisers, families, fused_norms, locate, loras, sharding, texts, vaes
+from lpo_fast.models.families import Family
+from lpo_fast.models.texts import Text, Windowed
+from lpo_fast.system import compilation, console, devices, distributed
+
+
+class Policy:
+    """The denoiser that trains and its reference: the same weights with the adapters off, or a frozen copy of them."""
+
+    def __init__(self, unet: UNet2DConditionModel, text: Text | Windowed, sizes: Tensor | None, *, full: bool,
+                 precision: str = "no", compile: str = "none", sharded: bool = False, attention: str = "sdpa"):
+        self.unet, self.text, self.sizes, self.precision, self.attention = unet, text, sizes, precision, attention
+        self.frozen = copy.deepcopy(unet).requires_grad_(False) if full else None
+        for network in (unet, self.frozen) if sharded else ():
+            sharding.cut(network, precision)
+        self.adapters, self.bring = loras.adapters(unet), text.bring
+        self._compiled = compilation.compiled(self._evaluate, compile)
+
+    def predict(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
+        """Outputs [2B, C, H, W], null pass first, in the network's precision; x_t [B, C, H, W], t, prompt numbers [B].
+
+        For batches of any size, and inside what is compiled; ``train`` and ``reference`` are compiled for one size.
+        """
+        return self._evaluate(self.unet, x_t, t, prompts)
+
+    def train(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
+        """The same for a training step."""
+        return self._compiled(self.unet, x_t, t, prompts)
+
+    @torch.no_grad()
+    def reference(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
+        """The same of the model that training started from."""
+        if self.frozen is not None:
+            return self._compiled(self.frozen, x_t, t, prompts)
+        with loras.adapters_off(self.adapters):
+            return self._compiled(self.unet, x_t, t, prompts)
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Within the block nothing is compiled: torch's modes, which count operations, look into plain code alone."""
+        compiled, self._compiled = self._compiled, self._evaluate
+        try:
+            yield
+        finally:
+            self._compiled = compiled
+
+    def _evaluate(self, unet: nn.Module, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
+        with devices.autocast(self.precision):
+            return denoisers.predict(unet, x_t, t, self.text[prompts], self.sizes)
+
+
+def add_lora(unet: nn.Module, config: LPO) -> None:
+    """Attach the LoRA that a run trains, in fp32."""
+    loras.add_lora(unet, config.rank, config.alpha or config.rank, config.targets, config.seed)
+    for parameter in loras.trainable(unet):
+        parameter.data = parameter.data.float()
+
+
+def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy, Schedule]:
+    """The policy with a LoRA attached (or all weights trainable), its text features and its sampler's schedule.
+
+    prompts: those that train, then --validation-prompts.
+    """
+    model = locate.model(config)
+    precision = devices.precision(config.mixed_precision, "fp16")
+    # Frozen weights are never in memory in more than the precision of the network.
+    unet = denoisers.load_unet(model, torch.float32 if config.full else devices.DTYPES[precision])
+    unet = devices.layout(unet.to("cpu" if config.shard else device)).eval()  # sharded: a GPU may not hold it
+    if config.fused_norms:
+        fused_norms.fuse_norms(unet)
+    attention.attention(unet, "sdpa" if config.attention == "auto" else config.attention)
+    attention.checkpointing(unet, config.checkpointing)
+    family = families.family_of(unet.config)
+    encoders = [e.to(device).eval() for e in texts.load_text(model, family)]
+    tokenizers = texts.load_tokenizers(model, family)
+    text = encoded(config, family, tokenizers, encoders, prompts, family.zero_null, precision)
+    own = prompts[:len(prompts) - len(config.validation_prompts)]
+    too_long = sum(len(ids) > tokenizers[0].model_max_length for ids in tokenizers[0](own).input_ids)
+    if too_long:
+        console.say(f"{too_long} of {len(own)} prompts exceed {tokenizers[0].model_max_length} tokens and are cut")
+    if not config.full:
+        add_lora(unet, config)
+        if config.lora:
+            loras.load_lora(unet, Path(config.lora))
+    sizes = denoisers.size_conditions(model, family, unet, config.resolution)
+    sizes = None if sizes is None else sizes.to(device)
+    scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+    sched = schedule.from_config(scheduler, config.num_steps, config.eta).to(device)
+    policy = Policy(unet, text, sizes, full=config.full, precision=precision, compile=config.compiled, sharded=config.shard,
+                    attention=config.attention)
+    if config.attention == "auto":
+        x, index = torch.zeros(config.batch_size, *latent_shape(config, unet), device=device), torch.zeros(
+            config.batch_size, dtype=torch.int64, device=device)
+        policy.attention = attention.faster_attention(torch.no_grad()(partial(policy.predict, x, index, index)), unet)
+        for network in (unet, policy.frozen) if policy.frozen else (unet,):
+            attention.attention(network, policy.attention)
+    return policy, sched
+
+
+def encoded(config: LPO, family: Family, tokenizers: list[CLIPTokenizer], encoders: list[nn.Module], prompts: list[str],
+            zero_null: bool, precision: str) -> Text | Windowed:
+    """Text features of all prompts, on the device if they fit, else within reach of it."""
+    text = texts.encode_prompts(family, tokenizers, encoders, prompts, zero_null=zero_null, dtype=devices.DTYPES[precision],
+                                   home=devices.text_home)
+    if text.context.device == text.null.context.device:
+        return text
+    console.say(f"text features of {len(prompts)} prompts take {text.context.nbytes / 1e9:.1f} GB and stay in the host's memory")
+    return Windowed(text, config.batch_size * distributed.count())
+
+
+def latent_shape(config: LPO, unet: UNet2DConditionModel) -> tuple[int, int, int]:
+    """(C, H, W) of the latents that the policy makes."""
+    size = config.resolution // vaes.pixels_per_latent(locate.model(config)) or unet.config.sample_size
+    return unet.config.in_channels, size, size
+

@@ -1,0 +1,104 @@
+"""Sampling with a choice: at every denoising step K candidates, the best and the worst of which make a pair.
+
+Shapes are static and nothing is read back to the host inside a trajectory: every step makes B pairs, and a mask says
+which are valid. The trajectory goes on from a uniformly random candidate (arXiv 2502.01051, section 3.3).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lpo_fast.kernels.ddim_candidates import ddim_candidates
+from lpo_fast.kernels.pair_select import pair_select
+from lpo_fast.method import noise
+from lpo_fast.method.noise import Counter
+from lpo_fast.method.schedule import Schedule
+
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t [B,C,H,W], t [B], prompts [B]) → [2B,C,H,W], null pass first
+Score = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [N,C,H,W], t [N], prompts [N]) → scores [N]
+
+
+class Pairs(NamedTuple):
+    """N pairs: latents x_t, winner, loser [N, C, H, W] fp32; t, prompt: int64 [N]; valid: bool [N]."""
+
+    x_t: Tensor
+    winner: Tensor
+    loser: Tensor
+    t: Tensor
+    prompt: Tensor
+    valid: Tensor
+
+    def take(self, index: Tensor) -> "Pairs":
+        """Some of the pairs, by number or by mask."""
+        return Pairs(*(field[index] for field in self))
+
+
+@dataclass(frozen=True)
+class CounterNoise:
+    """All randomness of a trajectory, from counters (see noise.py). prompts: int64 [B]; shape: (C, H, W)."""
+
+    seed: int
+    epoch: int
+    prompts: Tensor
+    shape: tuple[int, int, int]
+
+    def initial(self) -> Tensor:
+        """x_T, [B, C, H, W]."""
+        return noise.normal(self.seed, self.epoch, self.prompts, noise.INITIAL, 1, self.shape)[0]
+
+    def steps(self, count: int) -> Iterator[tuple[Counter, Counter]]:
+        """Of each denoising step, where the candidates' noise and the choice among them come from: one counter for both."""
+        device = self.prompts.device
+        run = torch.tensor([self.seed, self.epoch], device=device)
+        for step in torch.arange(count, device=device):
+            yield (Counter(run, step, self.prompts),) * 2
+
+
+def choose(predict: Predict, score: Score, sched: Schedule, gap: Tensor, x: Tensor, t: Tensor, prompts: Tensor,
+           z: Tensor | Counter, choice: Tensor | Counter, guidance: float, k: int) -> tuple[Tensor, ...]:
+    """One denoising step from x [B, C, H, W]: winner, loser, valid [B], the scores [K, B] of its candidates, and the next x.
+
+    A pure function of its arguments without a host read: what ``compilation.compiled`` compiles.
+    """
+    x_p = ddim_candidates(sched, x, predict(x, t, prompts), t, guidance=guidance, noise=z, candidates=k)
+    scores = score(x_p.flatten(0, 1), t.repeat(k), prompts.repeat(k)).view(k, -1)
+    pair = pair_select(scores, x_p, gap, t, choice)
+    return pair.winner, pair.loser, pair.valid, scores, pair.next
+
+
+@torch.no_grad()
+def trajectory(predict: Predict, score: Score, sched: Schedule, gap: Tensor, draw: CounterNoise, prompts: Tensor, *,
+               guidance: float, num_candidates: int, window: tuple[int, int] | None = None,
+               step: Callable[..., tuple[Tensor, ...]] = choose) -> tuple[Pairs, Tensor]:
+    """Denoise B prompts; a pair a step. Returns the (steps · B) pairs, step-major, and the scores [steps, K, B].
+
+    gap: [N] smallest score gap of a valid pair by timestep (``select.gaps``). window: before its first step one unscored
+    candidate is drawn and no pair made, before its second the trajectory ends (default: all steps). All candidates are
+    scored at the current step's t. step: ``choose``, or what was compiled of it.
+    """
+    x, steps, all_scores = draw.initial(), [], []
+    start, stop = window or (0, len(sched.timesteps))
+    for number, (z, choice) in enumerate(draw.steps(stop)):
+        t = sched.timesteps[number].repeat(len(prompts))
+        if number < start:
+            x = ddim_candidates(sched, x, predict(x, t, prompts), t, guidance=guidance, noise=z, candidates=1)[0]
+            continue
+        winner, loser, valid, scores, following = step(predict, score, sched, gap, x, t, prompts, z, choice, guidance,
+                                                       num_candidates)
+        steps.append(Pairs(x, winner, loser, t, prompts, valid))
+        all_scores.append(scores)
+        x = following
+    return Pairs(*(torch.cat(field) for field in zip(*steps, strict=True))), torch.stack(all_scores)
+
+
+@torch.no_grad()
+def generate(predict: Predict, sched: Schedule, draw: CounterNoise, prompts: Tensor, *, guidance: float) -> Tensor:
+    """Denoise B prompts all the way without candidates: latents x_0 [B, C, H, W]."""
+    x = draw.initial()
+    for timestep, (z, _) in zip(sched.timesteps, draw.steps(len(sched.timesteps)), strict=True):
+        t = timestep.expand(len(prompts))
+        x = ddim_candidates(sched, x, predict(x, t, prompts), t, guidance=guidance, noise=z, candidates=1)[0]
+    return x

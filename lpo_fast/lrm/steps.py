@@ -1,0 +1,125 @@
+"""An LRM optimizer step: pairs of pictures in, metrics out."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lpo_fast.config import LRM
+from lpo_fast.data.latent_cache import Cache
+from lpo_fast.lrm import checkpoint, encoding
+from lpo_fast.lrm.encoding import Encoder
+from lpo_fast.lrm.reward import LatentRewardModel
+from lpo_fast.method import loss, noise
+from lpo_fast.models import fused_norms, locate
+from lpo_fast.run.optimization import Update
+from lpo_fast.system import devices, distributed
+
+STEP = ("loss", "accuracy", "grad_norm", "logit_scale")
+
+
+def parts(batch: dict, size: int) -> list[dict]:
+    """A step's batch, ``size`` pairs at a time."""
+    along = {"labels", "mean", "std"}  # [2, B, …]
+    return [{key: value[i:i + size] if key not in along else value[:, i:i + size] for key, value in batch.items()}
+            for i in range(0, len(batch["rows"]), size)]
+
+
+def encoded(encoder: Encoder, batch: dict, step: int, config: LRM, cache: Cache | None = None) -> dict:
+    """A batch (``pairs.collate``) on the device, with mean and std of its pictures' posterior in their place."""
+    rows = batch["rows"].to(encoder.device, non_blocking=True)
+    mean, std = encoder.posterior(
+        batch, cache, encoding.flips(config, step, rows) if config.hflip else None, encoder.train_encode)
+    return {key: value.to(encoder.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for key, value in batch.items() if key in ("captions", "labels", "counts", "compare")} | {
+        "rows": rows, "mean": mean, "std": std, "corrupt": batch["corrupt"]}
+
+
+def train_step(lrm: LatentRewardModel, encoder: Encoder, batch: dict, step: int, update: Update, config: LRM,
+               cache: Cache | None = None) -> Tensor:
+    """One optimizer step of all processes, each with its part of the pairs; its metrics, which are those of all: STEP, [4].
+
+    Pairs that do not decode go through the networks, but not into the loss. One process reads nothing back from the device.
+    A step without a finite gradient changes nothing (see run/optimization.py).
+    """
+    batch = encoded(encoder, batch, step, config, cache)
+    good = (~batch["corrupt"]).to(encoder.device, non_blocking=True)
+    weight, count = distributed.total(torch.stack([(good / batch["counts"]).sum(), good.sum()]))
+
+    def gradients(size: int) -> Tensor:
+        made = []
+        for part in parts(batch, size):
+            value, right = pair_loss(lrm, encoder, part, step, config, weight)
+            update.scaler.scale(value).backward()
+            made.append(torch.stack([value.detach(), right]))
+        return torch.stack(made).sum(0)
+    (value, right), norm = update(gradients)
+    with torch.no_grad():
+        return torch.stack([value, right / count.clamp(min=1), norm, lrm.logit_scale.exp()])
+
+
+def pair_loss(lrm: LatentRewardModel, encoder: Encoder, batch: dict, step: int, config: LRM,
+              weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A pass's share of the step's loss, and its number of right pairs.
+
+    weight: Σ_j 1/n_j over the step's pairs, of which the loss takes the share of this pass. Every process computes the loss
+    of all processes' pairs, and its gradient for its own.
+    """
+    rows = batch["rows"]
+    t, labels = encoding.timesteps(config, step, rows, batch["compare"], batch["labels"])
+    x = encoder.latents(batch["mean"], batch["std"], rows, step, t)
+    with devices.autocast(encoder.precision):
+        unit = encoder.train_features(lrm, *encoder.ids(batch["captions"]), x, t)
+    good = (~batch["corrupt"]).nonzero()[:, 0].to(encoder.device, non_blocking=True)  # found on the host, which need not wait
+    text, image_0, image_1, label_0, label_1, counts, t = distributed.gather(
+        *(feature[good] for feature in unit), *labels[:, good], batch["counts"][good], t[:, good].T)
+    scale = lrm.logit_scale.exp()  # its gradient is the same in every process, and counts once
+    share = ((1 / counts).sum() / weight).nan_to_num()
+    value = share * loss.preference(
+        text, image_0, image_1, scale if distributed.index() == 0 else scale.detach(), label_0, label_1, counts, t,
+        loss_type=config.loss_type, batch_coeff=config.batch_coeff, aux_loss_coeff=config.aux_loss_coeff)
+    return value, correct(((image_0 - image_1) * text).sum(-1).detach(), torch.stack([label_0, label_1])).sum()
+
+
+def correct(margin: Tensor, labels: Tensor) -> Tensor:
+    """[B]: 1 where the preferred picture scores higher, ½ for a tie of scores or of labels. margin: S_0 − S_1 [B]."""
+    return 0.5 + 0.5 * margin.sign() * (labels[0] - labels[1]).sign()
+
+
+def steps_an_epoch(config: LRM, pairs: int) -> int:
+    """Steps of whole batches in a pass over the pairs; the rest is left to the next pass's order."""
+    return pairs // (own_size(config, pairs) * distributed.count())
+
+
+def own_size(config: LRM, pairs: int) -> int:
+    """Pairs of a step in each process."""
+    return min(config.batch_size, pairs) // distributed.count()
+
+
+def batches(config: LRM, pairs: int, step: int) -> Iterator[list[int]]:
+    """This process's pair numbers of every batch from ``step`` on: each epoch a new order, a function of the seed and the
+    epoch."""
+    own, world, each = own_size(config, pairs), distributed.count(), steps_an_epoch(config, pairs)
+    for k in range(step, config.max_steps):
+        if k % each == 0 or k == step:
+            order = noise.permutation(config.seed, k // each, 0, pairs)
+        first = (k % each * world + distributed.index()) * own
+        yield order[first:first + own].tolist()
+
+
+def load(config: LRM, device: torch.device) -> tuple[LatentRewardModel, Encoder]:
+    """The LRM that is to be trained, and what makes its inputs."""
+    model = locate.model(config)
+    lrm = checkpoint.new_lrm(
+        model, clip=locate.clip(config), generator=torch.Generator().manual_seed(config.seed), resolution=config.resolution,
+        multi_scale=config.multi_scale, multi_scale_cfg=config.multi_scale_cfg, guidance_scale=config.guidance_scale)
+    lrm.logit_scale.data.fill_(config.logit_scale)
+    lrm.to(device).train()
+    lrm.text_encoders.requires_grad_(not config.freeze_text_encoder)
+    devices.layout(lrm.unet)
+    if config.fused_norms:
+        fused_norms.fuse_norms(lrm.unet)
+    encoder = Encoder(model, lrm, config.seed, devices.precision(config.mixed_precision, "bf16"), locate.vae(config),
+                      config.noise_offset, config.compile)
+    return lrm, encoder
+

@@ -1,0 +1,136 @@
+"""Counter-based randomness: a number is a function of (seed, epoch, item, step, candidate), never of call order.
+
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) on int64 tensors. Because nothing
+depends on the order of calls, the same weights give the same pairs however prompts are split into batches and ranks,
+and a resumed run continues exactly without any generator state being saved.
+
+Counter of the block that holds elements 4e … 4e+3 of one latent:
+    (e, step << 16 | candidate, item, epoch),   key = (seed low 32 bits, seed high 32 bits)
+
+Seed, epoch and step are ints, or int64 tensors on the device; the numbers are the same.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lpo_fast.system.launch import expect, expect_tensor, expect_type, jit, tl
+
+INITIAL = 0xFFFF  # "step" of the latents that a trajectory starts from
+ORDER = 0xFFFE  # "step" of permutations
+CHOICE = 0xFFFF  # "candidate" of draws that are no latent: the next candidate, a training timestep
+_MASK = 0xFFFFFFFF
+
+
+class Counter(NamedTuple):
+    """Where in the random stream, int64 on the device, so that a captured CUDA graph can be replayed elsewhere in it.
+
+    run: [2], seed and epoch. step: [] or [1]. items: [B], prompt or row numbers.
+    """
+
+    run: Tensor
+    step: Tensor
+    items: Tensor
+
+
+def expect_counter(name: str, counter: Counter, rows: Tensor) -> None:
+    """Shapes, dtypes and devices of an operator's Counter for the rows [B, …]; raises ValueError naming what is wrong."""
+    expect_tensor(f"{name}.run", counter.run, (2,), rows, (torch.int64,))
+    expect_tensor(f"{name}.items", counter.items, rows.shape[:1], rows, (torch.int64,))
+    expect_type(f"{name}.step", counter.step, Tensor)
+    expect(tuple(counter.step.shape) in ((), (1,)), f"{name}.step has shape {tuple(counter.step.shape)}, expected [] or [1]")
+    expect_tensor(f"{name}.step", counter.step, counter.step.shape, rows, (torch.int64,))
+
+
+def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a·b, where a·b itself would overflow int64."""
+    low, high = a * (b & 0xFFFF), a * (b >> 16)
+    return (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & _MASK
+
+
+def philox(seed: int | Tensor, c0: Tensor, c1: Tensor, c2: Tensor,
+           c3: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10. Counters: int64 tensors holding uint32 values, broadcast together. Four uint32 as int64."""
+    k0, k1 = seed & _MASK, seed >> 32 & _MASK
+    for _ in range(10):
+        hi0, lo0 = _mulhilo(0xD2511F53, c0)
+        hi1, lo1 = _mulhilo(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = k0 + 0x9E3779B9 & _MASK, k1 + 0xBB67AE85 & _MASK
+    return c0, c1, c2, c3
+
+
+def _words(seed: int | Tensor, epoch: int | Tensor, items: Tensor, step: int | Tensor, candidates: Tensor,
+           blocks: int) -> tuple[Tensor, ...]:
+    """Philox words of shape [K, B, blocks] for candidates [K] and items [B]."""
+    element = torch.arange(blocks, device=items.device)
+    c1 = (step << 16 | candidates)[:, None, None]
+    return philox(seed, element, c1, items[None, :, None] & _MASK, epoch & _MASK)
+
+
+def normal(seed: int | Tensor, epoch: int | Tensor, items: Tensor, step: int | Tensor, candidates: int,
+           shape: tuple[int, ...]) -> Tensor:
+    """Standard normals, fp32 [K, B, *shape], for items [B] int64 (prompt or row numbers) and K candidates.
+
+    Box–Muller on 24-bit uniforms, evaluated in fp64 and rounded once, so that devices agree.
+    """
+    size = math.prod(shape)
+    words = _words(seed, epoch, items, step, torch.arange(candidates, device=items.device), -(-size // 4))
+    u = [(word >> 8).double() * 2.0**-24 for word in words]
+    normals = []
+    for radius, angle in ((u[0], u[1]), (u[2], u[3])):
+        radius, angle = (-2 * torch.log(radius + 2.0**-24)).sqrt(), 2 * math.pi * angle
+        normals += [radius * angle.cos(), radius * angle.sin()]
+    return torch.stack(normals, -1).flatten(2)[..., :size].float().reshape(candidates, len(items), *shape)
+
+
+def integers(seed: int | Tensor, epoch: int | Tensor, items: Tensor, step: int | Tensor, high: int) -> Tensor:
+    """Uniform integers in [0, high), int64 [B]; high is far below 2³², so the modulo's bias is negligible."""
+    candidate = torch.full((1,), CHOICE, device=items.device)
+    return _words(seed, epoch, items, step, candidate, 1)[0][0, :, 0] % high
+
+
+def permutation(seed: int, epoch: int, item: int, n: int) -> Tensor:
+    """A random order of n things, int64 [n] on the CPU: the ranks of n words."""
+    words = _words(seed, epoch, torch.tensor([item]), ORDER, torch.tensor([CHOICE]), -(-n // 4))
+    return torch.stack(words, -1).flatten()[:n].argsort(stable=True)
+
+
+@jit
+def words_at(run_ptr, step_ptr, items_ptr, b, candidate, element):
+    """``philox`` in a kernel: the four uint32 of a Counter's item b and one candidate, for the blocks ``element``."""
+    seed = tl.load(run_ptr)
+    c1, item, epoch = tl.load(step_ptr) << 16 | candidate, tl.load(items_ptr + b), tl.load(run_ptr + 1)
+    return tl.philox_impl(element.to(tl.uint32), c1.to(tl.uint32), item.to(tl.uint32), epoch.to(tl.uint32),
+                          seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
+
+
+@jit
+def box_muller(length, turn):
+    """Two standard normals of two uint32 in a kernel. The compiler's own fp64 cosine wants a stack, for angles of any size."""
+    length = tl.sqrt(-2 * tl.log(((length >> 8) + 1).to(tl.float64) * 2.0**-24))
+    angle = 6.283185307179586 * ((turn >> 8).to(tl.float64) * 2.0**-24)
+    quarter = ((turn >> 8) + 2**21) >> 22  # the nearest quarter turn, 0 … 4
+    q = quarter.to(tl.float64)
+    x = (angle - q * 1.57079632673412561417) - q * 6.07710050650619224932e-11  # π/2 in two parts, the first of 33 bits
+    y, cos, sin = x * x, 1.0, 1.0
+    for i in tl.static_range(8):  # Taylor, |x| ≤ π/4
+        cos = 1 - y * (1 / ((15 - 2 * i) * (16 - 2 * i))) * cos
+        sin = 1 - y * (1 / ((16 - 2 * i) * (17 - 2 * i))) * sin
+    sin *= x
+    odd = (quarter & 1) == 1
+    first, second = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
+    first = tl.where(((quarter + 1) & 2) == 2, -first, first)
+    second = tl.where((quarter & 2) == 2, -second, second)
+    return (length * first).to(tl.float32), (length * second).to(tl.float32)
+
+
+@jit
+def normals_at(run_ptr, step_ptr, items_ptr, b, candidate, first, N: tl.constexpr):
+    """``normal`` in a kernel: the N elements from 4·first on of a Counter's item b and one candidate."""
+    w0, w1, w2, w3 = words_at(run_ptr, step_ptr, items_ptr, b, candidate, first + tl.arange(0, N // 4))
+    z0, z1 = box_muller(w0, w1)
+    z2, z3 = box_muller(w2, w3)
+    return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))

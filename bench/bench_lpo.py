@@ -26,7 +26,7 @@ from torch import Tensor
 from lpo_fast import config
 from lpo_fast.lpo import batches, judging, policies, sampling
 from lpo_fast.lpo import steps as lpo_steps
-from lpo_fast.lpo.sampling import CounterNoise, Pairs
+from lpo_fast.lpo.sampling import CounterNoise, LatentPairs
 from lpo_fast.method import schedule, select
 from lpo_fast.method.loss import guide
 from lpo_fast.models import attention, loras, texts
@@ -78,16 +78,16 @@ class Ours:
         self.step = compilation.compiled(sampling.choose, settings.compiled, graphs=True)
         optimizer = optimization.optimizer(settings.optimizer, self.policy.unet.parameters(), lr=settings.learning_rate,
                                     weight_decay=settings.weight_decay)
-        self.update = optimization.Update(optimizer, optimization.scaler(DEVICE, self.policy.precision), settings.max_grad_norm,
+        self.update = optimization.OptimizerStep(optimizer, optimization.scaler(DEVICE, self.policy.precision), settings.max_grad_norm,
                                    settings.train_batch_size, "use --checkpointing")
         self.index = torch.arange(settings.batch_size, device=DEVICE)
 
-    def sample(self) -> Pairs:
+    def sample(self) -> LatentPairs:
         """A prompt batch's pairs."""
         return batches.sample_pairs(self.policy, self.judge, self.sched, self.gap, self.shape, self.index, self.config, 0,
                                       slots=len(self.index), step=self.step)[0]
 
-    def train(self, pairs: Pairs) -> list[float]:
+    def train(self, pairs: LatentPairs) -> list[float]:
         """Optimizer steps on them; metrics are read at the end."""
         size = self.config.train_batch_size
         steps = [lpo_steps.train_step(self.policy, self.sched, pairs.take(slice(at, at + size)), self.update, self.config)
@@ -95,7 +95,7 @@ class Ours:
         return torch.stack(steps).tolist()
 
     @torch.no_grad()
-    def chosen(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    def chosen(self, pairs: LatentPairs) -> tuple[Tensor, Tensor]:
         """winner − loser [steps, B, …] and validity of the steps from the x_t of a whole trajectory of pairs."""
         b, found = len(self.index), []
         draw = CounterNoise(self.config.seed, 0, self.index, self.shape)
@@ -107,7 +107,7 @@ class Ours:
         return tuple(torch.stack(field) for field in zip(*found, strict=True))
 
     @torch.no_grad()
-    def signal(self, pairs: Pairs) -> Tensor:
+    def signal(self, pairs: LatentPairs) -> Tensor:
         """log r_w − log r_l, not clamped, [N]."""
         found = []
         for micro in lpo_steps.micro_batches(pairs, self.config.train_batch_size):
@@ -170,7 +170,7 @@ class Bench:
         self.official_bytes = waterfall.allocated() - before
         self.rate = waterfall.matrix_rate(self.official.dtype)
 
-    def margins(self, ours: Ours, pairs: Pairs) -> Tensor:
+    def margins(self, ours: Ours, pairs: LatentPairs) -> Tensor:
         """S_winner − S_loser of pairs."""
         with torch.no_grad():
             return ours.judge(pairs.winner, pairs.t, pairs.prompt) - ours.judge(pairs.loser, pairs.t, pairs.prompt)

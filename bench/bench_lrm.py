@@ -64,7 +64,7 @@ class Ours:
         if device != META:
             optimizer = optimization.optimizer(settings.optimizer, self.lrm.parameters(), lr=settings.learning_rate,
                                         weight_decay=settings.weight_decay)
-            self.update = optimization.Update(optimizer, optimization.scaler(device, self.encoder.precision), settings.max_grad_norm,
+            self.update = optimization.OptimizerStep(optimizer, optimization.scaler(device, self.encoder.precision), settings.max_grad_norm,
                                        -(-len(batch["rows"]) // settings.accumulate), "use a larger --accumulate")
         self.config, self.pixels = settings, batch["pixels"]
         self.batch = {key: value for key, value in batch.items() if key != "pixels"}

@@ -5,7 +5,9 @@ preflight/settings.py refuses values that cannot work.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
+
+from tyro.conf import arg
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
 Compile = Literal["auto", "none", "default", "max"]
@@ -334,8 +336,8 @@ class LRM:
     keep_checkpoints: int = 1
     """Checkpoints kept; 0: all."""
     keep_best: bool = True
-    """Keep the best checkpoints by validation accuracy, else the newest (and the best one, if it is to be handed on)."""
-    handed_on: Literal["best", "last"] = "best"
+    """Keep the best checkpoints by validation accuracy, else the newest (and the best one, if it becomes checkpoint-final)."""
+    final_checkpoint: Annotated[Literal["best", "last"], arg(aliases=["--handed-on"])] = "best"
     """Which LRM becomes checkpoint-final: the best by validation accuracy (after step 0; of equals the later), or the last
     step's as official."""
     num_workers: int = 2

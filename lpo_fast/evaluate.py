@@ -202,7 +202,7 @@ def draw_with(settings: Evaluate, model: str, prompts: list[str], items: list[in
             index = torch.tensor([place[i // settings.pictures_per_prompt] for i in part])
             drawn = drawing.pictures(predict, sched, Path(settings.vae or model), index, shape, guidance=settings.guidance,
                                     seed=settings.seed, batch=settings.batch_size, items=torch.tensor(part),
-                                    bring=loaded.bring)
+                                    prefetch=loaded.prefetch)
             for i, pixels in zip(part, drawn.numpy(), strict=True):
                 save(pixels, picture(out, side, i))
             bar.update(len(part))

@@ -20,7 +20,7 @@ def replay(file: Path) -> list[str]:
     kept = reading.read_pickle(file, "FILE")
     if not kept.keys() >= {"config", "step", "after", "size", "weights"}:
         raise InputError(str(file), "holds no skipped step", f"name a run's {SKIPPED}", "FILE")
-    with optimization.told():
+    with optimization.explained_errors():
         about, lines = (replay_lrm if "rows" in kept else replay_lpo)(kept)
     weights = f"with the weights after {kept['after']} steps"  # metrics are read late, steps may come between
     return [f"step {kept['step']}, {about}, {weights}", *(list(dict.fromkeys(filter(None, lines))) or [
@@ -30,16 +30,16 @@ def replay(file: Path) -> list[str]:
 def replay_lpo(kept: dict) -> tuple[str, list[str]]:
     """The step's pairs in words, and what is not finite."""
     from lpo_fast.lpo import policies, steps
-    from lpo_fast.lpo.sampling import Pairs
+    from lpo_fast.lpo.sampling import LatentPairs
     from lpo_fast.run import states
     from lpo_fast.system import devices
     config = replace(LPO(**kept["config"]), compile="none", attention="sdpa", validation_prompts=())
     device = devices.device()
-    pairs = Pairs(*(x.to(device) for x in kept["pairs"]))
+    pairs = LatentPairs(*(x.to(device) for x in kept["pairs"]))
     actor, sched = policies.load(config, kept["prompts"], device)
     states.Trained(actor.unet).load_state_dict(kept["weights"])
     pairs = pairs._replace(prompt=torch.searchsorted(kept["numbers"].to(device), pairs.prompt))
-    lines = [broken(f"pairs, {name}", x) for name, x in zip(Pairs._fields, pairs, strict=True) if x.is_floating_point()]
+    lines = [broken(f"pairs, {name}", x) for name, x in zip(LatentPairs._fields, pairs, strict=True) if x.is_floating_point()]
     for first in range(0, len(pairs.t), kept["size"]):
         part = pairs.take(slice(first, first + kept["size"]))
         at = part.x_t, part.t, part.prompt
@@ -104,4 +104,3 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-

@@ -23,7 +23,7 @@ from lpo_fast import cli
 from lpo_fast.config import Columns
 from lpo_fast.data import dataset, images, mpcf, preferences
 from lpo_fast.data.dataset import PairDataset
-from lpo_fast.data.preferences import Pairs
+from lpo_fast.data.preferences import PairTable
 from lpo_fast.errors import InputError
 from lpo_fast.preflight.models import writable
 
@@ -115,7 +115,7 @@ def resume(part: Path, names: list[str]) -> int | None:
     return len(rows) - 1 if rows else None
 
 
-def scored(config: ScoreTable, table: Pairs, scorers: dict[str, Scorer], first: int) -> Iterator[list]:
+def scored(config: ScoreTable, table: PairTable, scorers: dict[str, Scorer], first: int) -> Iterator[list]:
     """The table's rows from ``first`` on."""
     dataset, corrupt = PairDataset(table, 8), set()
     with ThreadPoolExecutor() as pool:
@@ -145,7 +145,7 @@ def both(dataset: PairDataset, row: int) -> tuple[Image.Image, Image.Image] | No
         return None
 
 
-def gaps(name: str, given: str, scorer: Scorer, pictures: list, table: Pairs, rows: list[int]) -> list[float]:
+def gaps(name: str, given: str, scorer: Scorer, pictures: list, table: PairTable, rows: list[int]) -> list[float]:
     """The gap of each row by one scorer. Pairs that were not judged have none."""
     if not rows:
         return []

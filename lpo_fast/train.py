@@ -35,7 +35,7 @@ def run(settings: Demo | LRM | LPO) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(*lines, sep="\n", flush=True)
         return
-    with optimization.told():
+    with optimization.explained_errors():
         match settings:
             case Demo():
                 preflight_settings.demo(settings)
@@ -47,7 +47,7 @@ def run(settings: Demo | LRM | LPO) -> None:
             case LPO():
                 out = train_lpo.train(settings)
                 console.say(f"weights: {out / ('unet' if settings.full else loras.LORA_DIFFUSERS)}")
-    if distributed.main():
+    if distributed.is_main():
         console.say(f"report: {report.write(out)}")
 
 

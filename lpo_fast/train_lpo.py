@@ -21,15 +21,15 @@ from lpo_fast.config import LPO
 from lpo_fast.errors import InputError
 from lpo_fast.lpo import batches as lpo_batches
 from lpo_fast.lpo import checkpoints, drawing, judging, policies, sampling, steps
-from lpo_fast.lpo.sampling import Pairs, Score
+from lpo_fast.lpo.sampling import LatentPairs, Score
 from lpo_fast.lpo.steps import STEP
 from lpo_fast.method import select
 from lpo_fast.models.loras import trainable
-from lpo_fast.models.texts import Windowed
+from lpo_fast.models.texts import TextWindow
 from lpo_fast.official import lpo
 from lpo_fast.preflight import runs
 from lpo_fast.run import accounting, clock, directory, environment, logs, monitor, optimization, profiling, states
-from lpo_fast.run.optimization import Update
+from lpo_fast.run.optimization import OptimizerStep
 from lpo_fast.system import compilation, console, devices, distributed, writing
 
 
@@ -40,7 +40,7 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
     """
     prompts, source = runs.lpo(config)
     distributed.state()
-    with directory.claim(Path(config.out)):
+    with directory.lock(Path(config.out)):
         return _train(config, prompts, source, wrap_score)
 
 
@@ -58,7 +58,7 @@ def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Cal
         config.optimizer, policy.unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
         betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
     scaler = optimization.scaler(device, policy.precision) if not config.shard else torch.amp.GradScaler(enabled=False)
-    update = Update(optimizer, scaler, config.max_grad_norm, config.train_batch_size,
+    update = OptimizerStep(optimizer, scaler, config.max_grad_norm, config.train_batch_size,
                     "use --checkpointing, or a smaller --train-batch-size with a larger --accumulate", halves=not config.shard)
     batches = len(lpo_batches.order(config, 0, len(prompts)))
     at, index, pairs = {"epoch": 0, "batch": 0, "prompts": 0, "done": 0, "step": 0}, None, None  # in the epoch: batch, prompts
@@ -68,31 +68,31 @@ def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Cal
     ema = EMAModel(trainable(policy.unet), decay=config.ema_decay) if config.ema_decay else None
 
     out = Path(config.out)
-    if distributed.main():
-        checkpoints.check_room(out, policy.unet, config, batches, shape)
+    if distributed.is_main():
+        checkpoints.require_disk_space(out, policy.unet, config, batches, shape)
     resumed = config.resume and bool(states.states(out))  # else it was killed before its first state
-    run, draw = logs.Run(config, resumed or config.in_place), drawing.Pictures(config, policy, sched, prompts, shape)
-    if distributed.main():
+    run, draw = logs.RunLog(config, resumed or config.in_place), drawing.Drawer(config, policy, sched, prompts, shape)
+    if distributed.is_main():
         with writing.writing(out):
             (out / "exp_config.py").write_text(lpo.render(config, judge.lrm), encoding="utf-8")
     known = environment.digest(prompts)
     texts, trained_weights = [*prompts, *config.validation_prompts], states.Trained(policy.unet)
 
-    def inputs(fed: Pairs) -> dict[str, object]:
+    def inputs(fed: LatentPairs) -> dict[str, object]:
         numbers = fed.prompt.unique().cpu()
         return {"config": asdict(config), "prompts": [texts[n] for n in numbers], "numbers": numbers, "after": at["step"],
                 "size": update.pairs, "pairs": [x.cpu() for x in fed], "weights": trained_weights.state_dict()}
-    skips, watch = monitor.Steps(out, None if config.shard else inputs), monitor.Watch(config.clip_eps)
+    skips, watch = monitor.SkippedSteps(out, None if config.shard else inputs), monitor.CollapseMonitor(config.clip_eps)
     parts = {"weights": trained_weights, "optimizer": optimizer, "ema": ema,
              "scaler": scaler if policy.precision == "fp16" else None}  # else its scale is 1
     if resumed:
         at = states.load_state(out / states.STATE, parts)
         run.truncate(at.pop("metrics"))
         index, left, skips.state, watch.state = at.pop("index"), at.pop("pairs"), at.pop("skips"), at.pop("watch")
-        logs.same(at.pop("texts"), known, config.prompts, "--prompts")
-        pairs = left and Pairs(*(x.to(device) for x in left))
-        if pairs and isinstance(policy.text, Windowed) and len(index) > config.batch_size * distributed.count():
-            raise InputError(str(distributed.count()), f"processes hold the text of too few prompts for the {len(index)} of the "
+        logs.require_same(at.pop("texts"), known, config.prompts, "--prompts")
+        pairs = left and LatentPairs(*(x.to(device) for x in left))
+        if pairs and isinstance(policy.text, TextWindow) and len(index) > config.batch_size * distributed.world_size():
+            raise InputError(str(distributed.world_size()), f"processes hold the text of too few prompts for the {len(index)} of the "
                              "batch that is half done", "resume with at least as many as before", "WORLD_SIZE")
         if ema:
             ema.to(device)
@@ -101,9 +101,9 @@ def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Cal
     elif not source:
         draw.compared("before")
     step = compilation.compiled(sampling.choose, config.compiled, graphs=True)
-    compilation.stay(*policy.text.tensors, *judge.text.tensors, sched.timesteps, sched.table, sched.alphas_cumprod, gap)
-    slots = min(config.batch_size, -(-len(prompts) // distributed.count()))
-    size = config.batch_size * distributed.count()
+    compilation.mark_static(*policy.text.tensors, *judge.text.tensors, sched.timesteps, sched.table, sched.alphas_cumprod, gap)
+    slots = min(config.batch_size, -(-len(prompts) // distributed.world_size()))
+    size = config.batch_size * distributed.world_size()
     left = lpo_batches.batches_left(config, len(prompts), at, pairs is not None)
     total = min(at["done"] + left, at.setdefault("start", at["done"]) + (config.max_batches or math.inf))
     if at["epoch"] > config.epochs or at["done"] > total:
@@ -113,13 +113,13 @@ def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Cal
     if config.resume and not resumed:
         console.say(f"warning: {out} holds no saved state: the run starts from the beginning")
     console.say(f"LPO on {device}, precision {policy.precision} | {len(prompts)} prompts | {at['done']} of {total} batches done | "
-             f"{sum(p.numel() for p in trainable(policy.unet)):,} parameters train | {distributed.named(distributed.count())}")
-    pooled = config.train_batch_size * config.accumulate * distributed.count()
+             f"{sum(p.numel() for p in trainable(policy.unet)):,} parameters train | {distributed.named(distributed.world_size())}")
+    pooled = config.train_batch_size * config.accumulate * distributed.world_size()
     meter = accounting.Meter(device, devices.DTYPES[policy.precision], lambda: steps.work(policy, judge, sched, shape, config))
-    profiler = profiling.Profiler(out if config.profile and distributed.main() else None, "prompt batch", total - at["done"])
-    bar = tqdm(total=total, initial=at["done"], desc="LPO", unit="batch", leave=False, disable=None if distributed.main() else True)
+    profiler = profiling.Profiler(out if config.profile and distributed.is_main() else None, "prompt batch", total - at["done"])
+    bar = tqdm(total=total, initial=at["done"], desc="LPO", unit="batch", leave=False, disable=None if distributed.is_main() else True)
 
-    def log(steps: list[tuple[Tensor, Pairs]]) -> list[dict[str, float]]:
+    def log(steps: list[tuple[Tensor, LatentPairs]]) -> list[dict[str, float]]:
         """Rows of the latest optimizer steps, read from the device at once."""
         read = torch.stack([values for values, _ in steps]).tolist() if steps else []
         made = [dict(zip(STEP, values, strict=True)) | {"lr": optimizer.param_groups[0]["lr"]} for values in read]
@@ -142,14 +142,14 @@ def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Cal
     if config.in_place:
         save()  # in place of the state that goes on elsewhere
     with clock.stoppable() as stopped:
-        while at["done"] < total and not distributed.anywhere(stopped):
+        while at["done"] < total and not distributed.any_rank(stopped):
             profiler.round()
             start, trained, unread, metrics = time.perf_counter(), [], [], None
             if pairs is None:  # else the run went on inside a prompt batch
                 index = lpo_batches.order(config, at["epoch"], len(prompts), at["prompts"])[0]
                 at["prompts"] += len(index)
-            policy.bring(index)
-            judge.bring(index)
+            policy.prefetch(index)
+            judge.prefetch(index)
             index = index.to(device)
             if pairs is None:
                 try:
@@ -161,7 +161,7 @@ def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Cal
                 pairs = lpo_batches.shuffled(pairs, config, at["epoch"], at["batch"])
                 run.log("batch", at["step"], epoch=at["epoch"], **metrics)
             sampled, count = time.perf_counter(), len(pairs.t)
-            while len(pairs.t) and not distributed.anywhere(stopped):
+            while len(pairs.t) and not distributed.any_rank(stopped):
                 fed, pairs = pairs.take(slice(pooled)), pairs.take(slice(pooled, None))
                 unread.append((steps.train_step(policy, sched, fed, update, config), fed))
                 if ema and unread[-1][0][-1].isfinite():  # else the step was skipped
@@ -174,7 +174,7 @@ def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Cal
             if len(pairs.t):
                 break
             pairs, seconds = None, time.perf_counter() - start
-            rate = meter.row(seconds * distributed.count(), prompts=len(index), pairs=count)
+            rate = meter.row(seconds * distributed.world_size(), prompts=len(index), pairs=count)
             run.time(global_step=at["step"], sampling=sampled - start, seconds=seconds,
                      prompts_per_second=len(index) / seconds, **rate)
             console.say(log_line(at["step"], trained, count, seconds, len(index), rate))
@@ -195,7 +195,7 @@ def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Cal
     bar.close()
     if at["done"] < total:
         run.close()
-        distributed.wait()  # a launcher ends all processes soon after the first
+        distributed.barrier()  # a launcher ends all processes soon after the first
         console.say(f"stopped after step {at['step']}; go on with --resume")
         raise SystemExit(config.preempt_exit_code or 128 + (stopped or [signal.SIGTERM])[0])
     skips.summary(at["step"])
@@ -208,7 +208,7 @@ def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Cal
     checkpoints.export(out, policy.unet, config)
     draw.compared("after")
     run.close()
-    distributed.wait()
+    distributed.barrier()
     return out
 
 
@@ -218,4 +218,3 @@ def log_line(step: int, trained: list[dict[str, float]], pairs: int, seconds: fl
     what = f"loss {loss_:.3f} | acc {accuracy:.2f}" if trained else "no valid pair"
     return (f"step {step} | {what} | pairs {pairs} | {seconds * 1e3:.0f} ms | "
             f"{prompts / seconds:.1f} prompts/s{accounting.text(rate)} | {console.memory()}")
-

@@ -35,9 +35,9 @@ TOKENIZER = Path(lpo_fast.__file__).parent / "shapes" / "pipeline" / "tokenizer"
 CONFIGS = json.loads((GOLDEN / "configs.json").read_text())
 
 
-def update(optimizer: torch.optim.Optimizer, pairs: int, max_norm: float = 1.0) -> optimization.Update:
+def update(optimizer: torch.optim.Optimizer, pairs: int, max_norm: float = 1.0) -> optimization.OptimizerStep:
     """A loop's without a loss scale, which float64 has none of."""
-    return optimization.Update(optimizer, torch.amp.GradScaler(DEVICE.type, enabled=False), max_norm, pairs, "")
+    return optimization.OptimizerStep(optimizer, torch.amp.GradScaler(DEVICE.type, enabled=False), max_norm, pairs, "")
 
 
 @pytest.fixture

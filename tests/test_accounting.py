@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lpo_fast import train_lpo
 from lpo_fast.config import LPO
 from lpo_fast.lpo import judging, policies, steps
-from lpo_fast.lpo.sampling import Pairs
+from lpo_fast.lpo.sampling import LatentPairs
 from lpo_fast.models import loras
 from lpo_fast.preflight import meta
 from lpo_fast.run import accounting, profiling
@@ -59,7 +59,7 @@ def test_work_is_the_dry_runs(lpo: LPO, checkpointing: str, monkeypatch: pytest.
                                                for name, kind in judge.lrm.family.encoders], 3)
     monkeypatch.setattr(meta, "fused_attention", plain)  # whose backward pass computes a product twice
     actor, critic = meta.policy(config, "no", words), judging.Judge(meta.scorer(config, 64), words, "no")
-    pairs = Pairs(x, x, x, t, t, t > 0)
+    pairs = LatentPairs(x, x, x, t, t, t > 0)
     with meta.on_cuda():
         step, scored = (meta.measure(part).flops for part in (lambda: actor.predict(x, t, t), lambda: critic(x, t, t)))
         trained = meta.training_pass(lambda: steps.evaluate(

@@ -221,7 +221,7 @@ def test_columns_are_counted_and_come_as_they_are(tmp_path: Path) -> None:
 
 def test_the_net_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
     before = resource.getrlimit(resource.RLIMIT_AS)
-    with pytest.raises(ValueError, match="takes more than 100,000,000 bytes of memory"), reading.room(10**8):
+    with pytest.raises(ValueError, match="takes more than 100,000,000 bytes of memory"), reading.memory_limit(10**8):
         bytearray(2 * 10**8)
     assert resource.getrlimit(resource.RLIMIT_AS) == before and bytearray(2 * 10**8)
 

@@ -12,7 +12,7 @@ from lpo_fast.data import dataset, mpcf, preferences
 from lpo_fast.errors import InputError
 
 
-def used(path: Path, scores: Path | None = None, training: bool = True, **options) -> preferences.Pairs:
+def used(path: Path, scores: Path | None = None, training: bool = True, **options) -> preferences.PairTable:
     """The pairs that a run with these options uses."""
     return preferences.choose(preferences.read(str(path)), LRM(**options), scores and mpcf.read_scores(str(scores)), training)
 
@@ -54,7 +54,7 @@ def chain(tmp_path: Path, judgements: list[tuple[str, str]], name: str = "p.parq
                  label_1=labels[1], image_0_uid=uids[0], image_1_uid=uids[1])
 
 
-def shown(chosen: preferences.Pairs) -> list[str]:
+def shown(chosen: preferences.PairTable) -> list[str]:
     made = dataset.PairDataset(chosen, 8)
     return ["".join(chr(round((p[0, 0, 0].item() + 1) * 127.5)) for p in made[i]["pixels"]) for i in range(len(made))]
 

@@ -172,7 +172,7 @@ def test_room_is_checked_before_the_first_step(settings, stage, limit, tiny_sd, 
         taken.append(sum(path.stat().st_size for path in Path(settings.out).rglob("*") if path.is_file()))
         replace_(a, b)
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "check_room", lambda folder, size, remedy: wanted.append(size))
+        patch.setattr(writing, "require_disk_space", lambda folder, size, remedy: wanted.append(size))
         patch.setattr(os, "replace", measured)
         run(settings)
     assert max(taken) * 0.9 < wanted[0] < max(taken) * 1.6, (max(taken), wanted)
@@ -347,7 +347,7 @@ OWNER = """
 import os, sys, time
 from pathlib import Path
 from lpo_fast.run import directory
-with directory.claim(Path(sys.argv[1])):
+with directory.lock(Path(sys.argv[1])):
     if os.fork() == 0:  # as a data loader's worker, which outlives a killed run by seconds
         time.sleep(30)
         os._exit(0)
@@ -381,7 +381,7 @@ def test_a_disk_without_locks(settings, monkeypatch, capsys) -> None:
     def none(*_) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
     monkeypatch.setattr(fcntl, "lockf", none)
-    with directory.claim(Path(settings.out)):
+    with directory.lock(Path(settings.out)):
         error = capsys.readouterr().err
     assert error == f"warning: {settings.out} cannot be locked (No locks available): start no second run there\n"
     assert not Path(settings.out).exists()  # it was made for the block, and is empty
@@ -398,7 +398,7 @@ def test_what_a_killed_run_left_is_removed(settings) -> None:
         (out / name / "half").write_text("half")
     os.replace(out / "checkpoint_0", out / ".checkpoint_0.old")
     (out / ".mine").write_text("kept")
-    with directory.claim(out):
+    with directory.lock(out):
         assert names(out) == whole | {".mine", directory.LOCK}
     assert names(out) == whole | {".mine"}
 

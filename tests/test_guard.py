@@ -16,7 +16,7 @@ from lpo_fast import config, replay, train, train_lpo, train_lrm
 from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
 from lpo_fast.lpo import batches, steps
-from lpo_fast.lpo.sampling import Pairs
+from lpo_fast.lpo.sampling import LatentPairs
 from lpo_fast.lrm import checkpoint, encoding, selection
 from lpo_fast.lrm import steps as lrm_steps
 from lpo_fast.models import loras
@@ -40,14 +40,14 @@ def rows(run: Path) -> list[dict]:
     return [row for row in found if row["kind"] == "train"]
 
 
-def injected(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, Pairs], Pairs]) -> None:
+def injected(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, LatentPairs], LatentPairs]) -> None:
     """change(call, pairs): what the call-th evaluation of a training pass is given instead."""
     evaluate, calls = steps.evaluate, iter(range(10**6))
     monkeypatch.setattr(steps, "evaluate", lambda policy, sched, pairs, *args, **how: evaluate(
         policy, sched, change(next(calls), pairs), *args, **how))
 
 
-def poisoned(pairs: Pairs) -> Pairs:
+def poisoned(pairs: LatentPairs) -> LatentPairs:
     return pairs._replace(winner=pairs.winner * math.nan)
 
 
@@ -108,7 +108,7 @@ def test_skipped_steps_leave_the_scale_as_it_is() -> None:
     """After as many as would have driven a scale that halves to 0."""
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    update = optimization.Update(optimizer, optimization.scaler(torch.device("cpu"), "no"), 1.0, 1, "")
+    update = optimization.OptimizerStep(optimizer, optimization.scaler(torch.device("cpu"), "no"), 1.0, 1, "")
 
     def gradients(factor: float) -> Callable[[int], torch.Tensor]:
         def run(_: int) -> torch.Tensor:
@@ -127,7 +127,7 @@ def test_a_pass_that_fails_leaves_no_gradient() -> None:
     """Of a step of two passes the second does not fit: both are gone through again, by smaller ones."""
     weight, sizes = torch.nn.Parameter(torch.tensor([2.0])), []
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    update = optimization.Update(optimizer, optimization.scaler(torch.device("cpu"), "no"), 1e9, 4, "")
+    update = optimization.OptimizerStep(optimizer, optimization.scaler(torch.device("cpu"), "no"), 1e9, 4, "")
 
     def gradients(size: int) -> torch.Tensor:
         for number in range(8 // size):
@@ -153,7 +153,7 @@ def test_too_little_memory_halves_the_passes(lpo: LPO, monkeypatch: pytest.Monke
     plain = rows(train_lpo.train(lpo))
     capsys.readouterr()
 
-    def small(call: int, pairs: Pairs) -> Pairs:
+    def small(call: int, pairs: LatentPairs) -> LatentPairs:
         if len(pairs.t) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return pairs
@@ -306,7 +306,7 @@ def step(win: float = 1.0, lose: float = 1.0) -> dict[str, float]:
 
 def test_watch() -> None:
     """Each sign once; none in a run that goes well."""
-    watch = monitor.Watch(0.1)
+    watch = monitor.CollapseMonitor(0.1)
     assert not [line for _ in range(30) for line in watch.batch(batch(50), [step(1.01, 0.99)])]
     for _ in range(4):
         assert not watch.batch(batch(20), [step()])
@@ -319,7 +319,7 @@ def test_watch() -> None:
 
 def test_watch_goes_on_after_a_resumption() -> None:
     """What was good is known from the saved state."""
-    before, after = monitor.Watch(0.1), monitor.Watch(0.1)
+    before, after = monitor.CollapseMonitor(0.1), monitor.CollapseMonitor(0.1)
     for _ in range(5):
         before.batch(batch(50), [step()])
     after.state = json.loads(json.dumps(before.state))
@@ -331,7 +331,7 @@ def test_watch_of_pictures() -> None:
     def grid(difference: float) -> list[Image.Image]:
         levels = (0.0, difference, 1.0, 1.0 - difference)
         return [Image.fromarray(np.full((4, 4, 3), round(255 * level), np.uint8)) for level in levels]
-    watch = monitor.Watch(0.1)
+    watch = monitor.CollapseMonitor(0.1)
     assert not watch.pictures(grid(0.5), 2) and not watch.pictures(grid(0.3), 2)
     assert watch.state["spread"] == pytest.approx(0.5, abs=0.01)
     told, = watch.pictures(grid(0.2), 2)

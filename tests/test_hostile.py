@@ -355,7 +355,7 @@ def test_trackers_and_run_directories_get_no_environment(settings: LPO | LRM, tm
         sent.append(repr((words, named)))
     monkeypatch.setattr(logs, "Accelerator", lambda **_: SimpleNamespace(
         init_trackers=send, trackers=[1], log=send, end_training=lambda: None))
-    run = logs.Run(replace(settings, out=str(tmp_path / "run"), log_with="wandb", model="https://me:secret-of-HF_TOKEN@host/m"))
+    run = logs.RunLog(replace(settings, out=str(tmp_path / "run"), log_with="wandb", model="https://me:secret-of-HF_TOKEN@host/m"))
     run.log("train", 1, loss=1.0, note="text")
     run.close()
     assert len(sent) == 2 and "note" not in sent[1]

@@ -292,7 +292,7 @@ def test_parts_give_what_the_whole_gives(tiny_sd: Path, monkeypatch: pytest.Monk
 def test_metrics_that_are_read_late_are_the_same(settings: LRM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where a step's metrics are read when the next one is queued."""
     at_once = train_lrm.train(settings)
-    monkeypatch.setattr(compilation, "unread", lambda: 1)
+    monkeypatch.setattr(compilation, "metric_lag", lambda: 1)
     late = train_lrm.train(replace(settings, out=str(tmp_path / "late")))
     assert metrics(at_once) == metrics(late)
     assert (at_once / selection.FINAL / "training_stage.json").read_bytes() == (
@@ -309,7 +309,7 @@ def test_a_step_reads_nothing_back(tiny_sd: Path) -> None:
     optimizer = torch.optim.SGD([p for p in lrm.parameters() if p.requires_grad], lr=0.1)
     settings = LRM(compare_between_timestep=True, hflip=True, loss_type="both")
     scaler = SimpleNamespace(scale=lambda x: x, unscale_=id, is_enabled=lambda: True, step=lambda o: o.step(), update=lambda: 0)
-    update = optimization.Update(optimizer, scaler, 1.0, 2, "")
+    update = optimization.OptimizerStep(optimizer, scaler, 1.0, 2, "")
     values = steps.train_step(lrm, encoder, dataset.collate(items), 0, update, settings)
     assert values.device.type == "meta" and values.shape == (4,)
     with pytest.raises(RuntimeError, match="meta"):

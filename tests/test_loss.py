@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lpo_fast.config import LPO
 from lpo_fast.lpo import steps
-from lpo_fast.lpo.sampling import Pairs
+from lpo_fast.lpo.sampling import LatentPairs
 from lpo_fast.method import loss, schedule
 from lpo_fast.method.schedule import Schedule
 
@@ -234,10 +234,10 @@ class Line:
         return torch.cat([0.5 * x_t, 0.5 * x_t])
 
 
-def pairs_of(batch: dict) -> Pairs:
+def pairs_of(batch: dict) -> LatentPairs:
     n = len(batch["t"])
     valid = torch.ones(n, dtype=torch.bool)
-    return Pairs(batch["x_t"], batch["winner"], batch["loser"], batch["t"], torch.arange(n), valid)
+    return LatentPairs(batch["x_t"], batch["winner"], batch["loser"], batch["t"], torch.arange(n), valid)
 
 
 @pytest.mark.parametrize("size", [5, 2, 1, 8, 3])

@@ -147,11 +147,11 @@ def test_batches_left(drop_last, unfinished, monkeypatch) -> None:
     on with any number of processes."""
     settings = config.LPO(batch_size=1, drop_last=drop_last, epochs=3)
     for prompts, before, after in product(range(1, 13), range(1, 5), range(1, 5)):
-        monkeypatch.setattr(distributed, "count", lambda count=before: count)
+        monkeypatch.setattr(distributed, "world_size", lambda count=before: count)
         for done in accumulate(map(len, lpo_batches.order(settings, 1, prompts))):
             if not unfinished and prompts - done < (before if drop_last else 1):
                 continue  # the third epoch has begun
-            monkeypatch.setattr(distributed, "count", lambda count=after: count)
+            monkeypatch.setattr(distributed, "world_size", lambda count=after: count)
             at, half, batches = {"epoch": 1, "prompts": done}, unfinished, 0
             left = lpo_batches.batches_left(settings, prompts, at, half)
             while at["epoch"] < 3:

@@ -153,8 +153,8 @@ def test_resume_is_exact_with_every_option(settings: LRM, tmp_path: Path, monkey
 @pytest.mark.parametrize("options, kept, final", [
     ({}, [2], 2), ({"save_only_if_best": False}, [2], 2), ({"save_only_if_best": False, "keep_best": False}, [2, 3], 2),
     ({"save_only_if_best": False, "keep_checkpoints": 2}, [1, 2], 2), ({"keep_checkpoints": 0}, [1, 2], 2),
-    ({"handed_on": "last"}, [2], 3),
-    ({"save_only_if_best": False, "keep_best": False, "handed_on": "last"}, [3], 3),
+    ({"final_checkpoint": "last"}, [2], 3),
+    ({"save_only_if_best": False, "keep_best": False, "final_checkpoint": "last"}, [3], 3),
     ({"save_only_if_best": False, "keep_checkpoints": 0}, [1, 2, 3], 2),
 ])
 def test_checkpoints(settings: LRM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, options: dict, kept: list,

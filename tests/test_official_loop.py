@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lpo_fast.config import LPO
 from lpo_fast.lpo import batches, judging, policies, steps
 from lpo_fast.lpo.policies import Policy
-from lpo_fast.lpo.sampling import Pairs
+from lpo_fast.lpo.sampling import LatentPairs
 from lpo_fast.lrm import checkpoint
 from lpo_fast.method import noise, select
 from lpo_fast.method.schedule import Schedule
@@ -90,7 +90,7 @@ class Both:
             loras.load_lora(self.official.unet, Path(config.lora))
         self.shape, self.index = policies.latent_shape(config, self.policy.unet), torch.arange(len(PROMPTS), device=DEVICE)
 
-    def ours(self) -> Pairs:
+    def ours(self) -> LatentPairs:
         gap = select.gaps(self.sched, self.config.threshold_shape, self.config.threshold_min, self.config.threshold_max)
         return batches.sample_pairs(self.policy, self.judge, self.sched, gap, self.shape, self.index, self.config, 1,
                                       slots=len(self.index))[0]
@@ -135,7 +135,7 @@ def test_pairs_loss_and_gradients(config: LPO) -> None:
     assert ours.t.tolist() == stated.t.tolist() and ours.prompt.tolist() == stated.prompt.tolist()
     for name in ("x_t", "winner", "loser"):
         assert error(getattr(ours, name), getattr(stated, name)) < RUN, name
-    same = Pairs(stated.x_t, stated.winner, stated.loser, stated.t, stated.prompt, torch.ones_like(stated.t, dtype=torch.bool))
+    same = LatentPairs(stated.x_t, stated.winner, stated.loser, stated.t, stated.prompt, torch.ones_like(stated.t, dtype=torch.bool))
     gradients, metrics = step_of_ours(both.policy, both.sched, same, config)
     loss, (win, lose, *densities) = both.official.loss(stated)
     loss.backward()
@@ -153,7 +153,7 @@ def test_pairs_loss_and_gradients(config: LPO) -> None:
     assert rounding < 1e-3 and largest > 0.01
 
 
-def step_of_ours(model: Policy, sched: Schedule, pairs: Pairs, config: LPO) -> tuple[list[Tensor], Tensor]:
+def step_of_ours(model: Policy, sched: Schedule, pairs: LatentPairs, config: LPO) -> tuple[list[Tensor], Tensor]:
     """The gradients that the optimizer is given in a training step, and the step's metrics."""
     given: list[Tensor] = []
     optimizer = optimization.optimizer("adamw", model.unet.parameters(), lr=1e-4, weight_decay=0.0)

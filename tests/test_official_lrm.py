@@ -34,7 +34,7 @@ SHIPPED = {
     "run_name": ("step_sd15_variable-t_lr1e-5_step-4000_multiscale_cfg7.5_filter2_time951",
                  "step_sdxl_variable-t_lr1e-5_step-8000_multiscale_cfg7.5_filter2_time951"),
 }
-NOT_OFFICIAL = {"revision", "compile", "resolution", "optimizer", "fused_norms", "max_corrupt", "handed_on", "tracker_entity",
+NOT_OFFICIAL = {"revision", "compile", "resolution", "optimizer", "fused_norms", "max_corrupt", "final_checkpoint", "tracker_entity",
                 "out", "dry_run", "cache_latents", "deterministic"}
 
 

@@ -32,10 +32,10 @@ from lpo_fast.run import states
 from lpo_fast.system import distributed
 from lpo_fast.models.texts import Text
 from lpo_fast.config import LPO
-from lpo_fast.run.optimization import Update
+from lpo_fast.run.optimization import OptimizerStep
 from lpo_fast.lpo.policies import Policy
 from lpo_fast.models.loras import trainable
-from lpo_fast.lpo.sampling import Pairs
+from lpo_fast.lpo.sampling import LatentPairs
 model, out = sys.argv[1:]
 distributed.state()
 torch.manual_seed(0)
@@ -46,16 +46,16 @@ null = Text(torch.randn(1, 16, 16).double(), torch.zeros(1, 1))
 text = Text(torch.randn(5, 16, 16).double(), torch.zeros(5, 1), null)
 sched = schedule.ddim(torch.linspace(0.999, 0.01, 1000).double(), torch.arange(951, 0, -50), 20)
 config = LPO(beta=5.0, guidance_scale=2.0)
-update = Update(torch.optim.SGD(trainable(unet), lr=10.0), torch.amp.GradScaler("cpu", enabled=False), config.max_grad_norm,
-                6 // distributed.count(), "")
+update = OptimizerStep(torch.optim.SGD(trainable(unet), lr=10.0), torch.amp.GradScaler("cpu", enabled=False), config.max_grad_norm,
+                6 // distributed.world_size(), "")
 for step in range(5):
     n = 6 if step < 4 else 4  # the last one is smaller, in no process alike
     x = torch.randn(3, n, 4, 8, 8).double()
-    pairs = Pairs(*x, torch.arange(1, 1 + 50 * n, 50), torch.arange(n) % 5, torch.ones(n, dtype=torch.bool))
+    pairs = LatentPairs(*x, torch.arange(1, 1 + 50 * n, 50), torch.arange(n) % 5, torch.ones(n, dtype=torch.bool))
     row = steps.train_step(Policy(unet, text, None, full=False), sched, pairs, update, config)
 row = dict(zip(steps.STEP, row.tolist(), strict=True))
-distributed.wait()
-if distributed.main():
+distributed.barrier()
+if distributed.is_main():
     torch.save((states.Trained(unet).state_dict(), row), out)
 """
 
@@ -68,7 +68,7 @@ from lpo_fast.lrm import reward as lrm_reward
 from lpo_fast.lrm import steps
 from lpo_fast.system import distributed
 from lpo_fast.config import LRM
-from lpo_fast.run.optimization import Update
+from lpo_fast.run.optimization import OptimizerStep
 lrm_reward.normalized = lambda projection, x: torch.nn.functional.normalize(projection(x), dim=-1, eps=0)  # in float64
 model, out = sys.argv[1:]
 distributed.state()
@@ -78,9 +78,9 @@ encoder = encoding.Encoder(Path(model), lrm, 0, "no")
 encoder.posterior = lambda batch, *_: (batch["pixels"][:, :, [0, 1, 2, 0]],
                                        torch.full((2, len(batch["rows"]), 1, 1, 1), 0.1).double())
 config = LRM(loss_type="both", batch_coeff=0.5, compare_between_timestep=True, aux_loss_coeff=0.5)
-update = Update(torch.optim.SGD(lrm.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=False), config.max_grad_norm,
-                6 // distributed.count(), "")
-own, first = 6 // distributed.count(), 6 // distributed.count() * distributed.index()
+update = OptimizerStep(torch.optim.SGD(lrm.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=False), config.max_grad_norm,
+                6 // distributed.world_size(), "")
+own, first = 6 // distributed.world_size(), 6 // distributed.world_size() * distributed.rank()
 for step in range(5):
     generator = torch.Generator().manual_seed(step)
     labels = torch.rand(6, generator=generator).gt(0.4).double()
@@ -93,8 +93,8 @@ for step in range(5):
     part = {key: value[first:first + own] if at[key] == 0 else value[:, first:first + own] for key, value in batch.items()}
     row = steps.train_step(lrm, encoder, part, step, update, config)
 row = dict(zip(steps.STEP, row.tolist(), strict=True))
-distributed.wait()
-if distributed.main():
+distributed.barrier()
+if distributed.is_main():
     torch.save((lrm.state_dict(), row), out)
 """
 
@@ -328,7 +328,7 @@ from lpo_fast.system import distributed
 from lpo_fast import train
 file, sample_pairs = sys.argv.pop(1), batches.sample_pairs
 def notes(*arguments, **named):
-    if distributed.main():
+    if distributed.is_main():
         with open(file, "a") as out:
             out.write(json.dumps(arguments[5].tolist()) + "\\\\n")
     return sample_pairs(*arguments, **named)

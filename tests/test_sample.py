@@ -160,7 +160,7 @@ def test_independent_of_the_batch() -> None:
     for size in (3, 1):
         parts = [run(prompts[i:i + size]) for i in range(0, 6, size)]
         assert torch.allclose(torch.cat([s for _, s in parts], 2), scores, rtol=1e-5, atol=1e-5)
-        for name in sampling.Pairs._fields:
+        for name in sampling.LatentPairs._fields:
             field = torch.cat([getattr(p, name).view(6, size, *getattr(p, name).shape[1:]) for p, _ in parts], 1)
             assert torch.allclose(field.flatten(0, 1).double(), getattr(whole, name).double(), rtol=1e-5, atol=1e-5)
 
@@ -209,7 +209,7 @@ def test_batch_metrics() -> None:
     valid = torch.tensor([1, 1, 1, 0, 1, 1, 0, 1, 0, 0, 1, 1], dtype=torch.bool)
     blank = torch.zeros(12, *SHAPE)
     scores = torch.arange(6 * 3 * 2.0).view(6, 3, 2)
-    pairs = sampling.Pairs(blank, blank, blank, t, t, valid)
+    pairs = sampling.LatentPairs(blank, blank, blank, t, t, valid)
     row = lpo_batches.batch_metrics(pairs, scores)
     n = scores.numel()
     assert row == {

@@ -53,7 +53,7 @@ def lrm(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
     sides = [[encoded(Image.fromarray(draw.integers(0, 256, (16, 16, 3), np.uint8))) for _ in range(4)] for _ in range(2)]
     pairs = table(folder / "p.parquet", list("aabc"), jpg_0=sides[0], jpg_1=sides[1])
     default = config.LRM(model=str(model), pairs=str(pairs), batch_size=4, max_steps=1, warmup_steps=0, learning_rate=RATE,
-                         weight_decay=DECAY, num_workers=0, handed_on="last")
+                         weight_decay=DECAY, num_workers=0, final_checkpoint="last")
 
     def run(**changes) -> Run:
         out = train_lrm.train(replace(default, out=str(folder / str(len(list(folder.iterdir())))), **changes))

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 
 from lpo_fast import config
 from lpo_fast.config import Demo
-from lpo_fast.lrm import checkpoint
+from lpo_fast.models import vaes
 from lpo_fast.shapes import PIPELINE, evaluate, pretrain, world
 
 
@@ -50,7 +50,7 @@ def test_pairs_prefer_the_right_picture():
 
 
 def test_the_vae_keeps_pictures_right():
-    vae = checkpoint.backbone.load_vae(PIPELINE)
+    vae = vaes.load_vae(PIPELINE)
     rng = np.random.default_rng(2)
     captions = [world.captions(True)[i % 20] for i in range(200)]
     pictures = torch.from_numpy(world.render(captions, rng)).permute(0, 3, 1, 2) / 127.5 - 1

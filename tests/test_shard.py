@@ -71,7 +71,7 @@ train_lpo.train(replace(settings, out=f"{out}/whole"))
 step, count = steps.train_step, []
 def stops(*arguments):
     count.append(1)
-    if len(count) == 2 and distributed.index() == 1:
+    if len(count) == 2 and distributed.rank() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     return step(*arguments)
 steps.train_step = stops

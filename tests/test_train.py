@@ -155,14 +155,14 @@ def test_prompt_batches_of_any_size_give_the_same_pairs(settings):
     gap = select.gaps(sched, "sigma", 0.0, 0.001)
     shape = (4, 8, 8)
 
-    def pairs(size: int) -> tuple[lpo_sampling.Pairs, torch.Tensor]:
+    def pairs(size: int) -> tuple[lpo_sampling.LatentPairs, torch.Tensor]:
         made = []
         for index in torch.arange(20).split(size):
             draw = CounterNoise(7, 3, index, shape)
             made.append(lpo_sampling.trajectory(model.predict, score, sched, gap, draw, index, guidance=3.0, num_candidates=3))
         steps = len(sched.timesteps)
-        parts = [lpo_sampling.Pairs(*(f.view(steps, -1, *f.shape[1:]) for f in p)) for p, _ in made]
-        joined = lpo_sampling.Pairs(*(torch.cat(field, 1).flatten(0, 1) for field in zip(*parts, strict=True)))
+        parts = [lpo_sampling.LatentPairs(*(f.view(steps, -1, *f.shape[1:]) for f in p)) for p, _ in made]
+        joined = lpo_sampling.LatentPairs(*(torch.cat(field, 1).flatten(0, 1) for field in zip(*parts, strict=True)))
         return joined, torch.cat([s for _, s in made], 2)
 
     whole, scores = pairs(20)

@@ -1,6 +1,5 @@
 """Preference pairs as items of a data loader."""
 
-
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lpo_fast.data import images
-from lpo_fast.data.preferences import Pairs
+from lpo_fast.data.preferences import PairTable
 from lpo_fast.data.sources import flag_of
 from lpo_fast.errors import InputError
 from lpo_fast.system import distributed
@@ -26,7 +25,7 @@ class PairDataset(Dataset):
     cache: of their latents (``latent_cache.Cache``); a pair whose pictures are both in it is not decoded.
     """
 
-    def __init__(self, pairs: Pairs, resolution: int, cache: "Cache | None" = None):
+    def __init__(self, pairs: PairTable, resolution: int, cache: "Cache | None" = None):
         self.pairs, self.resolution, self.cache = pairs, resolution, cache
         self.pictures = [pairs.source.pictures(spec) for spec in (pairs.columns.jpg_0, pairs.columns.jpg_1)]
 
@@ -64,7 +63,7 @@ class PairDataset(Dataset):
         return torch.stack([images.decode(self.pictures[side](row), self.resolution) for row, side in places.tolist()])
 
 
-def check_pictures(pairs: Pairs) -> None:
+def check_pictures(pairs: PairTable) -> None:
     """Refuse a table none of whose first rows has two pictures; nothing is converted or written."""
     problem, names = None, {key: getattr(pairs.columns, key) for key in ("jpg_0", "jpg_1")}
     for row, cells in enumerate(pairs.source.first(LOOKED_AT, *names.values())):
@@ -101,7 +100,7 @@ def collate(items: list[dict]) -> dict:
 class Corrupt:
     """The rows whose pictures do not decode, of one table; more than ``limit`` stop the run."""
 
-    def __init__(self, pairs: Pairs, limit: int):
+    def __init__(self, pairs: PairTable, limit: int):
         self.pairs, self.limit = pairs, limit
         self.rows: set[int] = set()
 
@@ -111,11 +110,10 @@ class Corrupt:
 
     def share(self) -> None:
         """Note those of the other processes. Raises InputError naming the table and the first rows."""
-        if distributed.count() > 1:
+        if distributed.world_size() > 1:
             rows = torch.tensor(sorted(self.rows), dtype=torch.int64, device=distributed.state().device)
             self.rows = set(distributed.gather(rows)[0].tolist())
         if len(self.rows) > self.limit:
             first = ", ".join(map(str, sorted(self.rows)[:5]))
             raise InputError(self.pairs.source.path, f"pictures of {len(self.rows)} pairs do not decode, the first: rows "
                              f"{first}", "mend them, or allow more with --max-corrupt", self.pairs.source.flag)
-

@@ -45,4 +45,3 @@ def pixels(picture: Image.Image, resolution: int) -> Tensor:
     if picture.size != (resolution, resolution):
         picture = picture.resize((resolution, resolution), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
-

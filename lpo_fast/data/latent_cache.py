@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lpo_fast.config import LRM
-from lpo_fast.data.preferences import Pairs
+from lpo_fast.data.preferences import PairTable
 from lpo_fast.errors import InputError
 from lpo_fast.models import families, locate, vaes
 from lpo_fast.system import devices
@@ -97,7 +97,7 @@ class Cache:
         self.write(batch["numbers"].cpu()[:, new].flatten(), moments[:, new.to(moments.device)].flatten(0, 1))
 
 
-def of(config: LRM, pairs: Pairs, precision: str) -> Cache:
+def of(config: LRM, pairs: PairTable, precision: str) -> Cache:
     """The cache of a table's pictures below --cache-latents, for networks that run in this precision. Nothing is made.
 
     Entries have the precision in which the VAE gives its moments, so nothing is rounded: bf16 under autocast, else fp32.
@@ -124,19 +124,19 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def numbers(pairs: Pairs) -> np.ndarray:
+def numbers(pairs: PairTable) -> np.ndarray:
     """int64: the number of every picture that the pairs take, each once."""
     return np.unique(pairs.pictures @ np.array([2, 1]))
 
 
-def needed(config: LRM, used: dict[str, Pairs], precision: str) -> tuple[int, int]:
+def needed(config: LRM, used: dict[str, PairTable], precision: str) -> tuple[int, int]:
     """How many pictures of a run's tables have no entry yet, and the bytes of these entries and their marks."""
     caches = [(of(config, pairs, precision), numbers(pairs)) for pairs in used.values()]
     missing = [cache.missing(found) for cache, found in caches]
     return sum(missing), sum(n * (cache.size + MARK) for n, (cache, _) in zip(missing, caches, strict=True))
 
 
-def check_space(config: LRM, used: dict[str, Pairs]) -> None:
+def check_space(config: LRM, used: dict[str, PairTable]) -> None:
     """Raise InputError if --cache-latents lies on a disk that has no room for what is missing there."""
     existing = Path(config.cache_latents).absolute()
     while not existing.exists():

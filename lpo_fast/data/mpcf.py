@@ -63,4 +63,3 @@ def mpcf(path: Path, strategy: int) -> tuple[np.ndarray, int]:
     """Row numbers of a score table that the filter keeps, ascending, and how many rows there are."""
     keep = kept(read_scores(str(path)), strategy)
     return np.flatnonzero(keep), len(keep)
-

@@ -78,4 +78,3 @@ def _size(column: pa.Array) -> int:
     if pa.types.is_dictionary(column.type) and isinstance(column.dictionary, pa.StringArray | pa.LargeStringArray):
         return pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0
     return column.nbytes
-

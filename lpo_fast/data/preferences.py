@@ -20,7 +20,7 @@ OPTIONAL = ("label_0", "label_1", "are_different", "has_label", "num_example_per
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairTable:
     """N rows of a table of pairs, and the M pairs of a run made of them.
 
     captions: [N]. labels: fp32 [N, 2], 1/0 or ½/½ for a tie; 0/0 if not judged. counts: int64 [N], pairs of the prompt.
@@ -48,7 +48,7 @@ class Pairs:
         return int(self.rows[i]) + len(self.captions) * bool(self.compare[i])
 
 
-def read(path: str, flag: str = "--pairs", columns: Columns | None = None, split: str = "", cache_dir: str = "") -> Pairs:
+def read(path: str, flag: str = "--pairs", columns: Columns | None = None, split: str = "", cache_dir: str = "") -> PairTable:
     """All pairs of a table, captions and labels checked; no picture is read. Raises InputError naming flag and row."""
     columns = columns or Columns()
     source = open_source(path, flag, split, cache_dir)
@@ -72,7 +72,7 @@ def read(path: str, flag: str = "--pairs", columns: Columns | None = None, split
         if isinstance(key, list | dict):
             raise InputError(path, f"a picture's key is {key!r}", "use text or numbers", flag)
     rows = np.arange(len(captions))
-    return Pairs(source, columns, captions, labels, _counts(values, captions, path, flag), different, judged, uids, rows,
+    return PairTable(source, columns, captions, labels, _counts(values, captions, path, flag), different, judged, uids, rows,
                  np.stack([np.stack([rows, np.full_like(rows, side)], 1) for side in (0, 1)], 1), np.zeros(len(rows), bool))
 
 
@@ -116,7 +116,7 @@ def _counts(values: dict[str, list], captions: list[str], path: str, flag: str) 
     return counts.astype(np.int64)
 
 
-def choose(pairs: Pairs, config: LRM, scores: Scores | None = None, training: bool = True) -> Pairs:
+def choose(pairs: PairTable, config: LRM, scores: Scores | None = None, training: bool = True) -> PairTable:
     """The pairs that a run uses, by its options and (in training) the score table. Raises InputError if none is left."""
     keep = np.ones(len(pairs), bool)
     if config.keep_only_different:
@@ -151,7 +151,7 @@ def choose(pairs: Pairs, config: LRM, scores: Scores | None = None, training: bo
     return replace(pairs, rows=rows, pictures=pictures, compare=compare)
 
 
-def best_of_chains(pairs: Pairs, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def best_of_chains(pairs: PairTable, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows to keep [N] and their pictures [N, 2, 2]: the preferred one replaced by the last of its chain of preferences.
 
     A picture that lost against A, which lost against B, …, is compared with the end of that chain. As in the official
@@ -186,7 +186,7 @@ def best_of_chains(pairs: Pairs, keep: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return keep, pictures
 
 
-def match(scores: Scores, pairs: Pairs) -> np.ndarray:
+def match(scores: Scores, pairs: PairTable) -> np.ndarray:
     """int64 [N]: the table's row of each pair, by the pictures' keys in either order if both have them, else by position.
 
     Pairs of equal keys take the table's rows of these keys in turn. Raises InputError if the table cannot be theirs.
@@ -217,4 +217,3 @@ def match(scores: Scores, pairs: Pairs) -> np.ndarray:
                          f"rows {', '.join(map(str, wrong[:5]))} (from 0)", "use the table made from these pairs, in their "
                          "order", "--scores")
     return place
-

@@ -9,7 +9,7 @@ import pyarrow as pa
 from lpo_fast.data import parquet
 from lpo_fast.data.parquet import LARGEST_TEXT
 from lpo_fast.errors import InputError
-from lpo_fast.system.reading import parse_json, room
+from lpo_fast.system.reading import memory_limit, parse_json
 
 
 def read_prompts(path: str, caption_key: str = "caption") -> list[str]:
@@ -91,8 +91,7 @@ def _csv(file: Path, key: str) -> list[tuple[str, object]]:
 def _parquet(file: Path, key: str) -> list[tuple[str, object]]:
     parquet.require_columns(file, (key,), "--prompts")
     try:
-        with room(3 * LARGEST_TEXT):
+        with memory_limit(3 * LARGEST_TEXT):
             return [(f"row {i}", caption) for i, caption in enumerate(parquet.read_columns([file], (key,))[key].to_pylist())]
     except (pa.ArrowException, OSError) as error:
         raise InputError(str(file), f"cannot be read ({error})", "write it again", "--prompts") from error
-

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 
 from lpo_fast.data.parquet import column_names, largest, parquet_files, read_columns
 from lpo_fast.errors import InputError
-from lpo_fast.system.reading import read_picture, room
-from lpo_fast.system.writing import once
+from lpo_fast.system.reading import memory_limit, read_picture
+from lpo_fast.system.writing import make_once
 
 SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}.*\.parquet")  # split-00000-of-00655-….parquet, as on the hub
 NAMED = re.compile(r"((train|validation|valid|val|dev|test)(_\w+)?)(-.*)?\.parquet")
@@ -62,7 +62,7 @@ class Source:
         """All values of a small column."""
         name, index = self.require(spec, key)
         try:
-            with room(3 * largest()):
+            with memory_limit(3 * largest()):
                 return _element(self.read(name), index).to_pylist()
         except (pa.ArrowException, OSError, ValueError) as error:  # also bytes that are not UTF-8
             raise InputError(spec, f"cannot be read from {self.path} ({error})", "name a column that has it in every row",
@@ -79,10 +79,10 @@ class Source:
             raise ValueError(f"a picture is {type(cell).__name__}, not bytes")
         return cell
 
-    def pictures(self, spec: str) -> "Pictures":
+    def pictures(self, spec: str) -> "PictureColumn":
         """The pictures of a column by row."""
         name, index = self.require(spec, "jpg_0")
-        return Pictures(self.open(name), index, self.encoded)
+        return PictureColumn(self.open(name), index, self.encoded)
 
     def identity(self) -> set[object]:
         """What its rows are read from: two sources with a common element have rows in common."""
@@ -105,7 +105,7 @@ class Source:
         raise NotImplementedError
 
 
-class Pictures:
+class PictureColumn:
     """pictures(row): the encoded bytes of a row's picture. Goes to worker processes as the names of memory-mapped files."""
 
     def __init__(self, dataset: Any, index: int | None, encoded: Callable[[Any], bytes]):
@@ -142,7 +142,7 @@ class Parquet(Source):
         try:
             home = Path(self.cache_dir or datasets.config.HF_DATASETS_CACHE) / "lpo_fast"
             key = hashlib.sha256(repr([name, [(str(file.resolve()), *_version(file)) for file in self.files]]).encode())
-            with once(home / f"{key.hexdigest()[:16]}.arrow") as aside:
+            with make_once(home / f"{key.hexdigest()[:16]}.arrow") as aside:
                 if aside:
                     self.convert(name, aside)
             dataset = datasets.Dataset.from_file(str(home / f"{key.hexdigest()[:16]}.arrow")).with_format("arrow")
@@ -158,7 +158,7 @@ class Parquet(Source):
         schema = pa.unify_schemas([pa.schema([pq.read_schema(file).field(name)]) for file in self.files],
                                   promote_options="permissive").remove_metadata()
         left = largest(self.files)
-        with room(3 * left), pa.OSFile(str(target), "wb") as out, pa.ipc.new_stream(out, schema) as stream:
+        with memory_limit(3 * left), pa.OSFile(str(target), "wb") as out, pa.ipc.new_stream(out, schema) as stream:
             for file in self.files:
                 for batch in pq.ParquetFile(file).iter_batches(batch_size=READ, columns=[name], use_threads=False):
                     if (left := left - batch.nbytes) < 0:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lpo_fast.data.parquet import largest, read_columns
 from lpo_fast.errors import InputError
 from lpo_fast.system import writing
-from lpo_fast.system.reading import parse_json, room
+from lpo_fast.system.reading import memory_limit, parse_json
 
 Picture = Image.Image | str | os.PathLike | bytes
 Rows = pa.Table | list[dict]
@@ -66,7 +66,7 @@ def _csv(file: Path) -> list[dict]:
 
 
 def _parquet(file: Path) -> pa.Table:
-    with room(3 * largest([file])):
+    with memory_limit(3 * largest([file])):
         return read_columns([file], most=largest([file]))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from lpo_fast.config import LPO
 from lpo_fast.lpo import sampling
 from lpo_fast.lpo.policies import Policy
-from lpo_fast.lpo.sampling import CounterNoise, Pairs, Score
+from lpo_fast.lpo.sampling import CounterNoise, LatentPairs, Score
 from lpo_fast.method import noise
 from lpo_fast.method.schedule import Schedule
 from lpo_fast.system import distributed
@@ -26,13 +26,13 @@ def sample_pairs(
     *,
     slots: int = 0,
     step: Callable = sampling.choose,
-) -> tuple[Pairs, dict[str, object]]:
+) -> tuple[LatentPairs, dict[str, object]]:
     """The valid pairs of all processes for prompt numbers ``index``, step-major, and what they say of the batch.
 
     slots: prompts that each process samples; where it has fewer, the first one again, whose pairs are dropped: shapes never
-    change, and a process without a prompt keeps the others company. step: see ``sample.trajectory``.
+    change, and a process without a prompt keeps the others company. step: see ``sampling.trajectory``.
     """
-    own = index[distributed.index()::distributed.count()]
+    own = index[distributed.rank()::distributed.world_size()]
     some = torch.cat([own, index[:1].expand(max(slots - len(own), len(own) == 0))])
     pairs, scores = sampling.trajectory(
         policy.predict, score, sched, gap, CounterNoise(config.seed, epoch, some, shape), some, step=step,
@@ -43,12 +43,12 @@ def sample_pairs(
     everything = pairs._replace(t=times.T.flatten(), valid=valid.T.flatten().bool())
     metrics = batch_metrics(everything, scores.movedim(0, -1))
     kept = pairs.take(pairs.valid & real.repeat(steps))
-    kept = Pairs(*distributed.gather(*kept[:-1], kept.valid.int()))
+    kept = LatentPairs(*distributed.gather(*kept[:-1], kept.valid.int()))
     number, place = ((a[:, None] == b).int().argmax(1) for a, b in ((kept.t, sched.timesteps), (kept.prompt, index)))
     return kept.take((number * len(index) + place).argsort())._replace(valid=kept.valid.bool()), metrics
 
 
-def batch_metrics(pairs: Pairs, scores: Tensor) -> dict[str, object]:
+def batch_metrics(pairs: LatentPairs, scores: Tensor) -> dict[str, object]:
     """What one prompt batch gave. pairs: all of them, step-major; scores: [steps, K, B]."""
     t, valid = pairs.t, pairs.valid
     bands = {"even_large": t > 751, "large": (t > 501) & (t <= 751), "mid": (t >= 251) & (t <= 501),
@@ -63,7 +63,7 @@ def batch_metrics(pairs: Pairs, scores: Tensor) -> dict[str, object]:
 def order(config: LPO, epoch: int, prompts: int, done: int = 0) -> list[Tensor]:
     """The prompt batches of an epoch, for all processes together, that are left after ``done`` prompts. The order of the
     prompts is a function of the seed and the epoch; only how it is cut into batches depends on the number of processes."""
-    size = config.batch_size * distributed.count()
+    size = config.batch_size * distributed.world_size()
     numbers = noise.permutation(config.seed, epoch, 0, prompts) if config.shuffle else torch.arange(prompts)
     left = prompts - done
     return list(numbers[done:][:left // size * size or left if config.drop_last else left].split(size))
@@ -74,13 +74,12 @@ def batches_left(config: LPO, prompts: int, at: dict[str, int], unfinished: bool
     the pairs of one more, whose prompts ``at`` counts already, are still to be trained on."""
     if at["epoch"] >= config.epochs:
         return 0
-    size = config.batch_size * distributed.count()
+    size = config.batch_size * distributed.world_size()
     here = (prompts - at["prompts"] + (0 if config.drop_last else size - 1)) // size + unfinished
     return max(here, 1) + (config.epochs - at["epoch"] - 1) * len(order(config, 0, prompts))
 
 
-def shuffled(pairs: Pairs, config: LPO, epoch: int, batch: int) -> Pairs:
+def shuffled(pairs: LatentPairs, config: LPO, epoch: int, batch: int) -> LatentPairs:
     """The valid pairs in random order: a function of the seed, the epoch and the batch."""
     index = pairs.valid.nonzero()[:, 0]
     return pairs.take(index[noise.permutation(config.seed, epoch, batch + 1, len(index)).to(index.device)])
-

@@ -23,8 +23,8 @@ def save_checkpoint(out: Path, epoch: int, unet: UNet2DConditionModel, optimizer
 
     The main process writes; if the denoiser is sharded, all processes call it.
     """
-    unet, state = sharding.uncut(unet), sharding.whole(optimizer.state_dict())
-    if not distributed.main():
+    unet, state = sharding.unsharded(unet), sharding.gathered(optimizer.state_dict())
+    if not distributed.is_main():
         return
     with writing.replacing(out / f"checkpoint_{epoch}") as aside:
         aside.mkdir()
@@ -85,7 +85,7 @@ def resume_from(folder: Path, unet: UNet2DConditionModel, optimizer: torch.optim
         loras.load_lora(unet, folder / loras.LORA_OFFICIAL, "--resume-from")
     if (folder / OPTIMIZER).is_file():
         own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        state = reading.read_pickle(folder / OPTIMIZER, "--resume-from", mmap=distributed.count() > 1)
+        state = reading.read_pickle(folder / OPTIMIZER, "--resume-from", mmap=distributed.world_size() > 1)
         try:
             sharding.load(optimizer, state)
         except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
@@ -101,7 +101,7 @@ def resume_from(folder: Path, unet: UNet2DConditionModel, optimizer: torch.optim
     return {"epoch": epoch_of(folder) + 1, "step": step}
 
 
-def check_room(out: Path, unet: UNet2DConditionModel, config: LPO, batches: int, shape: tuple[int, int, int]) -> None:
+def require_disk_space(out: Path, unet: UNet2DConditionModel, config: LPO, batches: int, shape: tuple[int, int, int]) -> None:
     """Raise InputError unless there is room for what the run will yet write, at most: states, checkpoints, final weights.
 
     batches: prompt batches an epoch. The state counts three times: it, the one before, and the next one while it is written.
@@ -109,7 +109,7 @@ def check_room(out: Path, unet: UNet2DConditionModel, config: LPO, batches: int,
     parameters = loras.trainable(unet)
     trained = sum(p.numel() * p.element_size() for p in parameters)
     moments = optimization.optimizer_state(config.optimizer, parameters) + writing.RECORD * len(parameters)
-    pairs = config.batch_size * distributed.count() * config.num_steps * 12 * math.prod(shape)  # three fp32 latents
+    pairs = config.batch_size * distributed.world_size() * config.num_steps * 12 * math.prod(shape)  # three fp32 latents
     state = trained * (2 if config.ema_decay else 1) + moments + pairs
     weights = sum(p.numel() * 4 for p in unet.parameters()) if config.full else trained
     epochs = min(config.epochs, config.max_batches // batches if config.max_batches else config.epochs)
@@ -117,17 +117,16 @@ def check_room(out: Path, unet: UNet2DConditionModel, config: LPO, batches: int,
     if config.keep_checkpoints:
         kept = min(kept, config.keep_checkpoints + 1)  # the new one is there before the oldest goes
     size = (3 - len(states.states(out))) * state + max(kept - there, 0) * (weights + moments) + weights
-    writing.check_room(out, size, "make room, limit --keep-checkpoints, or choose a directory on another disk")
+    writing.require_disk_space(out, size, "make room, limit --keep-checkpoints, or choose a directory on another disk")
 
 
 def export(out: Path, unet: UNet2DConditionModel, config: LPO) -> None:
     """The final weights: pytorch_lora_weights.safetensors, or unet/. The main process writes; all call it, as above."""
-    unet = sharding.uncut(unet)
-    if not distributed.main():
+    unet = sharding.unsharded(unet)
+    if not distributed.is_main():
         return
     if config.full:
         with writing.replacing(out / "unet") as aside:
             unet.save_pretrained(aside)
     else:
         loras.save_lora(unet, out)
-

@@ -17,7 +17,7 @@ from lpo_fast.run import logs
 from lpo_fast.system import distributed, writing
 
 
-class Pictures:
+class Drawer:
     """Draws with the policy. Prompts: those that train, then validation's.
 
     The main process writes; if the denoiser is sharded, the others draw too, since all run it together.
@@ -25,7 +25,7 @@ class Pictures:
 
     def __init__(self, config: LPO, policy: Policy, sched: Schedule, prompts: list[str], shape: tuple[int, int, int]):
         self.config, self.policy, self.sched, self.prompts, self.shape = config, policy, sched, prompts, shape
-        self.folder, self.draws = Path(config.out) / "pictures", distributed.main() or config.shard
+        self.folder, self.draws = Path(config.out) / "pictures", distributed.is_main() or config.shard
 
     @torch.no_grad()
     def _draw(self, prompts: Tensor) -> list[Image.Image]:
@@ -33,14 +33,14 @@ class Pictures:
             self.folder.mkdir(parents=True, exist_ok=True)
         pixels = pictures(self.policy.predict, self.sched, locate.vae(self.config), prompts, self.shape,
                                    guidance=self.config.guidance_scale, seed=self.config.seed, batch=self.config.batch_size,
-                                   bring=self.policy.bring)
+                                   prefetch=self.policy.prefetch)
         return [Image.fromarray(picture.numpy()) for picture in pixels]
 
     def compared(self, when: str) -> None:
         """The first prompts, with the same noise ``when`` it is "before" and "after", for the report."""
         count = min(self.config.pictures, len(self.prompts))
         pictures = self._draw(torch.arange(count)) if count and self.draws else []
-        if pictures and distributed.main():
+        if pictures and distributed.is_main():
             with writing.writing(self.folder):
                 for i, picture in enumerate(pictures):
                     picture.save(self.folder / f"{i:03d}_{when}.png")
@@ -52,7 +52,7 @@ class Pictures:
         if not prompts or not self.draws:
             return []
         pictures = self._draw(len(self.prompts) + torch.arange(len(prompts)).repeat_interleave(each))
-        if not distributed.main():
+        if not distributed.is_main():
             return []
         width, height = pictures[0].size
         grid = Image.new("RGB", (each * width, len(prompts) * height))
@@ -70,21 +70,20 @@ PICTURE_EPOCH = 0xFFFFFFFF  # pictures for reports have noise of their own
 @torch.no_grad()
 def pictures(predict: Predict, sched: Schedule, model: Path, prompts: Tensor, shape: tuple[int, int, int], *,
              guidance: float, seed: int, batch: int, items: Tensor | None = None,
-             bring: Callable[[Tensor], None] = lambda prompts: None) -> Tensor:
+             prefetch: Callable[[Tensor], None] = lambda prompts: None) -> Tensor:
     """uint8 [N, H, W, 3] pictures for prompt numbers [N], decoded by the VAE of ``model`` (or that is ``model``).
 
-    items: the numbers that key their noise (default: 0 … N−1). bring: ``Policy.bring``.
+    items: the numbers that key their noise (default: 0 … N−1). prefetch: ``Policy.prefetch``.
     """
     device = sched.table.device
     vae = vaes.load_vae(model).to(device)
     items = torch.arange(len(prompts)) if items is None else items
     drawn = []
     for index, item in zip(prompts.split(batch), items.to(device).split(batch), strict=True):
-        bring(index)
+        prefetch(index)
         index = index.to(device)
         latents = sampling.generate(predict, sched, CounterNoise(seed, PICTURE_EPOCH, item, shape), index, guidance=guidance)
         for part in latents.split(4):  # decoding is what takes memory
             decoded = vae.decode(part / vae.config.scaling_factor).sample
             drawn.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu())
     return torch.cat(drawn)
-

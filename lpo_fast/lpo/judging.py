@@ -10,7 +10,7 @@ from lpo_fast.lpo import policies
 from lpo_fast.lrm import checkpoint
 from lpo_fast.lrm.reward import LatentRewardModel
 from lpo_fast.models import attention, fused_norms, locate, texts, vaes
-from lpo_fast.models.texts import Text, Windowed
+from lpo_fast.models.texts import Text, TextWindow
 from lpo_fast.system import devices
 
 
@@ -37,10 +37,9 @@ def load_score(config: LPO, prompts: list[str], device: torch.device) -> "Judge"
 class Judge:
     """A reward model as a ``Score``: of latents, timesteps and prompt numbers."""
 
-    def __init__(self, lrm: LatentRewardModel, text: Text | Windowed, precision: str):
-        self.lrm, self.text, self.precision, self.bring = lrm, text, precision, text.bring
+    def __init__(self, lrm: LatentRewardModel, text: Text | TextWindow, precision: str):
+        self.lrm, self.text, self.precision, self.prefetch = lrm, text, precision, text.prefetch
 
     def __call__(self, x: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         with devices.autocast(self.precision):
             return self.lrm.score(x, t, self.text[prompts])
-

@@ -17,20 +17,20 @@ from lpo_fast.method import schedule
 from lpo_fast.method.schedule import Schedule
 from lpo_fast.models import attention, denoisers, families, fused_norms, locate, loras, sharding, texts, vaes
 from lpo_fast.models.families import Family
-from lpo_fast.models.texts import Text, Windowed
+from lpo_fast.models.texts import Text, TextWindow
 from lpo_fast.system import compilation, console, devices, distributed
 
 
 class Policy:
     """The denoiser that trains and its reference: the same weights with the adapters off, or a frozen copy of them."""
 
-    def __init__(self, unet: UNet2DConditionModel, text: Text | Windowed, sizes: Tensor | None, *, full: bool,
+    def __init__(self, unet: UNet2DConditionModel, text: Text | TextWindow, sizes: Tensor | None, *, full: bool,
                  precision: str = "no", compile: str = "none", sharded: bool = False, attention: str = "sdpa"):
         self.unet, self.text, self.sizes, self.precision, self.attention = unet, text, sizes, precision, attention
         self.frozen = copy.deepcopy(unet).requires_grad_(False) if full else None
         for network in (unet, self.frozen) if sharded else ():
-            sharding.cut(network, precision)
-        self.adapters, self.bring = loras.adapters(unet), text.bring
+            sharding.shard(network, precision)
+        self.adapters, self.prefetch = loras.adapters(unet), text.prefetch
         self._compiled = compilation.compiled(self._evaluate, compile)
 
     def predict(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
@@ -115,18 +115,17 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
 
 
 def encoded(config: LPO, family: Family, tokenizers: list[CLIPTokenizer], encoders: list[nn.Module], prompts: list[str],
-            zero_null: bool, precision: str) -> Text | Windowed:
+            zero_null: bool, precision: str) -> Text | TextWindow:
     """Text features of all prompts, on the device if they fit, else within reach of it."""
     text = texts.encode_prompts(family, tokenizers, encoders, prompts, zero_null=zero_null, dtype=devices.DTYPES[precision],
-                                   home=devices.text_home)
+                                   placement=devices.text_placement)
     if text.context.device == text.null.context.device:
         return text
     console.say(f"text features of {len(prompts)} prompts take {text.context.nbytes / 1e9:.1f} GB and stay in the host's memory")
-    return Windowed(text, config.batch_size * distributed.count())
+    return TextWindow(text, config.batch_size * distributed.world_size())
 
 
 def latent_shape(config: LPO, unet: UNet2DConditionModel) -> tuple[int, int, int]:
     """(C, H, W) of the latents that the policy makes."""
     size = config.resolution // vaes.pixels_per_latent(locate.model(config)) or unet.config.sample_size
     return unet.config.in_channels, size, size
-

@@ -21,7 +21,7 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t [B,C,H,W], t [B], p
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [N,C,H,W], t [N], prompts [N]) → scores [N]
 
 
-class Pairs(NamedTuple):
+class LatentPairs(NamedTuple):
     """N pairs: latents x_t, winner, loser [N, C, H, W] fp32; t, prompt: int64 [N]; valid: bool [N]."""
 
     x_t: Tensor
@@ -31,9 +31,9 @@ class Pairs(NamedTuple):
     prompt: Tensor
     valid: Tensor
 
-    def take(self, index: Tensor) -> "Pairs":
+    def take(self, index: Tensor) -> "LatentPairs":
         """Some of the pairs, by number or by mask."""
-        return Pairs(*(field[index] for field in self))
+        return LatentPairs(*(field[index] for field in self))
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def choose(predict: Predict, score: Score, sched: Schedule, gap: Tensor, x: Tens
 @torch.no_grad()
 def trajectory(predict: Predict, score: Score, sched: Schedule, gap: Tensor, draw: CounterNoise, prompts: Tensor, *,
                guidance: float, num_candidates: int, window: tuple[int, int] | None = None,
-               step: Callable[..., tuple[Tensor, ...]] = choose) -> tuple[Pairs, Tensor]:
+               step: Callable[..., tuple[Tensor, ...]] = choose) -> tuple[LatentPairs, Tensor]:
     """Denoise B prompts; a pair a step. Returns the (steps · B) pairs, step-major, and the scores [steps, K, B].
 
     gap: [N] smallest score gap of a valid pair by timestep (``select.gaps``). window: before its first step one unscored
@@ -88,10 +88,10 @@ def trajectory(predict: Predict, score: Score, sched: Schedule, gap: Tensor, dra
             continue
         winner, loser, valid, scores, following = step(predict, score, sched, gap, x, t, prompts, z, choice, guidance,
                                                        num_candidates)
-        steps.append(Pairs(x, winner, loser, t, prompts, valid))
+        steps.append(LatentPairs(x, winner, loser, t, prompts, valid))
         all_scores.append(scores)
         x = following
-    return Pairs(*(torch.cat(field) for field in zip(*steps, strict=True))), torch.stack(all_scores)
+    return LatentPairs(*(torch.cat(field) for field in zip(*steps, strict=True))), torch.stack(all_scores)
 
 
 @torch.no_grad()

@@ -8,18 +8,18 @@ from torch import Tensor
 from lpo_fast.config import LPO
 from lpo_fast.kernels.pair_loss import pair_loss
 from lpo_fast.lpo.policies import Policy
-from lpo_fast.lpo.sampling import Pairs, Score
+from lpo_fast.lpo.sampling import LatentPairs, Score
 from lpo_fast.method.loss import METRICS, StepDPO
 from lpo_fast.method.schedule import Schedule
 from lpo_fast.models.loras import trainable
 from lpo_fast.run import accounting
-from lpo_fast.run.optimization import Update
+from lpo_fast.run.optimization import OptimizerStep
 from lpo_fast.system import distributed
 
 STEP = (*METRICS, "grad_norm")
 
 
-def evaluate(policy: Policy, sched: Schedule, pairs: Pairs, weight: Tensor, *, guidance: float, beta: float,
+def evaluate(policy: Policy, sched: Schedule, pairs: LatentPairs, weight: Tensor, *, guidance: float, beta: float,
              eps: float) -> StepDPO:
     """One policy and one reference evaluation serve both members of each pair. weight: [N], see ``loss.step_dpo``."""
     at = pairs.x_t, pairs.t, pairs.prompt
@@ -27,23 +27,23 @@ def evaluate(policy: Policy, sched: Schedule, pairs: Pairs, weight: Tensor, *, g
                      weight, guidance=guidance, beta=beta, eps=eps)
 
 
-def padded(pairs: Pairs, size: int) -> Pairs:
+def padded(pairs: LatentPairs, size: int) -> LatentPairs:
     """Exactly ``size`` pairs: the last ones repeat the first, marked as not valid, so that shapes never change."""
     index = torch.arange(size, device=pairs.t.device)
     real = index < len(pairs.t)
     return pairs.take(torch.where(real, index, 0))._replace(valid=real)
 
 
-def micro_batches(pairs: Pairs, size: int) -> Iterator[Pairs]:
+def micro_batches(pairs: LatentPairs, size: int) -> Iterator[LatentPairs]:
     """This process's part of an optimizer step's pairs, ``size`` at a time; as many times in every process."""
-    rank, world, total = distributed.index(), distributed.count(), len(pairs.t)
+    rank, world, total = distributed.rank(), distributed.world_size(), len(pairs.t)
     for first in range(0, -(-total // world), size):
         part = pairs.take(slice(rank + first * world, rank + (first + size) * world, world))
         yield padded(part, size) if len(part.t) else padded(pairs, size)._replace(valid=torch.zeros_like(
             pairs.valid[:1]).expand(size))
 
 
-def train_step(policy: Policy, sched: Schedule, pairs: Pairs, update: Update, config: LPO) -> Tensor:
+def train_step(policy: Policy, sched: Schedule, pairs: LatentPairs, update: OptimizerStep, config: LPO) -> Tensor:
     """One optimizer step on up to train_batch_size · accumulate pairs a process; its metrics, STEP, on the device.
 
     A step without a finite gradient changes nothing (see run/optimization.py).
@@ -57,13 +57,13 @@ def train_step(policy: Policy, sched: Schedule, pairs: Pairs, update: Update, co
             metrics = metrics + out.totals
         return metrics
     metrics, norm = update(gradients)
-    return torch.cat([distributed.total(metrics), norm[None]])
+    return torch.cat([distributed.all_sum(metrics), norm[None]])
 
 
 def work(policy: Policy, score: Score, sched: Schedule, shape: tuple[int, int, int], config: LPO) -> dict[str, int]:
     """Operations that a prompt's sampling and a pair's training need."""
     x, t = torch.zeros(1, *shape, device=sched.table.device), sched.timesteps[:1]
-    pair, k, (first, last) = Pairs(x, x, x, t, t * 0, t > 0), config.num_candidates, config.window
+    pair, k, (first, last) = LatentPairs(x, x, x, t, t * 0, t > 0), config.num_candidates, config.window
     with accounting.countable(policy.unet), policy.plain():
         step = accounting.operations(lambda: policy.predict(x, t, t * 0))
         judged = accounting.operations(lambda: score(x, t, t * 0))
@@ -71,4 +71,3 @@ def work(policy: Policy, score: Score, sched: Schedule, shape: tuple[int, int, i
             policy, sched, pair, torch.ones(1, device=x.device), beta=config.beta, eps=config.clip_eps,
             guidance=config.train_guidance).loss, trainable(policy.unet))
     return {"prompts": last * step + (last - first) * k * judged, "pairs": trained}
-

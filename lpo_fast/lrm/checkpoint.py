@@ -156,4 +156,3 @@ def read_text_projection(path: str) -> Tensor:
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise InputError(path, "has no text_projection.weight", "use a CLIP model with projections", "--clip")
     return weight.float()
-

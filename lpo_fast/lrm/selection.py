@@ -18,22 +18,22 @@ FINAL, CHECKPOINT = "checkpoint-final", "checkpoint-gstep{}"
 
 def restore(lrm: LatentRewardModel, folder: Path) -> None:
     """Weights of a checkpoint in every process, of which the main one alone need see the directory."""
-    if distributed.main():
+    if distributed.is_main():
         lrm.load_state_dict(checkpoint.load_lrm(folder).state_dict())
-    distributed.share(lrm.parameters())
+    distributed.broadcast(lrm.parameters())
 
 
 def keep(config: LRM, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], at: dict) -> None:
     """Save the LRM just validated unless an earlier one (after step 0) is better, so of equals the later is kept; forget
-    checkpoints that are too many, which ``prune`` removes. The best one stays in any case if it is to be handed on."""
+    checkpoints that are too many, which ``prune`` removes. The best one stays in any case if it becomes checkpoint-final."""
     out, accuracy = Path(config.out), at["stage"]["metrics"]["accuracy"]
     if config.save_only_if_best and any(accuracy < known for _, known in at["checkpoints"]):
         return
     at["checkpoints"] = [*(known for known in at["checkpoints"] if known[0] != at["step"]), (at["step"], accuracy)]
-    if distributed.main():
+    if distributed.is_main():
         save(lrm, tokenizers, out / CHECKPOINT.format(at["step"]), at["stage"])
     order = sorted(at["checkpoints"], key=lambda known: (known[1] if config.keep_best else 0, known[0]), reverse=True)
-    best = [max(order, key=lambda known: (known[1], known[0]))] if config.handed_on == "best" else []
+    best = [max(order, key=lambda known: (known[1], known[0]))] if config.final_checkpoint == "best" else []
     at["checkpoints"] = sorted({*order[:config.keep_checkpoints or len(order)], *best})
 
 
@@ -52,7 +52,7 @@ def save(lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], folder: Path, 
         logs.write_json(aside / "training_stage.json", stage)
 
 
-def check_room(out: Path, lrm: LatentRewardModel, config: LRM, validated: bool) -> None:
+def require_disk_space(out: Path, lrm: LatentRewardModel, config: LRM, validated: bool) -> None:
     """Raise InputError unless there is room for what the run will yet write, at most: states, checkpoints, checkpoint-final.
 
     validated: whether there are checkpoints. The state counts three times: it, the one before, and the next one while it is
@@ -71,17 +71,17 @@ def check_room(out: Path, lrm: LatentRewardModel, config: LRM, validated: bool) 
         times = min(times, config.keep_checkpoints + 1)  # the new one is there before the oldest goes
     there = len(list(out.glob(CHECKPOINT.format("*"))))
     size = (3 - len(states.states(out))) * state + (max(times - there, 0) + 1) * whole
-    writing.check_room(out, size, "make room, limit --keep-checkpoints, or choose a directory on another disk")
+    writing.require_disk_space(out, size, "make room, limit --keep-checkpoints, or choose a directory on another disk")
 
 
-def hand_on(config: LRM, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], at: dict) -> None:
+def export_final(config: LRM, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], at: dict) -> None:
     """Write checkpoint-final: the best of the checkpoints, or the LRM as it is."""
     out = Path(config.out)
-    last = config.handed_on == "last" or not at["checkpoints"]
-    at["handed_on"] = at["step"] if last else max(at["checkpoints"], key=lambda known: (known[1], known[0]))[0]
-    if distributed.main() and last:
+    last = config.final_checkpoint == "last" or not at["checkpoints"]
+    at["exported"] = at["step"] if last else max(at["checkpoints"], key=lambda known: (known[1], known[0]))[0]
+    if distributed.is_main() and last:
         save(lrm, tokenizers, out / FINAL, at["stage"])
-    elif distributed.main():
+    elif distributed.is_main():
         with writing.replacing(out / FINAL) as aside:
-            shutil.copytree(out / CHECKPOINT.format(at["handed_on"]), aside)
-    distributed.wait()
+            shutil.copytree(out / CHECKPOINT.format(at["exported"]), aside)
+    distributed.barrier()

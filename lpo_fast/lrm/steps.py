@@ -12,7 +12,7 @@ from lpo_fast.lrm.encoding import Encoder
 from lpo_fast.lrm.reward import LatentRewardModel
 from lpo_fast.method import loss, noise
 from lpo_fast.models import fused_norms, locate
-from lpo_fast.run.optimization import Update
+from lpo_fast.run.optimization import OptimizerStep
 from lpo_fast.system import devices, distributed
 
 STEP = ("loss", "accuracy", "grad_norm", "logit_scale")
@@ -35,7 +35,7 @@ def encoded(encoder: Encoder, batch: dict, step: int, config: LRM, cache: Cache 
         "rows": rows, "mean": mean, "std": std, "corrupt": batch["corrupt"]}
 
 
-def train_step(lrm: LatentRewardModel, encoder: Encoder, batch: dict, step: int, update: Update, config: LRM,
+def train_step(lrm: LatentRewardModel, encoder: Encoder, batch: dict, step: int, update: OptimizerStep, config: LRM,
                cache: Cache | None = None) -> Tensor:
     """One optimizer step of all processes, each with its part of the pairs; its metrics, which are those of all: STEP, [4].
 
@@ -44,7 +44,7 @@ def train_step(lrm: LatentRewardModel, encoder: Encoder, batch: dict, step: int,
     """
     batch = encoded(encoder, batch, step, config, cache)
     good = (~batch["corrupt"]).to(encoder.device, non_blocking=True)
-    weight, count = distributed.total(torch.stack([(good / batch["counts"]).sum(), good.sum()]))
+    weight, count = distributed.all_sum(torch.stack([(good / batch["counts"]).sum(), good.sum()]))
 
     def gradients(size: int) -> Tensor:
         made = []
@@ -76,7 +76,7 @@ def pair_loss(lrm: LatentRewardModel, encoder: Encoder, batch: dict, step: int, 
     scale = lrm.logit_scale.exp()  # its gradient is the same in every process, and counts once
     share = ((1 / counts).sum() / weight).nan_to_num()
     value = share * loss.preference(
-        text, image_0, image_1, scale if distributed.index() == 0 else scale.detach(), label_0, label_1, counts, t,
+        text, image_0, image_1, scale if distributed.rank() == 0 else scale.detach(), label_0, label_1, counts, t,
         loss_type=config.loss_type, batch_coeff=config.batch_coeff, aux_loss_coeff=config.aux_loss_coeff)
     return value, correct(((image_0 - image_1) * text).sum(-1).detach(), torch.stack([label_0, label_1])).sum()
 
@@ -88,22 +88,22 @@ def correct(margin: Tensor, labels: Tensor) -> Tensor:
 
 def steps_an_epoch(config: LRM, pairs: int) -> int:
     """Steps of whole batches in a pass over the pairs; the rest is left to the next pass's order."""
-    return pairs // (own_size(config, pairs) * distributed.count())
+    return pairs // (own_size(config, pairs) * distributed.world_size())
 
 
 def own_size(config: LRM, pairs: int) -> int:
     """Pairs of a step in each process."""
-    return min(config.batch_size, pairs) // distributed.count()
+    return min(config.batch_size, pairs) // distributed.world_size()
 
 
 def batches(config: LRM, pairs: int, step: int) -> Iterator[list[int]]:
     """This process's pair numbers of every batch from ``step`` on: each epoch a new order, a function of the seed and the
     epoch."""
-    own, world, each = own_size(config, pairs), distributed.count(), steps_an_epoch(config, pairs)
+    own, world, each = own_size(config, pairs), distributed.world_size(), steps_an_epoch(config, pairs)
     for k in range(step, config.max_steps):
         if k % each == 0 or k == step:
             order = noise.permutation(config.seed, k // each, 0, pairs)
-        first = (k % each * world + distributed.index()) * own
+        first = (k % each * world + distributed.rank()) * own
         yield order[first:first + own].tolist()
 
 
@@ -122,4 +122,3 @@ def load(config: LRM, device: torch.device) -> tuple[LatentRewardModel, Encoder]
     encoder = Encoder(model, lrm, config.seed, devices.precision(config.mixed_precision, "bf16"), locate.vae(config),
                       config.noise_offset, config.compile)
     return lrm, encoder
-

@@ -1,6 +1,5 @@
 """Accuracy on held-out pairs."""
 
-
 import torch
 from torch.utils.data import DataLoader
 
@@ -38,10 +37,9 @@ def validate(lrm: LatentRewardModel, encoder: Encoder, loader: DataLoader, times
     lrm.train()
     if corrupt is not None:
         corrupt.share()
-    *shares, count = [*(distributed.total(right)[:-1] / right[-1]).tolist(), int(right[-1])]
+    *shares, count = [*(distributed.all_sum(right)[:-1] / right[-1]).tolist(), int(right[-1])]
     if corrupt is not None and not count:
         raise InputError(corrupt.pairs.source.path, "has no pair whose pictures decode", "mend them, or name other pairs",
                          corrupt.pairs.source.flag)
     accuracy = dict(zip(map(str, timesteps), shares, strict=True))
     return {"accuracy": accuracy[str(timesteps[0])], "accuracy_by_timestep": accuracy, "n": count}
-

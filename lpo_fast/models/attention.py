@@ -73,7 +73,7 @@ def faster_attention(run: Callable[[], Tensor], unet: nn.Module) -> str:
     return best
 
 
-def kept(_, operation: torch._ops.OpOverload, *args, **kwargs) -> CheckpointPolicy:
+def checkpoint_policy(_, operation: torch._ops.OpOverload, *args, **kwargs) -> CheckpointPolicy:
     """Of selective checkpointing: convolutions and attention take the most time for a byte of what they give."""
     dear = any(word in str(operation) for word in ("convolution", "attention", "flash_fwd"))  # the last is xformers'
     return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
@@ -81,7 +81,7 @@ def kept(_, operation: torch._ops.OpOverload, *args, **kwargs) -> CheckpointPoli
 
 def recomputed(how: str, block: Callable, *inputs) -> Tensor:
     """A block whose activations are computed again in the backward pass: all ("full"), or all that is not ``kept``."""
-    selective = {"context_fn": partial(create_selective_checkpoint_contexts, kept)} if how == "selective" else {}
+    selective = {"context_fn": partial(create_selective_checkpoint_contexts, checkpoint_policy)} if how == "selective" else {}
     return activation_checkpoint(block, *inputs, use_reentrant=False, **selective)
 
 
@@ -89,4 +89,3 @@ def checkpointing(unet: nn.Module, how: str) -> None:
     """Which activations inside a denoiser's blocks are kept for the backward pass: --checkpointing."""
     if how != "none":
         unet.enable_gradient_checkpointing(partial(recomputed, how))
-

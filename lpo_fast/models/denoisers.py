@@ -94,4 +94,3 @@ def size_conditions(base: Path, family: families.Family, unet: nn.Module, resolu
         return None
     pixels = vaes.pixels(base, unet.config, resolution)
     return time_ids(pixels, pixels)
-

@@ -53,4 +53,3 @@ def variant(folder: Path) -> str | None:
 def part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """The tensors of a submodule, without its name in front."""
     return {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
-

@@ -108,7 +108,7 @@ def single_file(file: Path, flag: str) -> Path:
     if configs.is_dir():
         check_index(configs, flag)
     cls = StableDiffusionXLPipeline if found.get("addition_embed_type") else StableDiffusionPipeline
-    with writing.once(folder) as aside:
+    with writing.make_once(folder) as aside:
         if aside:
             try:
                 pipeline = cls.from_single_file(str(file), config=str(configs) if configs.is_dir() else None,

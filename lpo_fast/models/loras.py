@@ -156,4 +156,3 @@ def adapters_off(layers: list[BaseTunerLayer]) -> Iterator[None]:
 def trainable(unet: nn.Module) -> list[nn.Parameter]:
     """The parameters that train."""
     return [p for p in unet.parameters() if p.requires_grad]
-

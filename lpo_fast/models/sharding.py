@@ -16,20 +16,20 @@ from torch.utils._pytree import tree_map_only
 from lpo_fast.system import devices, distributed
 
 
-def cut(unet: UNet2DConditionModel, precision: str) -> None:
+def shard(unet: UNet2DConditionModel, precision: str) -> None:
     """Keep this process's part of a denoiser on its device, in place; all processes call it.
 
     precision: what the weights are rounded to when they come together (their parts, and the sums of gradients, stay as they
     are): autocast would keep a whole rounded copy from the forward pass to the backward pass.
     """
     device = distributed.state().device
-    if distributed.count() == 1:
+    if distributed.world_size() == 1:
         unet.to(device)
         return
     for parameter in unet.parameters():
         parameter.data = parameter.data.contiguous()  # FSDP takes no others; maps stay channels-last
     half = {} if precision == "no" else {"param_dtype": devices.DTYPES[precision], "reduce_dtype": torch.float32}
-    mesh = init_device_mesh(device.type, (distributed.count(),))
+    mesh = init_device_mesh(device.type, (distributed.world_size(),))
     for module in (*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet):
         # After a forward pass the whole weights go, the outermost too: those that sampling left would miss an update.
         fully_shard(module, mesh=mesh, reshard_after_forward=True,
@@ -44,22 +44,22 @@ def clip(parameters: list[nn.Parameter], largest: float) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def whole(state: object) -> object:
+def gathered(state: object) -> object:
     """A state_dict with whole tensors on the CPU for DTensors (None in processes other than the main one); all call it."""
     def gather(x: DTensor) -> Tensor | None:
         x = x.full_tensor()
-        return x.cpu() if distributed.main() else None
+        return x.cpu() if distributed.is_main() else None
     return tree_map_only(DTensor, gather, state)
 
 
-def uncut(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+def unsharded(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """The denoiser that the main process writes: itself, or a whole copy on the CPU if it is cut; all call it."""
     if not any(isinstance(parameter, DTensor) for parameter in unet.parameters()):
         return unet
-    state = whole(unet.state_dict())
+    state = gathered(unet.state_dict())
     with torch.device("meta"):
         copy = UNet2DConditionModel.from_config(unet.config)
-    if distributed.main():
+    if distributed.is_main():
         copy.load_state_dict(state, assign=True)
     return copy
 
@@ -68,8 +68,8 @@ def part(value: Tensor, like: Tensor) -> Tensor:
     """This process's part of a tensor if ``like``, of the same shape, is cut; else the tensor itself."""
     if not isinstance(like, DTensor) or value.shape != like.shape:
         return value
-    cut = distribute_tensor(value.detach(), like.device_mesh, like.placements, src_data_rank=None)  # each cuts its own
-    return cut.clone()  # else it keeps the whole one alive
+    shard = distribute_tensor(value.detach(), like.device_mesh, like.placements, src_data_rank=None)  # each cuts its own
+    return shard.clone()  # else it keeps the whole one alive
 
 
 def load(owner: object, state: dict) -> None:

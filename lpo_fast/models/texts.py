@@ -35,7 +35,7 @@ class Text:
         """All that networks read."""
         return [self.context, self.pooled, *(self.null.tensors if self.null else [])]
 
-    def bring(self, prompts: Tensor) -> None:
+    def prefetch(self, prompts: Tensor) -> None:
         """All prompts' features are where they are used (else see ``Windowed``)."""
 
     def to(self, *args, **kwargs) -> Text:
@@ -72,10 +72,10 @@ def encode(family: Family, encoders: list[nn.Module], ids: list[Tensor]) -> Text
     return Text(torch.cat(layers, -1), pooled)
 
 
-class Windowed:
+class TextWindow:
     """Text features of all prompts in the host's pinned memory; on the device those of a few, as one ``Text`` would be.
 
-    ``bring`` copies them there, into tensors whose addresses never change, as CUDA graphs need it. The copy waits for
+    ``prefetch`` copies them there, into tensors whose addresses never change, as CUDA graphs need it. The copy waits for
     nothing: it is queued behind the work that the device still has.
     """
 
@@ -93,7 +93,7 @@ class Windowed:
         """All that networks read: what is on the device."""
         return [self.numbers, *self.here.tensors, *self.null.tensors]
 
-    def bring(self, prompts: Tensor) -> None:
+    def prefetch(self, prompts: Tensor) -> None:
         """Prompt numbers on the host, int64 [up to size]: those that will be asked for next."""
         numbers = prompts.unique()
         for target, source in ((self.numbers, numbers), (self.here.context, self.all.context[numbers]),
@@ -112,18 +112,18 @@ class Windowed:
 @torch.no_grad()
 def encode_prompts(family: Family, tokenizers: list[CLIPTokenizer], encoders: list[nn.Module], prompts: list[str],
                    *, zero_null: bool, batch: int = 64, dtype: torch.dtype = torch.float32,
-                   home: Callable[[int], torch.device | str] | None = None) -> Text:
+                   placement: Callable[[int], torch.device | str] | None = None) -> Text:
     """Text features of all prompts, in batches on the encoders' device, with the null text of a policy or an LRM.
 
-    dtype: of the context (``Text.prepared``). home: tells from the bytes of all features where they are kept.
+    dtype: of the context (``Text.prepared``). placement: tells from the bytes of all features where they are kept.
     """
     device = next(encoders[0].parameters()).device
     texts, kept = [], device
     for first in range(0, len(prompts), batch):
         ids = tokenize(tokenizers, prompts[first:first + batch])
         text = encode(family, encoders, [i.to(device) for i in ids]).prepared(dtype)
-        if home and not texts:
-            kept = home(sum(x.nbytes for x in (text.context, text.pooled)) * len(prompts) // len(text))
+        if placement and not texts:
+            kept = placement(sum(x.nbytes for x in (text.context, text.pooled)) * len(prompts) // len(text))
         texts.append(text.to(kept))
     null = encode(family, encoders, [i.to(device) for i in tokenize(tokenizers, [""])])
     if zero_null:
@@ -156,4 +156,3 @@ def load_tokenizers(path: Path, family: Family) -> list[CLIPTokenizer]:
     if len(family.tokenizers) == 1 and not (path / family.tokenizers[0]).is_dir():
         return [CLIPTokenizer.from_pretrained(path)]
     return [CLIPTokenizer.from_pretrained(path, subfolder=name) for name in family.tokenizers]
-

@@ -38,4 +38,3 @@ def pixels_per_latent(path: Path) -> int:
     config = path / "vae" / "config.json"
     stages = len(json.loads(config.read_text())["block_out_channels"]) if config.is_file() else 4
     return 2 ** (stages - 1)
-

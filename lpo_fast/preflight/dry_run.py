@@ -16,7 +16,7 @@ from lpo_fast.data import latent_cache
 from lpo_fast.lpo import policies
 from lpo_fast.lpo import sampling as lpo_sampling
 from lpo_fast.lpo import steps as lpo_steps
-from lpo_fast.lpo.sampling import CounterNoise, Pairs
+from lpo_fast.lpo.sampling import CounterNoise, LatentPairs
 from lpo_fast.lrm import encoding as lrm_encoding
 from lpo_fast.lrm.reward import LatentRewardModel, encode_features
 from lpo_fast.method import loss, schedule
@@ -73,7 +73,7 @@ def lpo(config: LPO) -> list[str]:
     first, steps = config.window
     judged, latent = steps - first, 4 * shape[0] * shape[1] * shape[2]
     x, t, index = meta.empty(n, *shape), meta.empty(n, dtype=torch.int64), meta.empty(size, dtype=torch.int64)
-    pairs = Pairs(x, x.clone(), x.clone(), t, t, meta.empty(n, dtype=torch.bool))
+    pairs = LatentPairs(x, x.clone(), x.clone(), t, t, meta.empty(n, dtype=torch.bool))
     gradients, optimizers, cut = held(actor.unet, True), optimizer_states(parameters), processes() if config.shard else 1
     loading = max(
         held(actor.unet, config.full) // cut + sum(map(held, encoders)) + encoding.peak + 2 * of_text(text),
@@ -152,7 +152,7 @@ def lrm(config: LRM) -> list[str]:
     size = config.resolution // vaes.pixels_per_latent(model) or unet["sample_size"]
     vae = meta.built(AutoencoderKL, vaes.vae_folder(locate.vae(config)))
     pixels = size * 2 ** (len(vae.config.block_out_channels) - 1)
-    reward = meta.learner(config, pixels)
+    reward = meta.trained_lrm(config, pixels)
     parameters = trainable(reward)
     own = min(config.batch_size, len(used["train"])) // world  # train_lrm.own_size
     n = -(-own // config.accumulate)

@@ -209,7 +209,7 @@ def scorer(config: LPO, pixels: int) -> LatentRewardModel:
     return lrm.requires_grad_(False).eval()
 
 
-def learner(config: LRM, pixels: int) -> LatentRewardModel:
+def trained_lrm(config: LRM, pixels: int) -> LatentRewardModel:
     """As ``train_lrm.load`` makes it."""
     model = locate.model(config)
     unet = denoisers.empty_down_mid(model / "unet").to(memory_format=torch.channels_last)

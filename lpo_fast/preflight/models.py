@@ -38,7 +38,7 @@ def read_config(folder: Path, flag: str, name: str = "config.json") -> dict:
                          "name the top directory of a whole download", flag) from error
 
 
-def whole(config: dict, key: str, folder: Path, flag: str, most: int = 2**20) -> int:
+def positive_int(config: dict, key: str, folder: Path, flag: str, most: int = 2**20) -> int:
     """A whole number, or a list of at most 16, in a model's config.json; huge ones would be built for hours."""
     value = config.get(key)
     numbers = tree_leaves(value)
@@ -53,9 +53,9 @@ def denoiser(path: Path, flag: str) -> dict:
     if missing := [key for key in ("in_channels", "cross_attention_dim", "block_out_channels") if key not in unet]:
         raise InputError(str(path), f"unet/config.json has no {missing[0]}", "name a Stable Diffusion directory", flag)
     for key in ("in_channels", "cross_attention_dim", "block_out_channels"):
-        whole(unet, key, folder, flag)
+        positive_int(unet, key, folder, flag)
     for key in ("layers_per_block", "transformer_layers_per_block"):
-        whole({key: 1} | unet, key, folder, flag, most=100)
+        positive_int({key: 1} | unet, key, folder, flag, most=100)
     return unet
 
 
@@ -63,7 +63,7 @@ def buildable(config: dict, name: str, flag: str, part: str = "unet", kind: type
     """Refuse the config of a part of a model that cannot be built; ``kind`` is its class, which no file chooses."""
     folder = Path(name) / part
     for key, most in (("num_hidden_layers", 100), ("num_train_timesteps", 10_000)):
-        whole({key: 1} | config, key, folder, flag, most)
+        positive_int({key: 1} | config, key, folder, flag, most)
     try:
         with torch.device("cpu" if part == "scheduler" else "meta"):
             if part == "scheduler":
@@ -126,11 +126,11 @@ def pipeline(model: str, flag: str, revision: str = "") -> dict:
     for part in family.tokenizers:
         if not (path / part).is_dir() or not any((path / part).iterdir()):
             raise InputError(model, f"is no whole pipeline: {part}/ is missing", "download all of it", flag)
-    widths = [whole(read_config(path / name, flag), "hidden_size", path / name, flag) for name, _ in family.encoders]
+    widths = [positive_int(read_config(path / name, flag), "hidden_size", path / name, flag) for name, _ in family.encoders]
     if sum(widths) != unet["cross_attention_dim"]:
         raise InputError(model, f"its text encoders give {sum(widths)} features, its denoiser takes "
                          f"{unet['cross_attention_dim']}", "use parts that belong together", flag)
-    whole(vae := read_config(path / "vae", flag), "block_out_channels", path / "vae", flag)
+    positive_int(vae := read_config(path / "vae", flag), "block_out_channels", path / "vae", flag)
     buildable(unet, model, flag)
     buildable(vae, model, flag, "vae", AutoencoderKL)
     buildable(scheduler, model, flag, "scheduler")
@@ -164,7 +164,7 @@ def reward_model(config: LPO) -> dict:
                          "name the diffusers directory that it was made from with --lrm-base, or its --lrm-tokenizer", "--lrm")
     if "text_projection" in heads:
         source = path if (path / "text_encoder").is_dir() else base
-        width = whole(read_config(source / "text_encoder", "--lrm"), "hidden_size", source / "text_encoder", "--lrm")
+        width = positive_int(read_config(source / "text_encoder", "--lrm"), "hidden_size", source / "text_encoder", "--lrm")
         if heads["text_projection"]["weight"].shape[1] != width:
             raise InputError(config.lrm, f"its text projection takes {heads['text_projection']['weight'].shape[1]} "
                              f"features, its text encoder gives {width}", "name the LRM's own --lrm-base", "--lrm")
@@ -206,4 +206,3 @@ def writable(out: Path, flag: str = "--out") -> None:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise InputError(str(out), "cannot be written", "choose a directory of your own", flag)
-

@@ -9,7 +9,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from lpo_fast import cli
 from lpo_fast.config import LPO, LRM
 from lpo_fast.data import dataset, latent_cache, mpcf, preferences
-from lpo_fast.data.preferences import Pairs
+from lpo_fast.data.preferences import PairTable
 from lpo_fast.data.prompts import read_prompts
 from lpo_fast.errors import InputError
 from lpo_fast.lpo import checkpoints
@@ -28,6 +28,8 @@ MAY_CHANGE = {"out", "resume", "epochs", "max_batches", "save_epochs", "save_ste
               "pictures", "log_with", "tracker_project", "tracker_entity", "run_name", "num_workers", "cache_dir",
               "cache_latents", "max_corrupt", "shard", "dry_run", "checkpointing", "compile", "profile",
               "resume_from"}  # the state holds what came from a checkpoint
+
+RENAMED = {"final_checkpoint": "handed_on"}  # settings that earlier versions wrote under another name
 
 
 def lpo(config: LPO) -> tuple[list[str], Path | None]:
@@ -66,7 +68,7 @@ def lpo(config: LPO) -> tuple[list[str], Path | None]:
     return prompts, source
 
 
-def lrm(config: LRM) -> dict[str, Pairs]:
+def lrm(config: LRM) -> dict[str, PairTable]:
     """Check an LRM run; the pairs that it uses for "train" and, where asked for, "validation" and "test"."""
     settings.lrm(config)
     optimization.check_optimizer(config.optimizer)
@@ -87,7 +89,7 @@ def lrm(config: LRM) -> dict[str, Pairs]:
     return used
 
 
-def training_pairs(config: LRM) -> dict[str, Pairs]:
+def training_pairs(config: LRM) -> dict[str, PairTable]:
     """The pairs of each use, enough of them for all processes."""
     scores, used = mpcf.read_scores(config.scores) if config.scores else None, {}
     for use, path, flag, split in (("train", config.pairs, "--pairs", config.train_split),
@@ -122,7 +124,7 @@ def directory(config: LPO | LRM, source: Path | None = None) -> None:
     models.writable(out)
     if config.log_with and config.log_with not in TRACKERS:
         raise InputError(config.log_with, "no such tracker", f"use {', '.join(TRACKERS)}", "--log-with")
-    if distributed.main() and (process := run_directory.holder(out)):
+    if distributed.is_main() and (process := run_directory.holder(out)):
         raise run_directory.in_use(out, process)
     if source and config.in_place:
         if (last := checkpoints.checkpoints(out)[-1]) != source and not last.samefile(source):
@@ -140,6 +142,7 @@ def directory(config: LPO | LRM, source: Path | None = None) -> None:
     if not config.resume or not states:
         return
     before = models.read_config(out, "--out")
+    before |= {key: before[old] for key, old in RENAMED.items() if old in before}
     for key, value in asdict(config).items():
         value = list(value) if isinstance(value, tuple) else value
         if key not in MAY_CHANGE and before.get(key) != value:
@@ -157,4 +160,3 @@ def same_models(config: LPO | LRM) -> None:
         if locate.RESOLVED.get(name, commit) != commit:
             raise InputError(locate.RESOLVED[name], f"{name} has changed: the run in {config.out} used {commit}",
                              "name that commit (--revision, or NAME@COMMIT)", "--out")
-

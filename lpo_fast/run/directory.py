@@ -17,13 +17,13 @@ LOCK = ".lock"
 
 
 @contextmanager
-def claim(out: Path) -> Iterator[None]:
+def lock(out: Path) -> Iterator[None]:
     """Within the block a run directory, made if need be, is this run's alone, and holds nothing that a killed one left.
 
     The main process takes the lock, which ends with it. Raises InputError if another run has it; where the file system has no
     locks, a warning is all.
     """
-    if not distributed.main():
+    if not distributed.is_main():
         yield
         return
     made = not out.exists()
@@ -32,7 +32,7 @@ def claim(out: Path) -> Iterator[None]:
             out.mkdir(parents=True, exist_ok=True)
         except FileNotFoundError as error:  # /proc
             raise InputError(str(out), f"cannot be made ({error.strerror})", "choose another directory", "--out") from error
-        lock = _lock(out)
+        held = _lock(out)
     try:
         writing.sweep(out)
         yield
@@ -41,7 +41,7 @@ def claim(out: Path) -> Iterator[None]:
             (out / LOCK).unlink(missing_ok=True)
             if made:
                 out.rmdir()  # fails, as it should, if the run wrote anything
-        lock.close()
+        held.close()
 
 
 def holder(out: Path) -> str:
@@ -87,4 +87,3 @@ def _lock(out: Path) -> TextIO:
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
     return file
-

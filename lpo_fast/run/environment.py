@@ -64,4 +64,3 @@ def commit() -> str | None:
 def digest(value: object) -> str:
     """SHA-256 of lists of texts and numbers."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-

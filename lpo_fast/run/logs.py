@@ -22,11 +22,11 @@ from lpo_fast.run import environment
 from lpo_fast.system import distributed, writing
 
 
-class Run:
+class RunLog:
     """An open run directory; rows go to metrics.jsonl and, if asked, to a tracker. Of many processes, the main one writes."""
 
     def __init__(self, config: LPO | LRM, resumed: bool = False):
-        self.out, self.started, self.tracker, writes = Path(config.out), time.perf_counter(), None, distributed.main()
+        self.out, self.started, self.tracker, writes = Path(config.out), time.perf_counter(), None, distributed.is_main()
         if writes:
             self.out.mkdir(parents=True, exist_ok=True)
             write_json(self.out / "config.json", asdict(config))
@@ -71,21 +71,21 @@ class Run:
 
     def truncate(self, size: int) -> None:
         """Drop metrics written after the state that a resumed run starts from."""
-        if distributed.main():
+        if distributed.is_main():
             size = min(size, self.metrics.seek(0, os.SEEK_END))
             self.metrics.truncate(size)
             self.metrics.seek(size)
 
     def truncate_to_epoch(self, epoch: int) -> None:
         """Drop metrics of this epoch and later ones, which are run again."""
-        lines = (self.out / "metrics.jsonl").read_bytes().splitlines(keepends=True) if distributed.main() else []
+        lines = (self.out / "metrics.jsonl").read_bytes().splitlines(keepends=True) if distributed.is_main() else []
         whole = [line for line in lines if line.endswith(b"\n")]  # a killed run's last one may not be
         self.truncate(sum(len(line) for line in whole if json.loads(line)["epoch"] < epoch))
 
     @property
     def size(self) -> int:
         """Bytes of metrics so far, all of which are on the disk."""
-        if distributed.main():
+        if distributed.is_main():
             os.fsync(self.metrics.fileno())
         return self.metrics.tell()
 
@@ -122,9 +122,8 @@ def _tracker(config: LPO | LRM) -> Accelerator | None:
         return None
 
 
-def same(before: str, now: str, path: str, flag: str) -> None:
+def require_same(before: str, now: str, path: str, flag: str) -> None:
     """Raise InputError if what a resumed run reads is not what it read before; digests of both."""
     if before != now:
         raise InputError(path, "holds other rows than when this run began", "resume with the run's own, or start a run in "
                          "another directory", flag)
-

@@ -18,7 +18,7 @@ SKIPPED = "skipped.pt"  # in a run's directory
 BATCHES = 5  # of prompts, the first ones of a run and its latest, that are compared
 
 
-class Steps:
+class SkippedSteps:
     """Counts the optimizer steps that were skipped. state: {skipped, in_a_row}, part of a saved run."""
 
     def __init__(self, out: Path, inputs: Callable[[object], dict[str, object]] | None):
@@ -49,10 +49,10 @@ class Steps:
     def keep(self, step: int, inputs: dict[str, object]) -> None:
         """SKIPPED: the inputs of the first such step, and the weights, if the disk has room for them."""
         file, size = self.out / SKIPPED, sum(x.nbytes for x in tree_leaves(inputs) if isinstance(x, Tensor))
-        if file.exists() or not distributed.main():
+        if file.exists() or not distributed.is_main():
             return
         try:
-            writing.check_room(self.out, 10 * size, "make room")  # states go before
+            writing.require_disk_space(self.out, 10 * size, "make room")  # states go before
             with writing.replacing(file) as aside:
                 writing.save_pickle(inputs | {"step": step}, aside)
             console.say(f"warning: step {step} has no finite loss and was skipped; its inputs: {file}")
@@ -65,7 +65,7 @@ class Steps:
             console.say(f"{self.state['skipped']} of {steps} optimizer steps had no finite gradient and were skipped")
 
 
-class Watch:
+class CollapseMonitor:
     """Signs of a collapse, each said once with advice."""
 
     def __init__(self, clip_eps: float):
@@ -114,4 +114,3 @@ class Watch:
         new = [(name, text) for name, text in found if name not in self.state["said"]]
         self.state["said"] += [name for name, _ in new]
         return [f"warning: {text}" for _, text in new]
-

@@ -35,7 +35,7 @@ def scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def explained_errors() -> Iterator[None]:
     """InputError where the GPU's memory does not suffice and nothing can be done about it, or for what --deterministic rules
     out."""
     try:
@@ -50,7 +50,7 @@ def told() -> Iterator[None]:
                          "--deterministic") from error
 
 
-class Update:
+class OptimizerStep:
     """An optimizer's steps: one without a finite gradient changes nothing, and where the GPU's memory does not suffice for
     ``pairs`` at a time, half as many go through the networks from then on, which leaves the loss as it is."""
 
@@ -139,4 +139,3 @@ def learning_rate(warmup: str, warmup_steps: int, max_steps: int) -> Callable[[i
             return float(torch.log(torch.tensor(k + 1.0)) / torch.log(torch.tensor(max(warmup_steps, 2.0))))
         return max(max_steps - k, 0) / max(max_steps - warmup_steps, 1)
     return factor
-

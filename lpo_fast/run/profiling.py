@@ -90,4 +90,3 @@ def union(spans: list[tuple[str, float, float]]) -> tuple[float, list[float]]:
         busy += max(0.0, end - (start if last is None else max(start, last)))
         last = end if last is None else max(last, end)
     return busy, gaps
-

@@ -51,8 +51,8 @@ def save_state(file: Path, at: dict, parts: dict[str, object]) -> None:
     The state before becomes STATE_BEFORE. The main process writes; if the parts are sharded, all processes call it. Raises
     InputError if the disk refuses.
     """
-    saved = {name: part and sharding.whole(part.state_dict()) for name, part in parts.items()}
-    if distributed.main():
+    saved = {name: part and sharding.gathered(part.state_dict()) for name, part in parts.items()}
+    if distributed.is_main():
         with replacing(file, file.with_name(STATE_BEFORE)) as aside:
             sums = [save_pickle({"at": at} | saved, aside), *state_sums(file.parent)]
             with replacing(file.with_name(STATE_SUMS)) as listed:  # first: if killed here, the two states that stay are in it
@@ -66,7 +66,7 @@ def load_state(file: Path, parts: dict[str, object]) -> dict:
     is whole, or if it is of other parts.
     """
     source = whole_state(file)
-    state = read_pickle(source, "--out", mmap=distributed.count() > 1)  # no copy of it in the memory of each
+    state = read_pickle(source, "--out", mmap=distributed.world_size() > 1)  # no copy of it in the memory of each
     try:
         for name, part in parts.items():
             if (part is None) != (state[name] is None):
@@ -78,8 +78,8 @@ def load_state(file: Path, parts: dict[str, object]) -> dict:
         raise InputError(str(source), f"was saved with other settings ({error})", "resume with the run's own settings",
                          "--out") from error
     if source != file:
-        distributed.wait()  # all have read it
-        if distributed.main():  # else the next save would put the damaged one in the place of the whole one
+        distributed.barrier()  # all have read it
+        if distributed.is_main():  # else the next save would put the damaged one in the place of the whole one
             os.replace(source, file)
     return at
 
@@ -98,4 +98,3 @@ def whole_state(file: Path) -> Path:
         wrong[state] = what
     raise InputError(str(file), "; ".join(wrong.values()) or "no state there", "start a new run in another directory, from a "
                      "checkpoint with --resume-from if there is one", "--out")
-

@@ -65,4 +65,3 @@ def sha256(file: Path) -> str:
     """Of the bytes of a file, in hexadecimal."""
     with open(file, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-

@@ -52,14 +52,13 @@ def compiled(function: Callable, setting: str, *, graphs: bool = False) -> Calla
     return call
 
 
-def stay(*tensors: Tensor) -> None:
+def mark_static(*tensors: Tensor) -> None:
     """Say that these are never anywhere else: a CUDA graph reads them where they are, and others' copies at every replay."""
     for tensor in tensors:
         torch._dynamo.mark_static_address(tensor)
 
 
-def unread() -> int:
+def metric_lag() -> int:
     """Steps whose metrics a loop leaves on the device for a while: on a GPU the last one's, which are read when the next one is
     queued behind it, so that reading leaves no gap; elsewhere none."""
     return int(torch.cuda.is_available())
-

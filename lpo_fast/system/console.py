@@ -10,7 +10,7 @@ from lpo_fast.system import distributed
 
 def say(line: str) -> None:
     """A line above the progress bar, by the main process."""
-    if distributed.main():
+    if distributed.is_main():
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 
@@ -21,4 +21,3 @@ def memory() -> str:
         return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
     import resource
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"
-

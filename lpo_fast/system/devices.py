@@ -24,7 +24,7 @@ def autocast(setting: str) -> torch.autocast:
     return torch.autocast(device().type, DTYPES[setting], enabled=setting != "no")
 
 
-def text_home(size: int) -> torch.device:
+def text_placement(size: int) -> torch.device:
     """Where ``size`` bytes of text features are kept: on the GPU if they take a quarter of its free memory at most."""
     if torch.cuda.is_available() and size > torch.cuda.mem_get_info()[0] // 4:
         return torch.device("cpu")
@@ -43,4 +43,3 @@ def deterministic(setting: bool) -> None:
 def layout(unet: nn.Module) -> nn.Module:
     """Channels-last on a GPU, whose convolutions want it."""
     return unet.to(memory_format=torch.channels_last) if torch.cuda.is_available() else unet
-

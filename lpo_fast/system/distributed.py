@@ -27,7 +27,7 @@ def _together() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise PeerError(f"rank {index()}: another process has failed, and says why, or was killed; this one ends") from error
+        raise PeerError(f"rank {rank()}: another process has failed, and says why, or was killed; this one ends") from error
 
 
 def state() -> PartialState:
@@ -41,7 +41,7 @@ def state() -> PartialState:
                          "name a free port: --master_port, or --main_process_port", "MASTER_PORT") from error
 
 
-def main() -> bool:
+def is_main() -> bool:
     """Whether this process prints and writes."""
     return state().is_main_process if PartialState._shared_state else os.environ.get("RANK", "0") == "0"
 
@@ -51,35 +51,35 @@ def named(processes: int) -> str:
     return "1 process" if processes == 1 else f"{processes} processes"
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return state().num_processes
 
 
-def index() -> int:
+def rank() -> int:
     """Which of them this one is, from 0."""
     return state().process_index
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all are here."""
     with _together():
         state().wait_for_everyone()
 
 
-def total(x: Tensor) -> Tensor:
+def all_sum(x: Tensor) -> Tensor:
     """Σ over the processes, in place."""
-    if count() > 1:
+    if world_size() > 1:
         with _together():
             dist.all_reduce(x)
     return x
 
 
-def anywhere(flag: object) -> bool:
+def any_rank(flag: object) -> bool:
     """Whether ``flag`` is true in any process."""
-    if count() == 1:
+    if world_size() == 1:
         return bool(flag)
-    return total(torch.tensor(float(bool(flag)), device=state().device)).item() > 0
+    return all_sum(torch.tensor(float(bool(flag)), device=state().device)).item() > 0
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -90,13 +90,13 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
     Those of a sharded network are left out: FSDP sums them in the backward pass.
     """
-    if count() == 1:
+    if world_size() == 1:
         return
     bucket: list[Tensor] = []
     parameters = [p for p in parameters if not isinstance(p, DTensor)]
     if not parameters:
         return
-    reached = total(torch.tensor([float(p.grad is not None) for p in parameters], device=state().device)).tolist()
+    reached = all_sum(torch.tensor([float(p.grad is not None) for p in parameters], device=state().device)).tolist()
     for parameter in (p for p, times in zip(parameters, reached, strict=True) if times):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -108,15 +108,15 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         _sum_together(bucket)
 
 
-def share(tensors: Iterable[Tensor]) -> None:
+def broadcast(tensors: Iterable[Tensor]) -> None:
     """Values of the main process for all, in place."""
-    for tensor in tensors if count() > 1 else ():
+    for tensor in tensors if world_size() > 1 else ():
         with _together():
             dist.broadcast(tensor.data, 0)
 
 
 def _sum_together(grads: list[Tensor]) -> None:
-    flat = total(torch.cat([grad.flatten() for grad in grads]))
+    flat = all_sum(torch.cat([grad.flatten() for grad in grads]))
     for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
         grad.copy_(part.view_as(grad))
 
@@ -127,12 +127,12 @@ def gather(*tensors: Tensor) -> tuple[Tensor, ...]:
     The own part keeps its gradient: if every process computes a loss of the whole, the sum of the gradients is that of the
     loss.
     """
-    if count() == 1:
+    if world_size() == 1:
         return tensors
-    rank = index()
-    sizes = torch.zeros(count(), dtype=torch.int64, device=tensors[0].device)
-    sizes[rank] = len(tensors[0])
-    sizes = total(sizes).tolist()
+    own_rank = rank()
+    sizes = torch.zeros(world_size(), dtype=torch.int64, device=tensors[0].device)
+    sizes[own_rank] = len(tensors[0])
+    sizes = all_sum(sizes).tolist()
     gathered = []
     for x in tensors:
         own = x.new_zeros(max(sizes), *x.shape[1:])
@@ -141,5 +141,5 @@ def gather(*tensors: Tensor) -> tuple[Tensor, ...]:
         with _together():
             dist.all_gather(parts, own)
         parts = [part[:size] for part, size in zip(parts, sizes, strict=True)]
-        gathered.append(torch.cat([*parts[:rank], x, *parts[rank + 1:]]))
+        gathered.append(torch.cat([*parts[:own_rank], x, *parts[own_rank + 1:]]))
     return tuple(gathered)

@@ -26,7 +26,7 @@ LARGEST_PICTURE = 2**28  # bytes of a picture that is named by its file
 
 
 @contextmanager
-def room(size: int) -> Iterator[None]:
+def memory_limit(size: int) -> Iterator[None]:
     """Within the block this process may take so many bytes more than it has; ValueError beyond. The net below other limits.
 
     Threads that start there count with their stacks and heaps, of which a machine with many cores has many: start none.
@@ -135,4 +135,3 @@ def read_picture(path: Path, most: int = LARGEST_PICTURE) -> bytes:
     if not stat.S_ISREG(about.st_mode) or about.st_size > most:
         raise ValueError(f"{path} is no file of at most {most:,} bytes")
     return path.read_bytes()
-

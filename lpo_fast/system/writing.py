@@ -96,7 +96,7 @@ def sweep(folder: Path) -> None:
 
 
 @contextmanager
-def once(target: Path) -> Iterator[Path | None]:
+def make_once(target: Path) -> Iterator[Path | None]:
     """A fresh path that becomes ``target`` (file or directory), or None if that is there: what is made once for all.
 
     Of many processes one makes it and the others wait. What a killed one left is removed. Where the file system has no locks
@@ -162,10 +162,9 @@ def save_pickle(value: object, file: Path) -> str:
     return summed.sum.hexdigest()
 
 
-def check_room(folder: Path, size: int, remedy: str) -> None:
+def require_disk_space(folder: Path, size: int, remedy: str) -> None:
     """Raise InputError if fewer than ``size`` bytes are free where a run is about to write so many."""
     free = shutil.disk_usage(folder).free
     if free < size:
         raise InputError(str(folder), f"has {free / 2**30:.2f} GiB free, and the run will write up to {size / 2**30:.2f} GiB",
                          remedy, "--out")
-

@@ -313,7 +313,7 @@ def training_step(golden: Golden, family: str, setting: str, text: texts.Text,
     eps = float(meta.get(f"eps_{case}") or meta.get("eps") or case.removeprefix("clip"))
     x_p, contexts = io["valid/next_latents"][:count], io["valid/prompt_embeds"][:count, 0]
     prompt = (contexts[:, None] - text.context).abs().flatten(2).amax(2).argmin(1)
-    pairs = sampling.Pairs(io["valid/current_latents"][:count, 0], x_p[:, 0], x_p[:, 1],
+    pairs = sampling.LatentPairs(io["valid/current_latents"][:count, 0], x_p[:, 0], x_p[:, 1],
                          io["valid/timesteps"][:count, 0], prompt, torch.ones(count, dtype=torch.bool))
     unet = golden.unet(family)
     loras.add_lora(unet, rank, rank, TARGETS, seed=0)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lpo_fast.config import LPO
+from lpo_fast.config import Prompts, Sampling, Seed
 from lpo_fast.lpo import sampling
 from lpo_fast.lpo.policies import Policy
 from lpo_fast.lpo.sampling import CounterNoise, LatentPairs, Score
@@ -21,7 +21,7 @@ def sample_pairs(
     gap: Tensor,
     shape: tuple[int, int, int],
     index: Tensor,
-    config: LPO,
+    config: Sampling,
     epoch: int,
     *,
     slots: int = 0,
@@ -60,7 +60,7 @@ def batch_metrics(pairs: LatentPairs, scores: Tensor) -> dict[str, object]:
             "valid_by_timestep": valid.view(steps, size).sum(1).tolist(), "pairs_possible": len(t)}
 
 
-def order(config: LPO, epoch: int, prompts: int, done: int = 0) -> list[Tensor]:
+def order(config: Prompts, epoch: int, prompts: int, done: int = 0) -> list[Tensor]:
     """The prompt batches of an epoch, for all processes together, that are left after ``done`` prompts. The order of the
     prompts is a function of the seed and the epoch; only how it is cut into batches depends on the number of processes."""
     size = config.batch_size * distributed.world_size()
@@ -69,7 +69,7 @@ def order(config: LPO, epoch: int, prompts: int, done: int = 0) -> list[Tensor]:
     return list(numbers[done:][:left // size * size or left if config.drop_last else left].split(size))
 
 
-def batches_left(config: LPO, prompts: int, at: dict[str, int], unfinished: bool) -> int:
+def batches_left(config: Prompts, prompts: int, at: dict[str, int], unfinished: bool) -> int:
     """Prompt batches that are left of a run, in whose epoch another number of processes may have begun. unfinished: whether
     the pairs of one more, whose prompts ``at`` counts already, are still to be trained on."""
     if at["epoch"] >= config.epochs:
@@ -79,7 +79,7 @@ def batches_left(config: LPO, prompts: int, at: dict[str, int], unfinished: bool
     return max(here, 1) + (config.epochs - at["epoch"] - 1) * len(order(config, 0, prompts))
 
 
-def shuffled(pairs: LatentPairs, config: LPO, epoch: int, batch: int) -> LatentPairs:
+def shuffled(pairs: LatentPairs, config: Seed, epoch: int, batch: int) -> LatentPairs:
     """The valid pairs in random order: a function of the seed, the epoch and the batch."""
     index = pairs.valid.nonzero()[:, 0]
     return pairs.take(index[noise.permutation(config.seed, epoch, batch + 1, len(index)).to(index.device)])

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from lpo_fast.config import LPO
+from lpo_fast.config import LPO, Weights
 from lpo_fast.errors import InputError
 from lpo_fast.models import denoisers, loras, sharding
 from lpo_fast.run import optimization, states
@@ -120,7 +120,7 @@ def require_disk_space(out: Path, unet: UNet2DConditionModel, config: LPO, batch
     writing.require_disk_space(out, size, "make room, limit --keep-checkpoints, or choose a directory on another disk")
 
 
-def export(out: Path, unet: UNet2DConditionModel, config: LPO) -> None:
+def export(out: Path, unet: UNet2DConditionModel, config: Weights) -> None:
     """The final weights: pytorch_lora_weights.safetensors, or unet/. The main process writes; all call it, as above."""
     unet = sharding.unsharded(unet)
     if not distributed.is_main():

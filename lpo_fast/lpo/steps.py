@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lpo_fast.config import LPO
+from lpo_fast.config import PairLoss
 from lpo_fast.kernels.pair_loss import pair_loss
 from lpo_fast.lpo.policies import Policy
 from lpo_fast.lpo.sampling import LatentPairs, Score
@@ -43,7 +43,7 @@ def micro_batches(pairs: LatentPairs, size: int) -> Iterator[LatentPairs]:
             pairs.valid[:1]).expand(size))
 
 
-def train_step(policy: Policy, sched: Schedule, pairs: LatentPairs, update: OptimizerStep, config: LPO) -> Tensor:
+def train_step(policy: Policy, sched: Schedule, pairs: LatentPairs, update: OptimizerStep, config: PairLoss) -> Tensor:
     """One optimizer step on up to train_batch_size · accumulate pairs a process; its metrics, STEP, on the device.
 
     A step without a finite gradient changes nothing (see run/optimization.py).
@@ -60,7 +60,7 @@ def train_step(policy: Policy, sched: Schedule, pairs: LatentPairs, update: Opti
     return torch.cat([distributed.all_sum(metrics), norm[None]])
 
 
-def work(policy: Policy, score: Score, sched: Schedule, shape: tuple[int, int, int], config: LPO) -> dict[str, int]:
+def work(policy: Policy, score: Score, sched: Schedule, shape: tuple[int, int, int], config: PairLoss) -> dict[str, int]:
     """Operations that a prompt's sampling and a pair's training need."""
     x, t = torch.zeros(1, *shape, device=sched.table.device), sched.timesteps[:1]
     pair, k, (first, last) = LatentPairs(x, x, x, t, t * 0, t > 0), config.num_candidates, config.window

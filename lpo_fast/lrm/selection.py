@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTokenizer
 
-from lpo_fast.config import LRM
+from lpo_fast.config import LRM, Selection
 from lpo_fast.lrm import checkpoint
 from lpo_fast.lrm.reward import LatentRewardModel
 from lpo_fast.run import logs, optimization, states
@@ -23,7 +23,7 @@ def restore(lrm: LatentRewardModel, folder: Path) -> None:
     distributed.broadcast(lrm.parameters())
 
 
-def keep(config: LRM, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], at: dict) -> None:
+def keep(config: Selection, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], at: dict) -> None:
     """Save the LRM just validated unless an earlier one (after step 0) is better, so of equals the later is kept; forget
     checkpoints that are too many, which ``prune`` removes. The best one stays in any case if it becomes checkpoint-final."""
     out, accuracy = Path(config.out), at["stage"]["metrics"]["accuracy"]
@@ -74,7 +74,7 @@ def require_disk_space(out: Path, lrm: LatentRewardModel, config: LRM, validated
     writing.require_disk_space(out, size, "make room, limit --keep-checkpoints, or choose a directory on another disk")
 
 
-def export_final(config: LRM, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], at: dict) -> None:
+def export_final(config: Selection, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], at: dict) -> None:
     """Write checkpoint-final: the best of the checkpoints, or the LRM as it is."""
     out = Path(config.out)
     last = config.final_checkpoint == "last" or not at["checkpoints"]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lpo_fast.config import LRM
+from lpo_fast.config import LRM, Noising
 from lpo_fast.data.latent_cache import Cache
 from lpo_fast.lrm import checkpoint, encoding
 from lpo_fast.lrm.encoding import Encoder
@@ -25,7 +25,7 @@ def parts(batch: dict, size: int) -> list[dict]:
             for i in range(0, len(batch["rows"]), size)]
 
 
-def encoded(encoder: Encoder, batch: dict, step: int, config: LRM, cache: Cache | None = None) -> dict:
+def encoded(encoder: Encoder, batch: dict, step: int, config: Noising, cache: Cache | None = None) -> dict:
     """A batch (``pairs.collate``) on the device, with mean and std of its pictures' posterior in their place."""
     rows = batch["rows"].to(encoder.device, non_blocking=True)
     mean, std = encoder.posterior(

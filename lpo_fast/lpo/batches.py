@@ -164,14 +164,14 @@ def batches_left(config: Prompts, prompts: int, at: Progress) -> int:
     return max(here, 1) + (config.epochs - at.epoch - 1) * len(order(config, 0, prompts))
 
 
-def total(config: Prompts, prompts: int, at: Progress) -> int:
+def total(config: LPO, prompts: int, at: Progress) -> int:
     """Return how many prompt batches the run has in all. Raises InputError if more are done."""
     last = at.start + config.max_batches if config.max_batches else math.inf
     count = min(at.done + batches_left(config, prompts, at), last)
     if at.epoch > config.epochs or at.done > count:
         key = "epochs" if at.epoch > config.epochs else "max_batches"
-        raise InputError(str(getattr(config, key)), f"the run is beyond that: {at.epoch} epochs and {at.done} batches "
-                         "are done", "use more, or start from a checkpoint_{epoch}", cli.flag(key))
+        raise InputError(str(getattr(config, key)), f"the run in {config.out} is beyond: {at.epoch} epochs and "
+                         f"{at.done} batches are done", "use more, or start from a checkpoint_{epoch}", cli.flag(key))
     return int(count)
 
 

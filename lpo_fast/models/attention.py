@@ -35,7 +35,8 @@ def xformers_problem() -> str:
 def check_attention(choice: str) -> None:
     """Raise InputError if xformers is requested where it cannot run."""
     if choice == "xformers" and (problem := xformers_problem()):
-        raise InputError(choice, problem, "use sdpa, which computes the same, or install the xformers built for this torch",
+        raise InputError(choice, problem,
+                         "use sdpa, which computes the same, or install the xformers built for this torch",
                          "--attention")
 
 

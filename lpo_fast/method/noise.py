@@ -45,7 +45,8 @@ def expect_counter(name: str, counter: Counter, rows: Tensor) -> None:
     expect_tensor(f"{name}.run", counter.run, (2,), rows, (torch.int64,))
     expect_tensor(f"{name}.items", counter.items, rows.shape[:1], rows, (torch.int64,))
     expect_type(f"{name}.step", counter.step, Tensor)
-    expect(tuple(counter.step.shape) in ((), (1,)), f"{name}.step has shape {tuple(counter.step.shape)}, expected [] or [1]")
+    expect(tuple(counter.step.shape) in ((), (1,)),
+           f"{name}.step has shape {tuple(counter.step.shape)}, expected [] or [1]")
     expect_tensor(f"{name}.step", counter.step, counter.step.shape, rows, (torch.int64,))
 
 

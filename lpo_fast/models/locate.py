@@ -56,7 +56,8 @@ def locate(name: str, flag: str, revision: str = "", wanted: tuple[str, ...] = M
     path, hub = Path(name), NAME.fullmatch(name)
     if path.exists() or not hub:
         if revision:
-            raise InputError(revision, f"{name} is not a hub name, and files have no revisions", "drop --revision", "--revision")
+            raise InputError(revision, f"{name} is not a hub name, and files have no revisions",
+                             "drop --revision", "--revision")
         return single_file(path, flag) if path.is_file() and path.suffix in (".safetensors", ".ckpt") else path
     if revision and hub["revision"]:
         raise InputError(revision, f"{name} already names a revision", "drop one of the two", "--revision")
@@ -77,8 +78,8 @@ def download(repo: str, inside: str, revision: str, wanted: tuple[str, ...], nam
         if half:
             huggingface_hub.snapshot_download(repo, revision=root.name, allow_patterns=half)
     except GatedRepoError as error:
-        raise InputError(name, "requires accepting a license", "accept it on its page, then run `hf auth login`",
-                         flag) from error
+        raise InputError(name, "requires accepting a license",
+                         "accept it on its page, then run `hf auth login`", flag) from error
     except RevisionNotFoundError as error:
         raise InputError(name, f"has no revision {revision!r}", "name a branch, a tag or a full commit hash",
                          "--revision" if flag == "--model" else flag) from error
@@ -146,7 +147,8 @@ def single_file_unet(file: Path, flag: str = "") -> dict:
     except (SafetensorError, OSError, AttributeError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(str(file), f"is not a checkpoint of SD1.5, SD2.1 or SDXL, which {CONTEXT} identifies ({error})",
+        raise InputError(str(file),
+                         f"is not a checkpoint of SD1.5, SD2.1 or SDXL, which {CONTEXT} identifies ({error})",
                          "name a complete Stable Diffusion checkpoint, or download it again", flag) from error
     width = widths.pop()
     return {"cross_attention_dim": width} | ({"addition_embed_type": "text_time"} if width == 2048 else {})
@@ -158,7 +160,8 @@ def check_index(folder: Path, flag: str) -> None:
     index = reading.read_json(folder / "model_index.json", flag) if (folder / "model_index.json").is_file() else {}
     for name, value in index.items():
         if isinstance(value, list) and value and value[0] not in (None, *LIBRARIES):
-            raise InputError(str(folder / "model_index.json"), f"takes its {name} from {value[0]!r}, which would be imported",
+            raise InputError(str(folder / "model_index.json"),
+                             f"takes its {name} from {value[0]!r}, which would be imported",
                              f"use parts of {', '.join(LIBRARIES)}", flag)
 
 

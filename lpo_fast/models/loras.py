@@ -75,11 +75,13 @@ def read_lora(path: Path, key: str = "--lora") -> dict[str, Tensor]:
     if file.is_dir():
         file = next((file / n for n in (LORA_DIFFUSERS, LORA_OFFICIAL) if (file / n).is_file()), file)
     if not file.is_file():
-        raise InputError(str(path), "no LoRA there", f"name {LORA_DIFFUSERS}, {LORA_OFFICIAL} or their folder", key)
+        raise InputError(str(path), "no LoRA there",
+                         f"name {LORA_DIFFUSERS}, {LORA_OFFICIAL} or their folder", key)
     if file.suffix != ".safetensors":
         state = read_pickle(file, key)
         if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
-            raise InputError(str(file), "holds something other than named tensors", f"use a {LORA_OFFICIAL}", key)
+            raise InputError(str(file), "holds something other than named tensors", f"use a {LORA_OFFICIAL}",
+                             key)
         return state
     tensors, metadata = read_safetensors(file, key)
     try:
@@ -99,8 +101,9 @@ def read_lora(path: Path, key: str = "--lora") -> dict[str, Tensor]:
         return {name: tensor * lora_scale(config, name.removesuffix(".lora_B.weight"), tensor.shape[1])
                 if config and name.endswith(".lora_B.weight") else tensor for name, tensor in state.items()}
     except (ValueError, KeyError, AttributeError, TypeError, IndexError, RuntimeError, StopIteration, OverflowError) as error:
-        raise InputError(str(file), f"cannot be read as a LoRA ({error})", "merge it with the program that wrote it, or use "
-                         f"a plain {LORA_DIFFUSERS}", key) from error
+        raise InputError(str(file), f"cannot be read as a LoRA ({error})",
+                         f"merge it with the program that wrote it, or use a plain {LORA_DIFFUSERS}",
+                         key) from error
 
 
 def lora_config(metadata: dict[str, str]) -> dict:
@@ -142,8 +145,10 @@ def load_lora(unet: UNet2DConditionModel, path: Path, key: str = "--lora") -> No
     if wrong:
         name = wrong[0]
         shapes = [str(tuple(s[name].shape)) if name in s else "absent" for s in (state, own)]
-        raise InputError(str(path), f"{len(wrong)} tensors differ from the adapter of this run, the first {name!r}: "
-                         f"{shapes[0]} in the file, {shapes[1]} expected", "match --rank and --targets to the file", key)
+        raise InputError(str(path),
+                         f"{len(wrong)} tensors differ from the adapter of this run, the first {name!r}: "
+                         f"{shapes[0]} in the file, {shapes[1]} expected",
+                         "match --rank and --targets to the file", key)
     set_peft_model_state_dict(unet, scaled(state, 1 / scaling(unet)))
 
 

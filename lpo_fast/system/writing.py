@@ -185,5 +185,6 @@ def require_disk_space(folder: Path, size: int, remedy: str) -> None:
     """
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise InputError(str(folder), f"has {free / 2**30:.2f} GiB free, and the run will write up to {size / 2**30:.2f} GiB",
+        raise InputError(str(folder),
+                         f"has {free / 2**30:.2f} GiB free, and the run will write up to {size / 2**30:.2f} GiB",
                          remedy, "--out")

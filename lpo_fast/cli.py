@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import tyro
@@ -35,8 +36,9 @@ def parse(kind: Any, argv: list[str] | None, name: str, **more: Any) -> Any:
 def _unknown(option: str, name: str) -> str:
     """What to say of an option that a command does not have."""
     key = option.removeprefix("--").replace("-", "_")
-    stages = [stage.__name__.lower() for stage in (config.LPO, config.LRM) if key.removeprefix("no_") in stage.__annotations__]
-    near = difflib.get_close_matches(key, {**config.LPO.__annotations__, **config.LRM.__annotations__}, 1)
+    known = {stage.__name__.lower(): [field.name for field in fields(stage)] for stage in (config.LPO, config.LRM)}
+    stages = [stage for stage, names in known.items() if key.removeprefix("no_") in names]
+    near = difflib.get_close_matches(key, sum(known.values(), []), 1)
     return ("is no option here" + (f", but one of {' and '.join(stages)}" if stages else "")
             + (f"; did you mean {flag(near[0])}?" if near and not stages else f"; see python -m lpo_fast.{name} --help"))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lpo_fast.config import LRM, Columns
+from lpo_fast.config import Columns, PairChoice
 from lpo_fast.data import mpcf
 from lpo_fast.data.mpcf import Scores
 from lpo_fast.data.sources import Source, open_source
@@ -116,7 +116,7 @@ def _counts(values: dict[str, list], captions: list[str], path: str, flag: str) 
     return counts.astype(np.int64)
 
 
-def choose(pairs: PairTable, config: LRM, scores: Scores | None = None, training: bool = True) -> PairTable:
+def choose(pairs: PairTable, config: PairChoice, scores: Scores | None = None, training: bool = True) -> PairTable:
     """The pairs that a run uses, by its options and (in training) the score table. Raises InputError if none is left."""
     keep = np.ones(len(pairs), bool)
     if config.keep_only_different:

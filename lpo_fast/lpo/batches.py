@@ -1,36 +1,117 @@
-"""Prompt batches of a run, and the valid pairs that one of them gives."""
+"""Prompt batches of a run, and the valid pairs that each of them gives."""
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lpo_fast.config import LPO
-from lpo_fast.lpo import sampling
+from lpo_fast import cli
+from lpo_fast.config import LPO, Prompts, Sampling, Seed
+from lpo_fast.errors import InputError
+from lpo_fast.lpo import policies, sampling
+from lpo_fast.lpo.judging import Judge
 from lpo_fast.lpo.policies import Policy
 from lpo_fast.lpo.sampling import CounterNoise, LatentPairs, Score
-from lpo_fast.method import noise
+from lpo_fast.method import noise, select
 from lpo_fast.method.schedule import Schedule
-from lpo_fast.system import distributed
+from lpo_fast.models.texts import TextWindow
+from lpo_fast.run import session
+from lpo_fast.system import compilation, devices, distributed
 
 
-def sample_pairs(
-    policy: Policy,
-    score: Score,
-    sched: Schedule,
-    gap: Tensor,
-    shape: tuple[int, int, int],
-    index: Tensor,
-    config: LPO,
-    epoch: int,
-    *,
-    slots: int = 0,
-    step: Callable = sampling.choose,
-) -> tuple[LatentPairs, dict[str, object]]:
-    """The valid pairs of all processes for prompt numbers ``index``, step-major, and what they say of the batch.
+@dataclass
+class Progress(session.Progress):
+    """Where an LPO run stands.
 
-    slots: prompts that each process samples; where it has fewer, the first one again, whose pairs are dropped: shapes never
-    change, and a process without a prompt keeps the others company. step: see ``sampling.trajectory``.
+    epoch: the one under way. batch, prompts: batches done and prompts sampled in it. done: batches of the whole run, start:
+    those before --resume-from. pairs: pairs of the current batch that are still to be trained on, None between batches;
+    index: the batch's prompt numbers. texts: digest of the prompts.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    prompts: int = 0
+    done: int = 0  # type: ignore[assignment]
+    start: int = 0
+    pairs: LatentPairs | None = None
+    index: Tensor | None = None
+    texts: str = ""
+
+    def state(self) -> dict[str, Any]:
+        """Return the fields as plain values and CPU tensors; the index only while pairs are left."""
+        unfinished = self.pairs is not None
+        return super().state() | {"pairs": [x.cpu() for x in self.pairs] if unfinished else None,
+                                  "index": self.index.cpu() if unfinished else None}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Restore the fields, pairs on the run's device."""
+        super().load(saved)
+        if self.pairs is not None:
+            self.pairs = LatentPairs(*(x.to(devices.device()) for x in self.pairs))
+
+    def next_batch(self, config: Prompts, prompts: int) -> None:
+        """Advance to the next prompt batch, and after an epoch's last one to the next epoch."""
+        self.pairs, self.index = None, None
+        self.batch += 1
+        self.done += 1
+        least = config.batch_size * distributed.world_size() if config.drop_last else 1
+        if prompts - self.prompts < least:
+            self.epoch, self.batch, self.prompts = self.epoch + 1, 0, 0
+
+
+class Sampler:
+    """Makes pairs from prompts: sampling's constants on the device, and the compiled step."""
+
+    def __init__(self, policy: Policy, judge: Judge, score: Score, sched: Schedule, config: LPO, prompts: int):
+        """Compile the step as --compile says. score: the judge's, possibly altered; prompts: how many train."""
+        self.policy, self.judge, self.score, self.sched, self.config = policy, judge, score, sched, config
+        low, high = config.threshold_min, config.threshold_max
+        self.gap = select.gaps(sched, config.threshold_shape, low, low if config.threshold_shape == "none" else high)
+        self.shape = policies.latent_shape(config, policy.unet)
+        self.count, self.slots = prompts, min(config.batch_size, -(-prompts // distributed.world_size()))
+        self.step = compilation.compiled(sampling.choose, config.compiled, graphs=True)
+        compilation.mark_static(*policy.text.tensors, *judge.text.tensors, sched.timesteps, sched.table,
+                                sched.alphas_cumprod, self.gap)
+
+    def fetch(self, at: Progress) -> int:
+        """Choose the next batch's prompts, unless pairs of the current one are left; prefetch their text features.
+
+        Returns the number of prompts. Raises InputError if this world size cannot hold the text of the current batch.
+        """
+        size = self.config.batch_size * distributed.world_size()
+        if at.pairs is None:
+            at.index = order(self.config, at.epoch, self.count, at.prompts)[0]
+            at.prompts += len(at.index)
+        elif isinstance(self.policy.text, TextWindow) and len(at.index) > size:
+            raise InputError(str(distributed.world_size()), "processes hold the text of too few prompts for the "
+                             f"{len(at.index)} of the unfinished batch", "resume with at least as many as before",
+                             "WORLD_SIZE")
+        self.policy.prefetch(at.index.cpu())
+        self.judge.prefetch(at.index.cpu())
+        return len(at.index)
+
+    def pairs(self, at: Progress) -> tuple[LatentPairs, dict[str, object]]:
+        """Return the batch's valid pairs in random order, and its metrics. Raises InputError if memory is too small."""
+        config, index = self.config, at.index.to(devices.device())
+        try:
+            pairs, metrics = sample_pairs(self.policy, self.score, self.sched, self.gap, self.shape, index, config,
+                                          at.epoch, slots=self.slots, step=self.step)
+        except torch.OutOfMemoryError as error:
+            raise InputError(str(self.slots), "prompts at a time do not fit into the GPU's memory "
+                             f"({str(error).splitlines()[0]})", "use a smaller --batch-size", "--batch-size") from error
+        return shuffled(pairs, config, at.epoch, at.batch), metrics
+
+
+def sample_pairs(policy: Policy, score: Score, sched: Schedule, gap: Tensor, shape: tuple[int, int, int],
+                 index: Tensor, config: Sampling, epoch: int, *, slots: int = 0,
+                 step: Callable = sampling.choose) -> tuple[LatentPairs, dict[str, object]]:
+    """Return the valid pairs of all processes for prompt numbers ``index``, step-major, and metrics of the batch.
+
+    slots: prompts that each process samples. A process with fewer repeats the first prompt of the batch and drops its
+    pairs: shapes never change, and a process without a prompt still takes part. step: see ``sampling.trajectory``.
     """
     own = index[distributed.rank()::distributed.world_size()]
     some = torch.cat([own, index[:1].expand(max(slots - len(own), len(own) == 0))])
@@ -60,26 +141,41 @@ def batch_metrics(pairs: LatentPairs, scores: Tensor) -> dict[str, object]:
             "valid_by_timestep": valid.view(steps, size).sum(1).tolist(), "pairs_possible": len(t)}
 
 
-def order(config: LPO, epoch: int, prompts: int, done: int = 0) -> list[Tensor]:
-    """The prompt batches of an epoch, for all processes together, that are left after ``done`` prompts. The order of the
-    prompts is a function of the seed and the epoch; only how it is cut into batches depends on the number of processes."""
+def order(config: Prompts, epoch: int, prompts: int, done: int = 0) -> list[Tensor]:
+    """Return the prompt batches of an epoch, for all processes together, that are left after ``done`` prompts.
+
+    The order of the prompts is a function of the seed and the epoch; only the cut into batches depends on the world size.
+    """
     size = config.batch_size * distributed.world_size()
     numbers = noise.permutation(config.seed, epoch, 0, prompts) if config.shuffle else torch.arange(prompts)
     left = prompts - done
     return list(numbers[done:][:left // size * size or left if config.drop_last else left].split(size))
 
 
-def batches_left(config: LPO, prompts: int, at: dict[str, int], unfinished: bool) -> int:
-    """Prompt batches that are left of a run, in whose epoch another number of processes may have begun. unfinished: whether
-    the pairs of one more, whose prompts ``at`` counts already, are still to be trained on."""
-    if at["epoch"] >= config.epochs:
+def batches_left(config: Prompts, prompts: int, at: Progress) -> int:
+    """Return how many prompt batches are left of a run, whose epoch may have begun with another world size.
+
+    A batch whose pairs are still to be trained on counts, though ``at.prompts`` includes its prompts.
+    """
+    if at.epoch >= config.epochs:
         return 0
     size = config.batch_size * distributed.world_size()
-    here = (prompts - at["prompts"] + (0 if config.drop_last else size - 1)) // size + unfinished
-    return max(here, 1) + (config.epochs - at["epoch"] - 1) * len(order(config, 0, prompts))
+    here = (prompts - at.prompts + (0 if config.drop_last else size - 1)) // size + (at.pairs is not None)
+    return max(here, 1) + (config.epochs - at.epoch - 1) * len(order(config, 0, prompts))
 
 
-def shuffled(pairs: LatentPairs, config: LPO, epoch: int, batch: int) -> LatentPairs:
+def total(config: LPO, prompts: int, at: Progress) -> int:
+    """Return how many prompt batches the run has in all. Raises InputError if more are done."""
+    last = at.start + config.max_batches if config.max_batches else math.inf
+    count = min(at.done + batches_left(config, prompts, at), last)
+    if at.epoch > config.epochs or at.done > count:
+        key = "epochs" if at.epoch > config.epochs else "max_batches"
+        raise InputError(str(getattr(config, key)), f"the run in {config.out} is beyond: {at.epoch} epochs and "
+                         f"{at.done} batches are done", "use more, or start from a checkpoint_{epoch}", cli.flag(key))
+    return int(count)
+
+
+def shuffled(pairs: LatentPairs, config: Seed, epoch: int, batch: int) -> LatentPairs:
     """The valid pairs in random order: a function of the seed, the epoch and the batch."""
     index = pairs.valid.nonzero()[:, 0]
     return pairs.take(index[noise.permutation(config.seed, epoch, batch + 1, len(index)).to(index.device)])

@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from lpo_fast.config import LPO
+from lpo_fast.config import LPO, Weights
 from lpo_fast.errors import InputError
+from lpo_fast.lpo import batches
+from lpo_fast.lpo.batches import Progress
 from lpo_fast.models import denoisers, loras, sharding
 from lpo_fast.run import optimization, states
 from lpo_fast.system import checksums, console, distributed, reading, writing
@@ -75,6 +77,14 @@ def find_checkpoint(path: Path, full: bool) -> Path:
     raise InputError(str(path), f"no whole checkpoint there ({whole})", "name another, or start without one", "--resume-from")
 
 
+def start_from(folder: Path, unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer, at: Progress, config: LPO,
+               prompts: int) -> None:
+    """Take weights, the optimizer's moments, and the place in the run from a checkpoint; continue with the next epoch."""
+    found = resume_from(folder, unet, optimizer)
+    at.epoch, at.step = found["epoch"], found["step"]
+    at.done = at.start = at.epoch * len(batches.order(config, 0, prompts))
+
+
 def resume_from(folder: Path, unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Take weights, the optimizer's moments if they are there, and the step from a checkpoint, which ``find_checkpoint`` found
     whole; go on with the next epoch. Rate, weight decay, betas and eps stay this run's.
@@ -101,18 +111,22 @@ def resume_from(folder: Path, unet: UNet2DConditionModel, optimizer: torch.optim
     return {"epoch": epoch_of(folder) + 1, "step": step}
 
 
-def require_disk_space(out: Path, unet: UNet2DConditionModel, config: LPO, batches: int, shape: tuple[int, int, int]) -> None:
-    """Raise InputError unless there is room for what the run will yet write, at most: states, checkpoints, final weights.
+def require_disk_space(out: Path, unet: UNet2DConditionModel, config: LPO, an_epoch: int,
+                       shape: tuple[int, int, int]) -> None:
+    """Raise InputError unless the disk has room for the most that the run will still write: states, checkpoints, weights.
 
-    batches: prompt batches an epoch. The state counts three times: it, the one before, and the next one while it is written.
+    The main process checks. an_epoch: prompt batches per epoch. The state counts three times: it, the one before, and
+    the next one while it is written.
     """
+    if not distributed.is_main():
+        return
     parameters = loras.trainable(unet)
     trained = sum(p.numel() * p.element_size() for p in parameters)
     moments = optimization.optimizer_state(config.optimizer, parameters) + writing.RECORD * len(parameters)
     pairs = config.batch_size * distributed.world_size() * config.num_steps * 12 * math.prod(shape)  # three fp32 latents
     state = trained * (2 if config.ema_decay else 1) + moments + pairs
     weights = sum(p.numel() * 4 for p in unet.parameters()) if config.full else trained
-    epochs = min(config.epochs, config.max_batches // batches if config.max_batches else config.epochs)
+    epochs = min(config.epochs, config.max_batches // an_epoch if config.max_batches else config.epochs)
     kept, there = epochs // config.save_epochs, len(checkpoints(out))
     if config.keep_checkpoints:
         kept = min(kept, config.keep_checkpoints + 1)  # the new one is there before the oldest goes
@@ -120,7 +134,7 @@ def require_disk_space(out: Path, unet: UNet2DConditionModel, config: LPO, batch
     writing.require_disk_space(out, size, "make room, limit --keep-checkpoints, or choose a directory on another disk")
 
 
-def export(out: Path, unet: UNet2DConditionModel, config: LPO) -> None:
+def export(out: Path, unet: UNet2DConditionModel, config: Weights) -> None:
     """The final weights: pytorch_lora_weights.safetensors, or unet/. The main process writes; all call it, as above."""
     unet = sharding.unsharded(unet)
     if not distributed.is_main():

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from lpo_fast.config import LPO
+from lpo_fast.config import LPO, Model, Prompts, Weights
 from lpo_fast.method import schedule
 from lpo_fast.method.schedule import Schedule
 from lpo_fast.models import attention, denoisers, families, fused_norms, locate, loras, sharding, texts, vaes
@@ -66,7 +66,7 @@ class Policy:
             return denoisers.predict(unet, x_t, t, self.text[prompts], self.sizes)
 
 
-def add_lora(unet: nn.Module, config: LPO) -> None:
+def add_lora(unet: nn.Module, config: Weights) -> None:
     """Attach the LoRA that a run trains, in fp32."""
     loras.add_lora(unet, config.rank, config.alpha or config.rank, config.targets, config.seed)
     for parameter in loras.trainable(unet):
@@ -114,7 +114,7 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
     return policy, sched
 
 
-def encoded(config: LPO, family: Family, tokenizers: list[CLIPTokenizer], encoders: list[nn.Module], prompts: list[str],
+def encoded(config: Prompts, family: Family, tokenizers: list[CLIPTokenizer], encoders: list[nn.Module], prompts: list[str],
             zero_null: bool, precision: str) -> Text | TextWindow:
     """Text features of all prompts, on the device if they fit, else within reach of it."""
     text = texts.encode_prompts(family, tokenizers, encoders, prompts, zero_null=zero_null, dtype=devices.DTYPES[precision],
@@ -125,7 +125,7 @@ def encoded(config: LPO, family: Family, tokenizers: list[CLIPTokenizer], encode
     return TextWindow(text, config.batch_size * distributed.world_size())
 
 
-def latent_shape(config: LPO, unet: UNet2DConditionModel) -> tuple[int, int, int]:
+def latent_shape(config: Model, unet: UNet2DConditionModel) -> tuple[int, int, int]:
     """(C, H, W) of the latents that the policy makes."""
     size = config.resolution // vaes.pixels_per_latent(locate.model(config)) or unet.config.sample_size
     return unet.config.in_channels, size, size

@@ -31,9 +31,18 @@ class LatentPairs(NamedTuple):
     prompt: Tensor
     valid: Tensor
 
-    def take(self, index: Tensor) -> "LatentPairs":
+    def take(self, index: Tensor | slice) -> "LatentPairs":
         """Some of the pairs, by number or by mask."""
         return LatentPairs(*(field[index] for field in self))
+
+    @property
+    def number(self) -> int:
+        """Return N; len is the number of fields."""
+        return len(self.t)
+
+    def cut(self, size: int) -> tuple["LatentPairs", "LatentPairs"]:
+        """Return the first ``size`` pairs, and the rest."""
+        return self.take(slice(size)), self.take(slice(size, None))
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,23 @@
 """An LPO optimizer step: pairs in, metrics out."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
 
 import torch
+from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from lpo_fast.config import LPO
+from lpo_fast.config import LPO, PairLoss
 from lpo_fast.kernels.pair_loss import pair_loss
 from lpo_fast.lpo.policies import Policy
 from lpo_fast.lpo.sampling import LatentPairs, Score
 from lpo_fast.method.loss import METRICS, StepDPO
 from lpo_fast.method.schedule import Schedule
 from lpo_fast.models.loras import trainable
-from lpo_fast.run import accounting
+from lpo_fast.run import accounting, optimization, states
 from lpo_fast.run.optimization import OptimizerStep
-from lpo_fast.system import distributed
+from lpo_fast.system import console, distributed
 
 STEP = (*METRICS, "grad_norm")
 
@@ -43,7 +46,7 @@ def micro_batches(pairs: LatentPairs, size: int) -> Iterator[LatentPairs]:
             pairs.valid[:1]).expand(size))
 
 
-def train_step(policy: Policy, sched: Schedule, pairs: LatentPairs, update: OptimizerStep, config: LPO) -> Tensor:
+def train_step(policy: Policy, sched: Schedule, pairs: LatentPairs, update: OptimizerStep, config: PairLoss) -> Tensor:
     """One optimizer step on up to train_batch_size · accumulate pairs a process; its metrics, STEP, on the device.
 
     A step without a finite gradient changes nothing (see run/optimization.py).
@@ -60,7 +63,64 @@ def train_step(policy: Policy, sched: Schedule, pairs: LatentPairs, update: Opti
     return torch.cat([distributed.all_sum(metrics), norm[None]])
 
 
-def work(policy: Policy, score: Score, sched: Schedule, shape: tuple[int, int, int], config: LPO) -> dict[str, int]:
+class Learner:
+    """Trains a policy: its optimizer, gradient scaler, and weight average."""
+
+    def __init__(self, policy: Policy, sched: Schedule, texts: list[str], config: LPO, device: torch.device):
+        """Make the optimizer over the policy's trained weights. texts: of all prompt numbers."""
+        self.policy, self.sched, self.texts, self.config = policy, sched, texts, config
+        self.weights, self.ema = states.Trained(policy.unet), None
+        self.optimizer = optimization.optimizer(
+            config.optimizer, policy.unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
+            betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
+        scaler = optimization.scaler(device, policy.precision)
+        self.update = OptimizerStep(
+            self.optimizer, torch.amp.GradScaler(enabled=False) if config.shard else scaler, config.max_grad_norm,
+            config.train_batch_size, "use --checkpointing, or a smaller --train-batch-size with a larger --accumulate",
+            halves=not config.shard)
+        self.size = config.train_batch_size * config.accumulate * distributed.world_size()  # pairs per optimizer step
+
+    def average(self) -> None:
+        """Start the weight average, if there is one, from the current weights."""
+        if self.config.ema_decay:
+            self.ema = EMAModel(trainable(self.policy.unet), decay=self.config.ema_decay)
+
+    def to(self, device: torch.device) -> None:
+        """Move the weight average, which a saved state holds on the CPU, to a device."""
+        if self.ema:
+            self.ema.to(device)
+
+    def parts(self) -> dict[str, Any]:
+        """Return what is saved. The scaler is left out unless in fp16: else its scale is always 1."""
+        scaler = self.update.scaler if self.policy.precision == "fp16" else None
+        return {"weights": self.weights, "optimizer": self.optimizer, "ema": self.ema, "scaler": scaler}
+
+    @property
+    def rate(self) -> float:
+        """Return the learning rate."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def step(self, fed: LatentPairs) -> Tensor:
+        """Take one optimizer step; return its metrics, STEP, on the device. A skipped step leaves the average as it is."""
+        metrics = train_step(self.policy, self.sched, fed, self.update, self.config)
+        if self.ema and metrics[-1].isfinite():
+            self.ema.step(trainable(self.policy.unet))
+        return metrics
+
+    def inputs(self, fed: LatentPairs) -> dict[str, Any]:
+        """Return what ``replay`` needs to run the step on these pairs again."""
+        numbers = fed.prompt.unique().cpu()
+        return {"config": asdict(self.config), "prompts": [self.texts[n] for n in numbers], "numbers": numbers,
+                "size": self.update.pairs, "pairs": [x.cpu() for x in fed], "weights": self.weights.state_dict()}
+
+    def finish(self) -> None:
+        """Put the weight average, if there is one, in place of the weights."""
+        if self.ema:
+            self.ema.copy_to(trainable(self.policy.unet))
+            console.say(f"exporting the average of the weights, --ema-decay {self.config.ema_decay:g}")
+
+
+def work(policy: Policy, score: Score, sched: Schedule, shape: tuple[int, int, int], config: PairLoss) -> dict[str, int]:
     """Operations that a prompt's sampling and a pair's training need."""
     x, t = torch.zeros(1, *shape, device=sched.table.device), sched.timesteps[:1]
     pair, k, (first, last) = LatentPairs(x, x, x, t, t * 0, t > 0), config.num_candidates, config.window

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from lpo_fast.config import LRM
+from lpo_fast.config import LRM, Noising
 from lpo_fast.data.latent_cache import Cache
 from lpo_fast.lrm import reward
 from lpo_fast.lrm.reward import LatentRewardModel
@@ -122,7 +122,7 @@ def timesteps(config: LRM, step: int, rows: Tensor, compare: Tensor, labels: Ten
     return every[torch.stack([first, second])], labels
 
 
-def flips(config: LRM, step: int, rows: Tensor) -> Tensor:
+def flips(config: Noising, step: int, rows: Tensor) -> Tensor:
     """bool [2, B]: which pictures are mirrored, each with probability ½. Keyed by (seed, step, row)."""
     return torch.stack([noise.integers(config.seed, step, rows, MIRROR + side, 2) for side in (0, 1)]) == 1
 

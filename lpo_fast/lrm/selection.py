@@ -1,17 +1,53 @@
 """What an LRM run keeps: the checkpoints that deserve it, checkpoint-final, and whether the disk has room for them."""
 
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTokenizer
 
-from lpo_fast.config import LRM
+from lpo_fast.config import LRM, Selection
+from lpo_fast.data.dataset import Corrupt
 from lpo_fast.lrm import checkpoint
 from lpo_fast.lrm.reward import LatentRewardModel
-from lpo_fast.run import logs, optimization, states
-from lpo_fast.system import distributed, writing
+from lpo_fast.run import logs, optimization, session, states
+from lpo_fast.system import console, distributed, writing
+
+
+@dataclass
+class Progress(session.Progress):
+    """Where an LRM run stands.
+
+    checkpoints: (step, validation accuracy) of those kept. stage: training_stage.json. corrupt: pairs left out, by use.
+    pairs: digest of the training pairs. untrained: validation accuracy before the first step.
+    """
+
+    checkpoints: list[tuple[int, float]] = field(default_factory=list)
+    stage: dict[str, Any] = field(default_factory=lambda: {"metrics": {}})
+    corrupt: dict[str, Corrupt] = field(default_factory=dict)
+    pairs: str = ""
+    untrained: float = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        return super().state() | {"corrupt": {use: sorted(found.rows) for use, found in self.corrupt.items()}}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Restore the fields."""
+        corrupt = self.corrupt
+        super().load(saved)
+        self.corrupt = corrupt
+        for use, rows in saved["corrupt"].items():
+            corrupt[use].rows = set(rows)
+
+    def stepped(self, rate: float, epoch: int) -> None:
+        """Note an optimizer step in the stage; epoch: steps per epoch."""
+        number = self.step - 1
+        self.stage |= {"epoch": number // epoch, "step": number % epoch + 1, "lr": rate, "global_step": self.step}
+
 
 FINAL, CHECKPOINT = "checkpoint-final", "checkpoint-gstep{}"
 
@@ -23,23 +59,25 @@ def restore(lrm: LatentRewardModel, folder: Path) -> None:
     distributed.broadcast(lrm.parameters())
 
 
-def keep(config: LRM, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], at: dict) -> None:
+def keep(config: Selection, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], at: Progress) -> None:
     """Save the LRM just validated unless an earlier one (after step 0) is better, so of equals the later is kept; forget
     checkpoints that are too many, which ``prune`` removes. The best one stays in any case if it becomes checkpoint-final."""
-    out, accuracy = Path(config.out), at["stage"]["metrics"]["accuracy"]
-    if config.save_only_if_best and any(accuracy < known for _, known in at["checkpoints"]):
+    out, accuracy = Path(config.out), at.stage["metrics"]["accuracy"]
+    if config.save_only_if_best and any(accuracy < known for _, known in at.checkpoints):
         return
-    at["checkpoints"] = [*(known for known in at["checkpoints"] if known[0] != at["step"]), (at["step"], accuracy)]
+    at.checkpoints = [*(known for known in at.checkpoints if known[0] != at.step), (at.step, accuracy)]
     if distributed.is_main():
-        save(lrm, tokenizers, out / CHECKPOINT.format(at["step"]), at["stage"])
-    order = sorted(at["checkpoints"], key=lambda known: (known[1] if config.keep_best else 0, known[0]), reverse=True)
+        save(lrm, tokenizers, out / CHECKPOINT.format(at.step), at.stage)
+    order = sorted(at.checkpoints, key=lambda known: (known[1] if config.keep_best else 0, known[0]), reverse=True)
     best = [max(order, key=lambda known: (known[1], known[0]))] if config.final_checkpoint == "best" else []
-    at["checkpoints"] = sorted({*order[:config.keep_checkpoints or len(order)], *best})
+    at.checkpoints = sorted({*order[:config.keep_checkpoints or len(order)], *best})
 
 
-def prune(out: Path, at: dict) -> None:
-    """Remove checkpoints that the run does not keep, once no saved state names them."""
-    kept = {CHECKPOINT.format(step) for step, _ in at["checkpoints"]}
+def prune(out: Path, at: Progress) -> None:
+    """Remove checkpoints that the run does not keep, once no saved state names them. The main process does it."""
+    if not distributed.is_main():
+        return
+    kept = {CHECKPOINT.format(step) for step, _ in at.checkpoints}
     for folder in out.glob(CHECKPOINT.format("*")):
         if folder.name not in kept:
             writing.discard(folder)
@@ -53,11 +91,13 @@ def save(lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], folder: Path, 
 
 
 def require_disk_space(out: Path, lrm: LatentRewardModel, config: LRM, validated: bool) -> None:
-    """Raise InputError unless there is room for what the run will yet write, at most: states, checkpoints, checkpoint-final.
+    """Raise InputError unless the disk has room for the most that the run will still write: states and checkpoints.
 
-    validated: whether there are checkpoints. The state counts three times: it, the one before, and the next one while it is
-    written. Checkpoints that are written only if they are the best are counted as if the first were.
+    The main process checks. validated: whether there are checkpoints. The state counts three times: it, the one before,
+    and the next one while it is written. Checkpoints written only if they are the best are counted as if the first were.
     """
+    if not distributed.is_main():
+        return
     with torch.device("meta"):
         rest = UNet2DConditionModel.from_config(lrm.unet.config).num_parameters() - lrm.unet.num_parameters()
     whole = 4 * (rest + sum(p.numel() for p in lrm.parameters()))  # with the up blocks, fp32
@@ -74,14 +114,19 @@ def require_disk_space(out: Path, lrm: LatentRewardModel, config: LRM, validated
     writing.require_disk_space(out, size, "make room, limit --keep-checkpoints, or choose a directory on another disk")
 
 
-def export_final(config: LRM, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], at: dict) -> None:
-    """Write checkpoint-final: the best of the checkpoints, or the LRM as it is."""
+def export_final(config: Selection, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], at: Progress) -> int:
+    """Write checkpoint-final, the best of the checkpoints or the LRM as it is; return the step that it is of."""
     out = Path(config.out)
-    last = config.final_checkpoint == "last" or not at["checkpoints"]
-    at["exported"] = at["step"] if last else max(at["checkpoints"], key=lambda known: (known[1], known[0]))[0]
+    last = config.final_checkpoint == "last" or not at.checkpoints
+    step = at.step if last else max(at.checkpoints, key=lambda known: (known[1], known[0]))[0]
     if distributed.is_main() and last:
-        save(lrm, tokenizers, out / FINAL, at["stage"])
+        save(lrm, tokenizers, out / FINAL, at.stage)
     elif distributed.is_main():
         with writing.replacing(out / FINAL) as aside:
-            shutil.copytree(out / CHECKPOINT.format(at["exported"]), aside)
+            shutil.copytree(out / CHECKPOINT.format(step), aside)
     distributed.barrier()
+    best = max((accuracy for _, accuracy in at.checkpoints), default=1)
+    if best <= at.untrained:
+        console.say(f"warning: no validation (best {best:.3f}) is above the one before the first step "
+                    f"({at.untrained:.3f}): this reward model has learned nothing useful")
+    return step

@@ -1,17 +1,20 @@
 """An LRM optimizer step: pairs of pictures in, metrics out."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lpo_fast.config import LRM
+from lpo_fast.config import LRM, Noising
 from lpo_fast.data.latent_cache import Cache
 from lpo_fast.lrm import checkpoint, encoding
 from lpo_fast.lrm.encoding import Encoder
 from lpo_fast.lrm.reward import LatentRewardModel
 from lpo_fast.method import loss, noise
 from lpo_fast.models import fused_norms, locate
+from lpo_fast.run import optimization, states
 from lpo_fast.run.optimization import OptimizerStep
 from lpo_fast.system import devices, distributed
 
@@ -25,7 +28,7 @@ def parts(batch: dict, size: int) -> list[dict]:
             for i in range(0, len(batch["rows"]), size)]
 
 
-def encoded(encoder: Encoder, batch: dict, step: int, config: LRM, cache: Cache | None = None) -> dict:
+def encoded(encoder: Encoder, batch: dict, step: int, config: Noising, cache: Cache | None = None) -> dict:
     """A batch (``pairs.collate``) on the device, with mean and std of its pictures' posterior in their place."""
     rows = batch["rows"].to(encoder.device, non_blocking=True)
     mean, std = encoder.posterior(
@@ -86,7 +89,7 @@ def correct(margin: Tensor, labels: Tensor) -> Tensor:
     return 0.5 + 0.5 * margin.sign() * (labels[0] - labels[1]).sign()
 
 
-def steps_an_epoch(config: LRM, pairs: int) -> int:
+def steps_per_epoch(config: LRM, pairs: int) -> int:
     """Steps of whole batches in a pass over the pairs; the rest is left to the next pass's order."""
     return pairs // (own_size(config, pairs) * distributed.world_size())
 
@@ -99,12 +102,52 @@ def own_size(config: LRM, pairs: int) -> int:
 def batches(config: LRM, pairs: int, step: int) -> Iterator[list[int]]:
     """This process's pair numbers of every batch from ``step`` on: each epoch a new order, a function of the seed and the
     epoch."""
-    own, world, each = own_size(config, pairs), distributed.world_size(), steps_an_epoch(config, pairs)
+    own, world, each = own_size(config, pairs), distributed.world_size(), steps_per_epoch(config, pairs)
     for k in range(step, config.max_steps):
         if k % each == 0 or k == step:
             order = noise.permutation(config.seed, k // each, 0, pairs)
         first = (k % each * world + distributed.rank()) * own
         yield order[first:first + own].tolist()
+
+
+class Learner:
+    """Trains an LRM: its optimizer, gradient scaler, and learning-rate schedule."""
+
+    def __init__(self, lrm: LatentRewardModel, encoder: Encoder, config: LRM, pairs: int, cache: Cache | None = None):
+        """Make the optimizer over the parameters that train. pairs: how many train; cache: of their latents."""
+        self.lrm, self.encoder, self.config, self.cache, world = lrm, encoder, config, cache, distributed.world_size()
+        self.weights, self.own = states.Trained(lrm), own_size(config, pairs)
+        self.size, self.epoch = self.own * world, steps_per_epoch(config, pairs)
+        self.optimizer = optimization.optimizer(config.optimizer, lrm.parameters(), lr=config.learning_rate,
+                                                weight_decay=config.weight_decay)
+        factor = optimization.learning_rate(config.warmup, config.warmup_steps, config.max_steps)
+        self.decay = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        # Negatives from the batch are those of one pass, and with several ranks all make their passes together.
+        self.update = OptimizerStep(self.optimizer, optimization.scaler(encoder.device, encoder.precision),
+                                    config.max_grad_norm, -(-self.own // config.accumulate),
+                                    "use a larger --accumulate", halves=config.loss_type == "pair" and world == 1)
+
+    def parts(self) -> dict[str, Any]:
+        """Return what is saved. The scaler is left out unless in fp16: else its scale is always 1."""
+        scaler = self.update.scaler if self.encoder.precision == "fp16" else None
+        return {"weights": self.weights, "optimizer": self.optimizer, "decay": self.decay, "scaler": scaler}
+
+    @property
+    def rate(self) -> float:
+        """Return the learning rate of the next step."""
+        return self.decay.get_last_lr()[0]
+
+    def step(self, batch: dict, step: int) -> Tensor:
+        """Take optimizer step number ``step``; return its metrics, STEP, on the device."""
+        metrics = train_step(self.lrm, self.encoder, batch, step, self.update, self.config, self.cache)
+        self.decay.step()
+        return metrics
+
+    def inputs(self, rows: Tensor) -> dict[str, Any]:
+        """Return what ``replay`` needs to run the step on these rows again; all ranks call it."""
+        rows = distributed.gather(rows.to(self.encoder.device))[0].cpu()
+        return {"config": asdict(self.config), "rows": rows, "weights": self.weights.state_dict(),
+                "size": self.update.pairs}
 
 
 def load(config: LRM, device: torch.device) -> tuple[LatentRewardModel, Encoder]:

@@ -1,21 +1,40 @@
 """Accuracy on held-out pairs."""
 
+from typing import Any
+
 import torch
 from torch.utils.data import DataLoader
 
+from lpo_fast.config import LRM
 from lpo_fast.data.dataset import Corrupt
 from lpo_fast.errors import InputError
 from lpo_fast.lrm import reward, steps
 from lpo_fast.lrm.encoding import Encoder
+from lpo_fast.lrm.loaders import Loaders
 from lpo_fast.lrm.reward import LatentRewardModel
 from lpo_fast.system import devices, distributed
 
 VALIDATION_EPOCH = 0xFFFFFFFF  # validation noise is always the same
 
 
+class Validator:
+    """Measures accuracy on the held-out pairs of a run."""
+
+    def __init__(self, lrm: LatentRewardModel, encoder: Encoder, loaders: Loaders, config: LRM):
+        """Choose the timesteps: every 50th, the one of the headline number (t = 1) first."""
+        self.lrm, self.encoder, self.loaders = lrm, encoder, loaders
+        first = 1 if config.variable_timestep else config.constant_timestep
+        self.timesteps = list(dict.fromkeys([first, *range(1, config.largest_timestep + 1, 50)]))
+
+    def __call__(self, use: str, every: int = 1) -> dict[str, Any]:
+        """Return the accuracies (``validate``) on the pairs of a use, at every ``every``-th timestep."""
+        held_out, corrupt = self.loaders.held_out[use], self.loaders.corrupt[use]
+        return validate(self.lrm, self.encoder, held_out, self.timesteps[::every], corrupt)
+
+
 @torch.no_grad()
 def validate(lrm: LatentRewardModel, encoder: Encoder, loader: DataLoader, timesteps: list[int],
-             corrupt: Corrupt | None = None) -> dict[str, object]:
+             corrupt: Corrupt | None = None) -> dict[str, Any]:
     """Accuracy on held-out pairs at each timestep; ``accuracy`` is the one at the first, t = 1."""
     lrm.eval()
     device = encoder.device

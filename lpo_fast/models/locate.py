@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
-from lpo_fast.config import LPO, LRM
+from lpo_fast.config import Model, Reward, RewardNetwork
 from lpo_fast.errors import InputError
 from lpo_fast.models import families
 from lpo_fast.system import reading, writing
@@ -165,33 +165,33 @@ def unet_config(name: str, revision: str = "") -> dict:
         return {}
 
 
-def model(config: LPO | LRM) -> Path:
+def model(config: Model) -> Path:
     """--model."""
     return locate(config.model, "--model", config.revision)
 
 
-def vae(config: LPO | LRM) -> Path:
+def vae(config: Model) -> Path:
     """--vae, or the model, whose VAE it is by default."""
     return locate(config.vae, "--vae") if config.vae else model(config)
 
 
-def lrm(config: LPO) -> Path:
+def lrm(config: Reward) -> Path:
     """--lrm."""
     return locate(config.lrm, "--lrm")
 
 
-def base(config: LPO) -> Path:
+def base(config: Reward) -> Path:
     """--lrm-base, or the model."""
     return locate(config.lrm_base, "--lrm-base") if config.lrm_base else model(config)
 
 
-def tokenizer(config: LPO) -> Path:
+def tokenizer(config: Reward) -> Path:
     """--lrm-tokenizer, or the LRM with its own tokenizers, or its base."""
     if config.lrm_tokenizer:
         return locate(config.lrm_tokenizer, "--lrm-tokenizer", wanted=TOKENIZER)
     return lrm(config) if (lrm(config) / "tokenizer").is_dir() else base(config)
 
 
-def clip(config: LRM) -> str | None:
+def clip(config: RewardNetwork) -> str | None:
     """--clip, or None."""
     return str(locate(config.clip, "--clip", wanted=CLIP)) if config.clip else None

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, ConfigMixin, UNet2DConditionModel
 from torch.utils._pytree import tree_leaves
 
-from lpo_fast.config import LPO, LRM
+from lpo_fast.config import Model, Reward
 from lpo_fast.errors import InputError
 from lpo_fast.lrm import checkpoint
 from lpo_fast.method import schedule
@@ -77,7 +77,7 @@ def buildable(config: dict, name: str, flag: str, part: str = "unet", kind: type
                          f"{(str(error).splitlines() or [''])[0][:160]})", "download it again", flag) from error
 
 
-def picture(config: LPO | LRM, unet: dict) -> None:
+def picture(config: Model, unet: dict) -> None:
     """Another VAE must make the same latents, and a resolution must come out even at the bottom of the denoiser."""
     if config.vae:
         path = locate.vae(config)
@@ -139,7 +139,7 @@ def pipeline(model: str, flag: str, revision: str = "") -> dict:
     return unet
 
 
-def reward_place(config: LPO) -> Path:
+def reward_place(config: Reward) -> Path:
     """Where the LRM lies."""
     if not config.lrm:
         raise InputError("(none)", "is required", "train one with `python -m lpo_fast.train lrm`, or use casiatao/LRM", "--lrm")
@@ -150,7 +150,7 @@ def reward_place(config: LPO) -> Path:
     return path
 
 
-def reward_model(config: LPO) -> dict:
+def reward_model(config: Reward) -> dict:
     """The U-Net config of the LRM, whose widths fit together."""
     path = reward_place(config)
     if config.lrm_base:
@@ -171,7 +171,7 @@ def reward_model(config: LPO) -> dict:
     return unet
 
 
-def tokenizer(config: LPO, family: families.Family) -> None:
+def tokenizer(config: Reward, family: families.Family) -> None:
     """--lrm-tokenizer must hold the tokenizers of the LRM's family."""
     path = locate.tokenizer(config)
     if not path.is_dir():

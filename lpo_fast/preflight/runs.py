@@ -7,7 +7,7 @@ from pathlib import Path
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from lpo_fast import cli
-from lpo_fast.config import LPO, LRM
+from lpo_fast.config import LPO, LRM, RunDirectory
 from lpo_fast.data import dataset, latent_cache, mpcf, preferences
 from lpo_fast.data.preferences import PairTable
 from lpo_fast.data.prompts import read_prompts
@@ -150,7 +150,7 @@ def directory(config: LPO | LRM, source: Path | None = None) -> None:
                              "resume with its own settings", cli.flag(key))
 
 
-def same_models(config: LPO | LRM) -> None:
+def same_models(config: RunDirectory) -> None:
     """A resumed run's models on the hub must be of the commits that it began with."""
     out = Path(config.out)
     if not config.resume or not run_states.states(out) or not (out / "environment.json").is_file():

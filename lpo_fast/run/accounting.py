@@ -76,4 +76,4 @@ class Meter:
 
 def text(row: dict[str, float]) -> str:
     """A Meter's row for the log line."""
-    return f" | {row['tflops']:.0f} TFLOP/s ({row['share_of_matrix_rate']:.0%})" if row else ""
+    return f" | {row['tflops']:.0f} TFLOP/s ({row['share_of_matrix_rate']:.0%})" if "tflops" in row else ""

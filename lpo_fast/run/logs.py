@@ -49,8 +49,9 @@ class RunLog:
             while line:  # a full disk takes a part before it refuses
                 line = line[file.write(line):]
 
-    def log(self, kind: str, step: int, **row) -> None:
+    def log(self, kind: str, step: int, *, epoch: int | None = None, **row) -> None:
         """A row of metrics."""
+        row = ({} if epoch is None else {"epoch": epoch}) | row
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         row = {"kind": kind, "global_step": step, **finite}
         self._write(self.metrics, row)
@@ -65,9 +66,10 @@ class RunLog:
             elif hasattr(tracker, "log_images"):
                 tracker.log_images({name: pictures}, step)
 
-    def time(self, **row) -> None:
-        """A row of timings."""
+    def time(self, **row) -> dict:
+        """Write a row of timings, and return it."""
         self._write(self.timings, row)
+        return row
 
     def truncate(self, size: int) -> None:
         """Drop metrics written after the state that a resumed run starts from."""
@@ -101,6 +103,13 @@ def write_json(path: Path, value: object) -> None:
     """Indented JSON, whole or not there."""
     with writing.replacing(path) as aside:
         aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, by the main process. Raises InputError if the disk refuses."""
+    if distributed.is_main():
+        with writing.writing(path.parent):
+            path.write_text(text, encoding="utf-8")
 
 
 def _tracker(config: LPO | LRM) -> Accelerator | None:

@@ -25,15 +25,17 @@ class SkippedSteps:
         """inputs: all that made a step, given what ``look`` is given of it, in every process; None: keep none."""
         self.out, self.inputs, self.state = out, inputs, {"skipped": 0, "in_a_row": 0}
 
-    def look(self, step: int, loss: float, norm: float, fed: object) -> InputError | None:
-        """A step's loss and gradient norm, and what it was fed. The error that ends the run when too many in a row were
-        skipped."""
+    def look(self, step: int, after: int, loss: float, norm: float, fed: object) -> InputError | None:
+        """Count a step by its loss and gradient norm; return the error that ends the run if too many in a row were skipped.
+
+        after: optimizer steps that the weights have taken by now. fed: what the step was given.
+        """
         if math.isfinite(norm) and math.isfinite(loss):
             self.state["in_a_row"] = 0
             return None
         self.state = {key: count + 1 for key, count in self.state.items()}
         if not math.isfinite(loss) and self.inputs:
-            self.keep(step, self.inputs(fed))  # else fp16's range was left, which the scale mends
+            self.keep(self.inputs(fed) | {"step": step, "after": after})  # else fp16's range was left, which the scale mends
             self.inputs = None
         if self.state["in_a_row"] < IN_A_ROW:
             return None
@@ -46,15 +48,15 @@ class SkippedSteps:
             "--out",
         )
 
-    def keep(self, step: int, inputs: dict[str, object]) -> None:
+    def keep(self, inputs: dict[str, object]) -> None:
         """SKIPPED: the inputs of the first such step, and the weights, if the disk has room for them."""
-        file, size = self.out / SKIPPED, sum(x.nbytes for x in tree_leaves(inputs) if isinstance(x, Tensor))
+        file, step, size = self.out / SKIPPED, inputs["step"], sum(x.nbytes for x in tree_leaves(inputs) if isinstance(x, Tensor))
         if file.exists() or not distributed.is_main():
             return
         try:
             writing.require_disk_space(self.out, 10 * size, "make room")  # states go before
             with writing.replacing(file) as aside:
-                writing.save_pickle(inputs | {"step": step}, aside)
+                writing.save_pickle(inputs, aside)
             console.say(f"warning: step {step} has no finite loss and was skipped; its inputs: {file}")
         except InputError as problem:
             console.say(f"warning: step {step} has no finite loss and was skipped; its inputs are not kept: {problem}")

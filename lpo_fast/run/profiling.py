@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.autograd import DeviceType
 
-from lpo_fast.system import console
+from lpo_fast.system import console, distributed
 
 ROWS = 40  # of the profile's table
 
@@ -21,7 +21,9 @@ class Profiler:
 
     def __init__(self, out: Path | None, unit: str, rounds: int):
         """out: the run directory; None: no profile. rounds: how many this run has."""
-        self.folder, self.unit, self.left = out and out / "profile", unit, min(2, rounds - 1)
+        self.folder, self.unit, self.left = None, unit, min(2, rounds - 1)
+        if out and distributed.is_main():
+            self.folder = out / "profile"
         self.profile = None
 
     def round(self) -> None:

@@ -31,13 +31,18 @@ def text_placement(size: int) -> torch.device:
     return device()
 
 
-def deterministic(setting: bool) -> None:
-    """Equal bits on repeat on one GPU: operations use their deterministic form, those without raise RuntimeError (see
-    ``optimization.told``). CPUs need nothing."""
-    if setting:
+def numerics(deterministic: bool, tf32: bool | None = None) -> None:
+    """Set how operations compute.
+
+    deterministic: repeat a run bit for bit on one GPU; operations without a deterministic form raise RuntimeError (see
+    ``optimization.explained_errors``). CPUs always repeat. tf32: use TensorFloat-32 in fp32 operations; None: as it is.
+    """
+    if tf32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(setting)  # with warn_only attention's backward pass would not
+    torch.use_deterministic_algorithms(deterministic)  # with warn_only attention's backward pass would not
 
 
 def layout(unet: nn.Module) -> nn.Module:

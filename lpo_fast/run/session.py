@@ -1,0 +1,134 @@
+"""What both loops share: where a run stands, its saved states, its metrics, and a clean stop."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lpo_fast.config import LPO, LRM
+from lpo_fast.run import clock, logs, states
+from lpo_fast.run.monitor import CollapseMonitor, SkippedSteps
+from lpo_fast.system import console, distributed
+
+
+@dataclass
+class Progress:
+    """Where a run stands. The fields are what is saved; step: optimizer steps taken."""
+
+    step: int = 0
+
+    @property
+    def done(self) -> int:
+        """Return the units of the loop's progress bar that are done."""
+        return self.step
+
+    def state(self) -> dict[str, Any]:
+        """Return the fields as plain values and CPU tensors."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Restore the fields from what ``state`` returned, possibly in an earlier version, which may lack some."""
+        for field in fields(self):
+            setattr(self, field.name, saved.get(field.name, getattr(self, field.name)))
+
+
+class Run:
+    """An open run directory whose loop can be stopped and resumed at any optimizer step."""
+
+    def __init__(self, config: LPO | LRM, at: Progress, parts: dict[str, Any], columns: tuple[str, ...], *,
+                 skips: SkippedSteps, watch: CollapseMonitor | None = None, appends: bool = False,
+                 exit_code: int = 0, after_save: Callable[[], None] | None = None):
+        """Open the directory, for a new run or to resume the one in it.
+
+        parts: what has a state_dict and is saved. columns: names of an optimizer step's metrics, the loss first.
+        appends: keep the metrics that are there. exit_code: of a stopped run; 0: 128 + the signal's number.
+        """
+        self.config, self.at, self.parts, self.columns = config, at, parts, columns
+        self.skips, self.watch, self.exit_code, self.after_save = skips, watch, exit_code, after_save
+        self.out = Path(config.out)
+        self.resumed = config.resume and bool(states.states(self.out))  # False if killed before its first state
+        self.log = logs.RunLog(config, self.resumed or appends)
+        self.queued: list[tuple[int, Tensor, Any, dict[str, Any]]] = []
+        self.caught: list[int] = []
+        if config.resume and not self.resumed:
+            console.say(f"warning: {self.out} holds no saved state: the run starts from the beginning")
+
+    def restore(self, digest: str, path: str, flag: str) -> None:
+        """Load the saved state into all parts. Raises InputError if the data, of which the field ``digest`` of the
+        progress is the digest, changed since the run began; path and flag name them."""
+        known = getattr(self.at, digest)
+        saved = states.load_state(self.out / states.STATE, self.parts)
+        self.log.truncate(saved["metrics"])
+        self.skips.state = saved["skips"]
+        if self.watch:
+            self.watch.state = saved["watch"]
+        self.at.load(saved)
+        logs.require_same(getattr(self.at, digest), known, path, flag)
+
+    def save(self) -> None:
+        """Save the state that --resume starts from."""
+        watched = {"watch": self.watch.state} if self.watch else {}
+        here = {"metrics": self.log.size, "skips": self.skips.state} | watched
+        states.save_state(self.out / states.STATE, self.at.state() | here, self.parts)
+        if self.after_save:
+            self.after_save()
+
+    def queue(self, values: Tensor, fed: Any, **more: Any) -> None:
+        """Record an optimizer step whose metrics, values [len(columns)], stay on the device until ``flush``.
+
+        fed: the step's inputs, kept if its loss is not finite. more: further metrics.
+        """
+        self.queued.append((self.at.step, values, fed, more))
+        self.at.step += 1
+
+    def flush(self, keep: int = 0) -> list[dict[str, Any]]:
+        """Read, log, and return the metrics of all queued steps but the last ``keep``: one read from the device.
+
+        Raises InputError, with the state saved, if too many steps in a row had no finite gradient.
+        """
+        steps, self.queued = self.queued[:len(self.queued) - keep], self.queued[len(self.queued) - keep:]
+        read = torch.stack([values for _, values, *_ in steps]).tolist() if steps else []
+        rows, problem = [], None
+        for (step, _, fed, more), values in zip(steps, read, strict=True):
+            row = dict(zip(self.columns, values, strict=True)) | more
+            self.log.log("train", step, **row)
+            problem = self.skips.look(step, self.at.step, row[self.columns[0]], row["grad_norm"], fed)
+            rows.append(row)
+        if problem:
+            self.save()
+            raise problem
+        return rows
+
+    @property
+    def stopping(self) -> bool:
+        """Return whether a signal asked any process to stop. All processes ask together."""
+        return distributed.any_rank(self.caught)
+
+    @contextmanager
+    def going(self, name: str, unit: str, total: int) -> Iterator[tqdm]:
+        """Run the loop inside: SIGINT and SIGTERM only set ``stopping``, and the state is saved at the end.
+
+        Yields the progress bar over ``total`` units. A loop that ended before ``total`` raises SystemExit.
+        """
+        hidden = None if distributed.is_main() else True  # None: shown on a terminal alone
+        bar = tqdm(total=total, initial=self.at.done, desc=name, unit=unit, leave=False, disable=hidden)
+        with clock.stoppable() as self.caught:
+            yield bar
+            self.flush()
+            self.save()
+        bar.close()
+        if self.at.done < total:
+            self.close()
+            console.say(f"stopped after step {self.at.step}; continue with --resume")
+            raise SystemExit(self.exit_code or 128 + (self.caught or [signal.SIGTERM])[0])
+
+    def close(self) -> None:
+        """Close the files and trackers; wait for all processes, since a launcher ends them all soon after the first."""
+        self.log.close()
+        distributed.barrier()

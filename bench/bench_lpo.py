@@ -15,14 +15,13 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-import official_loop
 import pytest
-import random_models
 import torch
-import waterfall
-from measure import clock
 from torch import Tensor
 
+from bench.official import loop as official_loop
+from bench.support import random_models, waterfall
+from bench.support.measure import clock
 from lpo_fast import config
 from lpo_fast.lpo import batches, judging, policies, sampling
 from lpo_fast.lpo import steps as lpo_steps

@@ -16,14 +16,13 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-import official_lrm_loop
 import pytest
-import random_models
 import torch
-import waterfall
-from measure import clock
 from torch import Tensor
 
+from bench.official import lrm_loop as official_lrm_loop
+from bench.support import random_models, waterfall
+from bench.support.measure import clock
 from lpo_fast import config
 from lpo_fast.data import latent_cache
 from lpo_fast.lrm import checkpoint, encoding, steps

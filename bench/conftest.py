@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from measure import copy_bytes_per_second, table, write
+
+from bench.support.measure import copy_bytes_per_second, table, write
 
 ROWS = pytest.StashKey[dict]()
 KEY = "op", "size", "pass", "how"
@@ -58,7 +59,7 @@ def save(folder: Path, row: dict) -> None:
     made = sorted({", ".join(f"{k} {r[k]}" for k in ("torch", "triton", "python", "commit", "date")) for r in rows})
     rate = sorted(r["copy GB/s"] for r in rows)
     page = (f"# {row['device']}\n\nTimes in µs on the GPU (wall clock); copy within the device: {rate[0]:.0f} to "
-            f"{rate[-1]:.0f} GB/s. How: bench/measure.py.\n\n{table(rows)}\n" + "".join(f"- {line}\n" for line in made))
+            f"{rate[-1]:.0f} GB/s. How: bench/support/measure.py.\n\n{table(rows)}\n" + "".join(f"- {line}\n" for line in made))
     write(path, rows, page)
 
 

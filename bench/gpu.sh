@@ -37,10 +37,11 @@ for stage in "${stages[@]}"; do
     if [ $# -eq 0 ] && [ -e "$state/$stage" ]; then continue; fi
     pytest=(pytest --disable-warnings -p no:cacheprovider)
     case $stage in
-        test_*) command=(-m "${pytest[@]}" "tests/$stage.py") ;;
-        bench_*) command=(-m "${pytest[@]}" "bench/$stage.py" --benchmark-only --results "$out") ;;
+        test_launch) command=(-m "${pytest[@]}" tests/system/test_launch.py) ;;
+        test_*) command=(-m "${pytest[@]}" "tests/kernels/$stage.py") ;;
+        bench_*) command=(-m "${pytest[@]}" "bench/bench_kernels.py::test_${stage#bench_}" --benchmark-only --results "$out") ;;
         lpo-*|lrm-*) command=(-m "${pytest[@]}" "bench/bench_${stage%%-*}.py" -k "${stage#*-}" --benchmark-only --results "$out") ;;
-        memory-*) command=(bench/memory.py "${stage#*-}" --out "$out/$stage.md") ;;
+        memory-*) command=(bench/tools/memory.py "${stage#*-}" --out "$out/$stage.md") ;;
         world-*) command=(-m lpo_fast.shapes.evaluate --seeds "${stage#*-}") ;;
         doctor) command=(-m lpo_fast.doctor --golden tests/golden) ;;
         *) echo "no such stage: $stage"; exit 2 ;;

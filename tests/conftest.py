@@ -15,12 +15,12 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernels are defined
-from tests.helpers.models import GOLDEN, make_sd, make_sd21, make_sdxl
-
+from lpo_fast.evaluation import scorers
 from lpo_fast.lrm import checkpoint
 from lpo_fast.models import texts
 from lpo_fast.system import launch as system_launch
 from lpo_fast.verify.golden import Golden
+from tests.helpers.models import GOLDEN, make_clip, make_sd, make_sd21, make_sdxl
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 system_launch.INTERPRETED = False  # the references run, except in tests that ask for ``kernels``
@@ -75,3 +75,15 @@ def copied(tmp_path: Path):
     def copy(folder: Path) -> Path:
         return Path(shutil.copytree(folder, tmp_path / f"copy_of_{folder.name}"))
     return copy
+
+
+@pytest.fixture
+def clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A random CLIP with its processor and an aesthetic head, named by the variables of all ready scorers."""
+    make_clip(tmp_path)
+    for name, parts in scorers.HUB.items():
+        for part in parts:
+            monkeypatch.setenv(f"LPO_FAST_{name}_{part}".upper(), str(tmp_path / ("head.pth" if part == "head" else "clip")))
+    yield tmp_path
+    scorers.clip.cache_clear()
+    scorers.head.cache_clear()

@@ -6,27 +6,26 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bench_lrm
-import measure
 import pytest
 import torch
-from measure import markdown, table
 from torch.utils._pytree import tree_leaves
 
+from bench import bench_kernels, bench_lrm
+from bench.support import measure
+from bench.support.measure import markdown, table
 from lpo_fast.verify.operators import OPERATORS, Operator, error
 
 ROOT = Path(__file__).parent.parent
-BENCH = ROOT / "bench"
 
 
-def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+def python(*arguments: str) -> subprocess.CompletedProcess:
     clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER")}
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=clean, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=clean, capture_output=True, text=True)
 
 
 def test_every_operator_has_a_benchmark_and_the_same_small_size() -> None:
-    benchmarks = {path.stem.removeprefix("bench_") for path in BENCH.glob("bench_*.py")}
-    assert set(OPERATORS) == {path.stem for path in (ROOT / "kernels").glob("*.py")} <= benchmarks
+    benchmarks = {name.removeprefix("test_") for name in vars(bench_kernels) if name.startswith("test_")}
+    assert set(OPERATORS) == {path.stem for path in (ROOT / "kernels").glob("*.py")} == benchmarks
     for operator in OPERATORS.values():
         assert {"sd15", "sd21", "sdxl"} <= set(operator.sizes) and operator.small
         for size in operator.small.values():
@@ -40,7 +39,7 @@ def test_every_operator_has_a_benchmark_and_the_same_small_size() -> None:
 
 
 def test_the_command_writes_results_row_by_row_and_keeps_others(tmp_path: Path) -> None:
-    command = ("-m", "pytest", "bench/bench_pair_select.py", "--benchmark-only", "-p", "no:cacheprovider", "--results",
+    command = ("-m", "pytest", "bench/bench_kernels.py::test_pair_select", "--benchmark-only", "-p", "no:cacheprovider", "--results",
                str(tmp_path))
     first = python(*command)
     assert first.returncode == 0, first.stdout + first.stderr
@@ -89,7 +88,7 @@ def test_pytest_alone_collects_no_benchmark() -> None:
     collected = python("-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider").stdout
     assert "tests/test_bench.py" in collected and "bench/bench_" not in collected
     collected = python("-m", "pytest", "bench/", "--benchmark-only", "--collect-only", "-q", "-p", "no:cacheprovider").stdout
-    assert "bench/bench_reward_pool.py" in collected and "tests/" not in collected
+    assert "bench/bench_kernels.py" in collected and "tests/" not in collected
 
 
 def row(how: str, wall: float, **others) -> dict:
@@ -129,7 +128,7 @@ def test_only_right_results_are_timed() -> None:
 
 
 AOT = r"""
-import aot
+from bench.tools import aot
 import torch
 sass = '''
         /*0050*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
@@ -160,23 +159,23 @@ with aot.Unfilled():
 
 
 def test_what_is_read_out_of_compiled_kernels() -> None:
-    result = python("-c", AOT, cwd=BENCH)
+    result = python("-c", AOT)
     assert result.returncode == 0, result.stderr
 
 
 def test_ahead_of_time_compilation_of_one_operator(tmp_path: Path) -> None:
     page = tmp_path / "new" / "aot.md"
-    result = python("bench/aot.py", "pair_select", "--arch", "90", "--out", str(page))
+    result = python("bench/tools/aot.py", "pair_select", "--arch", "90", "--out", str(page))
     assert result.returncode == 0, result.stdout + result.stderr
     assert page.read_text() == result.stdout and "launches compiled, 0 not as they should be" in result.stdout
     lines = [line for line in result.stdout.splitlines() if line.startswith("| pair_select")]
     assert lines and all(" ok " in line and "_kernel" in line for line in lines)
-    unknown = python("bench/aot.py", "pair_select", "pair_selected")
+    unknown = python("bench/tools/aot.py", "pair_select", "pair_selected")
     assert unknown.returncode == 2 and "no such operator: pair_selected; there are " in unknown.stderr
 
 
 BAD = """
-import aot
+from bench.tools import aot
 import torch
 from lpo_fast.system.launch import jit, launch, tl
 from lpo_fast.verify.operators import Operator
@@ -206,7 +205,7 @@ raise SystemExit(status)
 
 def test_bad_kernels_are_found(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text(BAD)  # a file, since Triton reads a kernel's source
-    result = python("-c", "import runpy, sys; runpy.run_path(sys.argv[1])", str(tmp_path / "bad.py"), cwd=BENCH)
+    result = python("-c", "import runpy, sys; runpy.run_path(sys.argv[1])", str(tmp_path / "bad.py"))
     assert result.returncode == 1 and "4 launches compiled, 4 not as they should be" in result.stdout, result.stderr
     verdicts = {cells[2].strip(): cells[-2].strip() for cells in (
         line.split("|") for line in result.stdout.splitlines() if line.startswith("| kernel"))}

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from forked import processes
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -22,6 +21,7 @@ from lpo_fast.lpo.sampling import CounterNoise
 from lpo_fast.method import noise, schedule
 from lpo_fast.models import loras
 from lpo_fast.score import Scorer
+from tests.helpers.processes import processes
 
 PROMPTS = ["a red circle", "<b>a blue square</b> & more", "three cats", "a red circle", "a green cross"]
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from lpo_fast import errors, export
-from lpo_fast.models import families, loras, texts
+from lpo_fast.models import loras
 from lpo_fast.preflight import models
+from tests.helpers.models import pipeline
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -25,19 +26,6 @@ def adapted(model: Path, rank: int, alpha: float, targets: tuple[str, ...] = TAR
         if "lora" in name:
             parameter.data = 0.15 * torch.randn(parameter.shape, generator=generator)
     return unet
-
-
-def pipeline(folder: Path):
-    """Diffusers' pipeline of a directory, put together by hand (SDXL's test directory has no model_index.json)."""
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
-    family = families.family_of(unet.config)
-    parts = {"vae": AutoencoderKL.from_pretrained(folder, subfolder="vae"), "unet": unet,
-             "scheduler": DDIMScheduler.from_pretrained(folder, subfolder="scheduler")}
-    parts |= dict(zip((name for name, _ in family.encoders), texts.load_text(folder, family), strict=True))
-    parts |= dict(zip(family.tokenizers, texts.load_tokenizers(folder, family), strict=True))
-    if family.time_ids:
-        return StableDiffusionXLPipeline(**parts, add_watermarker=False)
-    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
 def draw(pipe) -> torch.Tensor:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_data import BLUE, RED, plain, table
 
 from lpo_fast import score_table
 from lpo_fast.config import LRM
 from lpo_fast.data import mpcf, preferences
 from lpo_fast.errors import InputError
 from lpo_fast.score_table import ScoreTable
+from tests.helpers.pairs import BLUE, RED, plain, table
 
 GREYS = [[10, 200, 60, 90, 0], [50, 100, 60, 20, 7]]  # red channels of the pictures; labels 1/0, 0/1, a tie, 1/0, 0/1
 

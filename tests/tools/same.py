@@ -46,9 +46,9 @@ def cases(pipeline: Path, inputs: Path) -> list[Case]:
     for seed in (0, 1):
         made += [
             Case(f"shapes_lrm_{seed}", ["lrm", *flags(
-                model=pipeline, **lrm, seed=seed, batch_size=32, max_steps=30, warmup_steps=3, validate_steps=15, save_steps=15)]),
+                model=pipeline, **lrm, seed=seed, batch_size=32, max_steps=20, warmup_steps=3, validate_steps=10, save_steps=10)]),
             Case(f"shapes_lpo_{seed}", ["lpo", *flags(
-                model=pipeline, lrm=f"shapes_lrm_{seed}/checkpoint-final", **lpo, seed=seed, batch_size=8, max_batches=3, epochs=1,
+                model=pipeline, lrm=f"shapes_lrm_{seed}/checkpoint-final", **lpo, seed=seed, batch_size=8, max_batches=2, epochs=1,
                 learning_rate=7e-4, rank=16, train_batch_size=16, threshold_max=0.05, pictures=2)])]
     for model in ("sd", "sdxl"):
         stage1 = ["lrm", *flags(model=inputs / model, **lrm, batch_size=8, max_steps=6, warmup_steps=1, validate_steps=3,
@@ -66,8 +66,6 @@ def make_inputs(folder: Path) -> None:
     sys.path.insert(0, str(ROOT))
     from lpo_fast.shapes import evaluate, world
     from tests.helpers import models
-
-    from lpo_fast.shapes import evaluate, world
     models.make_sd(folder / "sd")
     models.make_sdxl(folder / "sdxl", folder / "sd")
     evaluate.write_pairs(folder / "pairs.parquet", 400, 0, held_out=False)

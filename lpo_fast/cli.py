@@ -87,3 +87,13 @@ def within(settings: object, low: float, high: float, *keys: str) -> None:
 def flag(key: str) -> str:
     """Return the command-line flag of a setting."""
     return "--" + key.replace("_", "-")
+
+
+def lora_flags(given: config.LPO, defaults: config.LPO) -> None:
+    """Refuse LoRA flags on a command line with --full, which trains no LoRA. defaults: the settings without
+    that command line.
+    """
+    for key in ("rank", "alpha", "targets"):
+        if given.full and getattr(given, key) != getattr(defaults, key):
+            raise InputError(str(getattr(given, key)), "full fine-tuning has no LoRA",
+                             f"drop {flag(key)} or --full", flag(key))

@@ -26,7 +26,7 @@ from lpo_fast.data.prompts import read_prompts
 from lpo_fast.errors import InputError
 from lpo_fast.evaluation import compare, scorers
 from lpo_fast.lpo import drawing, policies
-from lpo_fast.models import locate
+from lpo_fast.models import configs, locate
 from lpo_fast.models.loras import LORA_OFFICIAL
 from lpo_fast.preflight import models
 from lpo_fast.run import environment, logs
@@ -139,7 +139,7 @@ def check_models(settings: Evaluate, prompts: list[str]) -> None:
 def lrm_base(settings: Evaluate) -> str:
     """Return the directory that completes the LRM; "" for the one that it names."""
     file = locate.locate(settings.lrm, "--lrm") / "lrm.json"
-    named = file.is_file() and models.read_config(file.parent, "--lrm", file.name).get("base")
+    named = file.is_file() and configs.read_config(file.parent, "--lrm", file.name).get("base")
     return settings.lrm_base or ("" if named else settings.model)
 
 
@@ -169,7 +169,7 @@ def directory(settings: Evaluate, wanted: dict[str, object]) -> None:
     if not (out / RECORD).is_file():
         raise InputError(settings.out, "holds something other than an evaluation", "name another directory",
                          "--out")
-    before = models.read_config(out, "--out", RECORD)
+    before = configs.read_config(out, "--out", RECORD)
     for key, value in wanted.items():
         if before.get(key) != value:
             had = "" if isinstance(value, dict) or key == "prompts" else f" ({before.get(key)} then, {value} now)"

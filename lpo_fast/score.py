@@ -29,7 +29,7 @@ from lpo_fast.data.tables import KINDS, Picture
 from lpo_fast.errors import InputError
 from lpo_fast.lrm import checkpoint
 from lpo_fast.method import noise, schedule
-from lpo_fast.models import locate, texts, vaes
+from lpo_fast.models import configs, locate, texts, vaes
 from lpo_fast.models.families import family_of
 from lpo_fast.preflight import models
 from lpo_fast.system import devices, reading
@@ -166,7 +166,7 @@ def check_lrm(lrm: str, base: str, vae: str = "", resolution: int = 0) -> Path:
     """
     path = locate.locate(lrm, "--lrm")
     if not base and (path / "lrm.json").is_file():
-        base = models.read_config(path, "--lrm", "lrm.json").get("base") or ""
+        base = configs.read_config(path, "--lrm", "lrm.json").get("base") or ""
     if not base and lrm and path.exists():
         raise InputError(lrm, "names no base, and holds no VAE",
                          "name the diffusers directory on which it is based", "--lrm-base")

@@ -20,7 +20,6 @@ from lpo_fast import cli
 from lpo_fast.config import LPO, Precision
 from lpo_fast.errors import InputError
 from lpo_fast.official.lrm import flat, typed
-from lpo_fast.preflight import settings as preflight_settings
 from lpo_fast.system import reading
 
 # Official keys whose value sets a field unchanged, and those fields.
@@ -201,7 +200,7 @@ def settings(config: dict[str, object]) -> tuple[LPO, list[str]]:
         raise InputError(str(prompts), "is not a list of strings", "use a list of prompts",
                          "config.validation_prompts")
     name = of("run_name", str, "test")
-    if not preflight_settings.component(name):  # must not leave logdir
+    if not reading.component(name):  # must not leave logdir
         raise InputError(name, "is not the name of a directory in logdir",
                          "use a name without / and .., and set the directory with --config.logdir",
                          "config.run_name")
@@ -231,10 +230,10 @@ def is_multi_scale(lrm: Path) -> bool:
     """Return whether an LRM, a directory or a single file, projects more features than its mid block gives.
     """
     from lpo_fast.lrm import checkpoint
-    from lpo_fast.preflight import models
+    from lpo_fast.models import configs
     from lpo_fast.system import reading
     if not lrm.is_file():
-        channels = models.denoiser(lrm, "--lrm")["block_out_channels"]
+        channels = configs.denoiser(lrm, "--lrm")["block_out_channels"]
         return checkpoint.read_heads(lrm, channels)["visual_projection"]["weight"].shape[1] > channels[-1]
     state = reading.read_pickle(lrm, "--lrm", mmap=True)
     try:
@@ -262,7 +261,7 @@ def parse(argv: list[str]) -> tuple[LPO, list[str]]:
     config, notes = settings(override(flat(load(file)), changes, SAME.keys() | WORKED_OUT if Path(file).suffix in DATA else ()))
     if rest:
         given = cli.parse(LPO, rest, "train --config FILE.py", default=config)
-        preflight_settings.lora_flags(given, config)
+        cli.lora_flags(given, config)
         config = given
     return config, notes
 

@@ -15,8 +15,7 @@ from lpo_fast.config import Model, Reward
 from lpo_fast.errors import InputError
 from lpo_fast.lrm import checkpoint
 from lpo_fast.method import schedule
-from lpo_fast.models import families, locate, vaes
-from lpo_fast.preflight import settings
+from lpo_fast.models import configs, families, locate, vaes
 from lpo_fast.system import reading
 
 
@@ -30,47 +29,11 @@ def targets(unet: dict, names: tuple[str, ...]) -> None:
                              "use to_q, to_k, to_v, to_out.0, …", "--targets")
 
 
-def read_config(folder: Path, flag: str, name: str = "config.json") -> dict:
-    """Read a model's config.json. Raises InputError if it is missing or damaged."""
-    try:
-        return reading.read_json(folder / name, flag)
-    except FileNotFoundError as error:
-        raise InputError(str(folder.parent), f"{folder.name}/{name} is missing",
-                         "name the top directory of a complete download", flag) from error
-
-
-def positive_int(config: dict, key: str, folder: Path, flag: str, most: int = 2**20) -> int:
-    """Return a whole number, or a list of at most 16, from a model's config.json.
-
-    Raises InputError for anything else, and for values above ``most``, whose network would take hours to
-    build.
-    """
-    value = config.get(key)
-    numbers = tree_leaves(value)
-    if not 1 <= len(numbers) <= 16 or not all(type(n) is int and 1 <= n <= most for n in numbers):
-        raise InputError(str(folder / "config.json"), f"{key} is {str(value)[:80]!r}", "download it again",
-                         flag)
-    return value
-
-
-def denoiser(path: Path, flag: str) -> dict:
-    """Return the U-Net config below ``path``, with its numbers checked."""
-    folder, unet = path / "unet", read_config(path / "unet", flag)
-    if missing := [key for key in ("in_channels", "cross_attention_dim", "block_out_channels") if key not in unet]:
-        raise InputError(str(path), f"unet/config.json has no {missing[0]}",
-                         "name a Stable Diffusion directory", flag)
-    for key in ("in_channels", "cross_attention_dim", "block_out_channels"):
-        positive_int(unet, key, folder, flag)
-    for key in ("layers_per_block", "transformer_layers_per_block"):
-        positive_int({key: 1} | unet, key, folder, flag, most=100)
-    return unet
-
-
 def buildable(config: dict, name: str, flag: str, part: str = "unet", kind: type = UNet2DConditionModel) -> None:
     """Refuse a model's part that cannot be built from its config. kind: its class, which no file chooses."""
     folder = Path(name) / part
     for key, most in (("num_hidden_layers", 100), ("num_train_timesteps", 10_000)):
-        positive_int({key: 1} | config, key, folder, flag, most)
+        configs.positive_int({key: 1} | config, key, folder, flag, most)
     try:
         with torch.device("cpu" if part == "scheduler" else "meta"):
             if part == "scheduler":
@@ -96,7 +59,7 @@ def picture(config: Model, unet: dict) -> None:
         if not (vaes.vae_folder(path) / "config.json").is_file():
             raise InputError(config.vae, "holds no VAE: config.json is missing",
                              "name a VAE's directory or a complete pipeline", "--vae")
-        channels = read_config(vaes.vae_folder(path), "--vae").get("latent_channels")
+        channels = configs.read_config(vaes.vae_folder(path), "--vae").get("latent_channels")
         if channels != unet["in_channels"]:
             raise InputError(config.vae,
                              f"makes latents of {channels} channels, the denoiser takes {unet['in_channels']}",
@@ -118,7 +81,7 @@ def weights(path: Path, folder: Path, flag: str) -> None:
                          "DiffusionPipeline.from_pretrained(NAME).save_pretrained(DIR)", flag)
     for index in folder.glob("*.safetensors.index.json"):
         for name in {str(name) for name in tree_leaves(reading.read_json(index, flag).get("weight_map"))}:
-            if not name.endswith(".safetensors") or not settings.component(name) or not (folder / name).is_file():
+            if not name.endswith(".safetensors") or not reading.component(name) or not (folder / name).is_file():
                 raise InputError(str(index), f"names the shard {name[:160]!r}, which is not next to it",
                                  "download it again", flag)
 
@@ -135,26 +98,26 @@ def pipeline(model: str, flag: str, revision: str = "") -> dict:
         raise InputError(model, "is not a model" if path.exists() else "no such directory",
                          "name a Stable Diffusion directory "
                          "in diffusers layout, a hub name, or a .safetensors checkpoint", flag)
-    unet = denoiser(path, flag)
+    unet = configs.denoiser(path, flag)
     family = families.family_of(unet)
     for part in ("unet", "vae", *(name for name, _ in family.encoders)):
-        read_config(path / part, flag)
+        configs.read_config(path / part, flag)
         weights(path, path / part, flag)
-    scheduler = read_config(path / "scheduler", flag, "scheduler_config.json")
+    scheduler = configs.read_config(path / "scheduler", flag, "scheduler_config.json")
     for part in family.tokenizers:
         if not (path / part).is_dir() or not any((path / part).iterdir()):
             raise InputError(model, f"is not a complete pipeline: {part}/ is missing", "download all of it",
                              flag)
-    widths = [positive_int(read_config(path / name, flag), "hidden_size", path / name, flag) for name, _ in family.encoders]
+    widths = [configs.positive_int(configs.read_config(path / name, flag), "hidden_size", path / name, flag) for name, _ in family.encoders]
     if sum(widths) != unet["cross_attention_dim"]:
         raise InputError(model, f"its text encoders give {sum(widths)} features, its denoiser takes "
                          f"{unet['cross_attention_dim']}", "use parts that belong together", flag)
-    positive_int(vae := read_config(path / "vae", flag), "block_out_channels", path / "vae", flag)
+    configs.positive_int(vae := configs.read_config(path / "vae", flag), "block_out_channels", path / "vae", flag)
     buildable(unet, model, flag)
     buildable(vae, model, flag, "vae", AutoencoderKL)
     buildable(scheduler, model, flag, "scheduler")
     for name, kind in family.encoders:
-        buildable(read_config(path / name, flag), model, flag, name, kind)
+        buildable(configs.read_config(path / name, flag), model, flag, name, kind)
     return unet
 
 
@@ -176,15 +139,15 @@ def reward_model(config: Reward) -> dict:
     if config.lrm_base:
         pipeline(config.lrm_base, "--lrm-base")
     base = locate.base(config)
-    unet = denoiser(base, "--lrm-base") if path.is_file() else reward_directory(path)
+    unet = configs.denoiser(base, "--lrm-base") if path.is_file() else reward_directory(path)
     heads = checkpoint.read_heads(path, unet["block_out_channels"])
     own = path.is_file() or config.lrm_base or config.lrm_tokenizer or (path / "tokenizer").is_dir()
-    if not own and unet["cross_attention_dim"] != read_config(base / "unet", "--model")["cross_attention_dim"]:
+    if not own and unet["cross_attention_dim"] != configs.read_config(base / "unet", "--model")["cross_attention_dim"]:
         raise InputError(config.lrm, "has no tokenizer, and the model's belongs to another family",
                          "name the LRM's base directory with --lrm-base, or its --lrm-tokenizer", "--lrm")
     if "text_projection" in heads:
         source = path if (path / "text_encoder").is_dir() else base
-        width = positive_int(read_config(source / "text_encoder", "--lrm"), "hidden_size", source / "text_encoder", "--lrm")
+        width = configs.positive_int(configs.read_config(source / "text_encoder", "--lrm"), "hidden_size", source / "text_encoder", "--lrm")
         if heads["text_projection"]["weight"].shape[1] != width:
             raise InputError(config.lrm,
                              f"its text projection takes {heads['text_projection']['weight'].shape[1]} "
@@ -214,7 +177,7 @@ def reward_directory(path: Path) -> dict:
     """Return the U-Net config of an LRM directory. Raises InputError if a part is missing."""
     if (path / "checkpoint-final").is_dir():
         raise InputError(str(path), "is a run directory", f"name {path / 'checkpoint-final'}", "--lrm")
-    unet = denoiser(path, "--lrm")
+    unet = configs.denoiser(path, "--lrm")
     checkpoint.recorded_settings(path)
     for part in (part for part in ("unet", "text_encoder", "text_encoder_2") if (path / part).is_dir()):
         weights(path, path / part, "--lrm")

@@ -9,6 +9,7 @@ import re
 from lpo_fast import cli
 from lpo_fast.config import LPO, LRM, Demo
 from lpo_fast.errors import InputError
+from lpo_fast.system import reading
 
 
 def lpo(config: LPO) -> None:
@@ -102,20 +103,6 @@ def demo(config: Demo) -> None:
     _at_least(config, 1, "pictures")
 
 
-def lora_flags(config: LPO, defaults: LPO) -> None:
-    """Refuse LoRA flags on a command line with --full, which trains no LoRA. defaults: the settings without
-    that command line.
-    """
-    for key in ("rank", "alpha", "targets"):
-        if config.full and getattr(config, key) != getattr(defaults, key):
-            _refuse(config, key, "full fine-tuning has no LoRA", f"drop {cli.flag(key)} or --full")
-
-
-def component(name: str) -> bool:
-    """Return whether a name stays in its directory: whether it is a single component of a path."""
-    return name not in ("", ".", "..") and not any(sign in name for sign in "/\\\0")
-
-
 def _finite(config: LPO | LRM) -> None:
     for key, value in vars(config).items():
         numbers = value if isinstance(value, tuple) else (value,)
@@ -126,7 +113,7 @@ def _finite(config: LPO | LRM) -> None:
 def _names(config: LPO | LRM) -> None:
     """Refuse names with which a tracker would create directories outside of the run."""
     for key in ("tracker_project", "run_name"):
-        if (name := getattr(config, key)) and not component(name):
+        if (name := getattr(config, key)) and not reading.component(name):
             _refuse(config, key, "is not the name of a directory", "use a name without / and ..")
 
 

@@ -148,3 +148,8 @@ def read_picture(path: Path, most: int = LARGEST_PICTURE) -> bytes:
     if not stat.S_ISREG(about.st_mode) or about.st_size > most:
         raise ValueError(f"{path} is not a file of at most {most:,} bytes")
     return path.read_bytes()
+
+
+def component(name: str) -> bool:
+    """Return whether a name stays in its directory: whether it is a single component of a path."""
+    return name not in ("", ".", "..") and not any(sign in name for sign in "/\\\0")

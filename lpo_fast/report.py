@@ -114,8 +114,8 @@ def wilson(k: float, n: float) -> tuple[float, float]:
     if not (n > 0 and 0 <= k <= n):
         return math.nan, math.nan
     p, z2 = k / n, 1.96**2 / n
-    centre, half = p + z2 / 2, math.sqrt(z2 * p * (1 - p) + z2**2 / 4)
-    return max(0.0, (centre - half) / (1 + z2)), min(1.0, (centre + half) / (1 + z2))
+    center, half = p + z2 / 2, math.sqrt(z2 * p * (1 - p) + z2**2 / 4)
+    return max(0.0, (center - half) / (1 + z2)), min(1.0, (center + half) / (1 + z2))
 
 
 def paired(gained: float, lost: float, n: float) -> tuple[float, float]:

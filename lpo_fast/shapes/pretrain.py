@@ -26,7 +26,7 @@ from . import PIPELINE, world
 
 LENGTH = 16  # tokens: bos + 7 words + eos, and room for other prompts
 TEXT_WIDTH = 48
-WRONG = (0.33, 0.3, 0.3)  # muddle: chance that the caption names another shape, colour, background
+WRONG = (0.33, 0.3, 0.3)  # muddle: chance that the caption names another shape, color, background
 STAGES = ("vae", "denoiser", "muddle")
 
 
@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--start", choices=STAGES, default="vae", help="take earlier stages from --base")
     parser.add_argument("--base", type=Path, help="a saved pipeline to start from (default: --out)")
     parser.add_argument("--steps", type=int, nargs=3, default=(3000, 1700, 200), help="of each stage")
-    parser.add_argument("--wrong", type=float, nargs=3, default=WRONG, help="wrong shape, colour, background")
+    parser.add_argument("--wrong", type=float, nargs=3, default=WRONG, help="wrong shape, color, background")
     parser.add_argument("--pictures", type=int, default=500, help="for each figure")
     args = parser.parse_args(argv)
     start = time.time()

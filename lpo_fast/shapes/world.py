@@ -1,7 +1,7 @@
 """The toy world: "a red circle on a blue background", drawn on 32x32 pixels and measured from the pixels
 alone.
 
-Attributes are integers [..., 3]: shape, color and background, as positions in SHAPES, COLOURS, COLOURS.
+Attributes are integers [..., 3]: shape, color and background, as positions in SHAPES, COLORS, COLORS.
 Position, size and shade vary at random and are not part of the caption, so that correct pictures of one
 caption stay diverse. Pictures are uint8 [N, 32, 32, 3].
 """
@@ -12,13 +12,13 @@ import numpy as np
 
 SIZE = 32
 SHAPES = ("circle", "square", "triangle", "cross")
-COLOURS = ("red", "green", "blue", "yellow", "white")
+COLORS = ("red", "green", "blue", "yellow", "white")
 RGB = np.array([(215, 40, 45), (35, 150, 65), (45, 70, 205), (240, 205, 45), (240, 240, 240)], np.float32)
 
 # Every combination with color != background, [80, 3]. One shape of each (color, background) is held out:
 # a quarter of the combinations, while every pair of values still occurs in training.
 COMBINATIONS = np.array(
-    [(s, c, b) for s, c, b in itertools.product(range(len(SHAPES)), range(len(COLOURS)), range(len(COLOURS))) if c != b]
+    [(s, c, b) for s, c, b in itertools.product(range(len(SHAPES)), range(len(COLORS)), range(len(COLORS))) if c != b]
 )
 HELD_OUT = (COMBINATIONS[:, 1] + COMBINATIONS[:, 2]) % len(SHAPES) == COMBINATIONS[:, 0]
 
@@ -29,8 +29,8 @@ SHADE = 12.0  # each color channel of shape and background varies by up to this 
 
 def caption(attributes) -> str:
     """Return the caption of (shape, color, background)."""
-    shape, colour, background = attributes
-    return f"a {COLOURS[colour]} {SHAPES[shape]} on a {COLOURS[background]} background"
+    shape, color, background = attributes
+    return f"a {COLORS[color]} {SHAPES[shape]} on a {COLORS[background]} background"
 
 
 _ATTRIBUTES = {caption(c): tuple(int(v) for v in c) for c in COMBINATIONS}
@@ -48,16 +48,16 @@ def captions(held_out: bool | None = None) -> list[str]:
     return [caption(c) for c in chosen]
 
 
-def _masks(shape, radius, centre) -> np.ndarray:
-    """Return the shape's coverage of every pixel, fp32 [N, 32, 32]. shape: int [N]; radius: [N]; centre: [N,
+def _masks(shape, radius, center) -> np.ndarray:
+    """Return the shape's coverage of every pixel, fp32 [N, 32, 32]. shape: int [N]; radius: [N]; center: [N,
     2] (x, y).
 
     Each shape is a signed distance in pixels; half a pixel on either side of the edge is anti-aliased.
     """
     grid = np.arange(SIZE, dtype=np.float32)
     radius = np.asarray(radius, np.float32)[:, None, None]
-    centre = np.asarray(centre, np.float32)
-    x, y = grid[None, :] - centre[:, 0, None, None], grid[:, None] - centre[:, 1, None, None]
+    center = np.asarray(center, np.float32)
+    x, y = grid[None, :] - center[:, 0, None, None], grid[:, None] - center[:, 1, None, None]
     x, y = np.broadcast_arrays(x, y)
     ax, ay = np.abs(x), np.abs(y)
     circle = np.hypot(x, y) - radius
@@ -92,7 +92,7 @@ def render(wanted, rng: np.random.Generator) -> np.ndarray:
 _T_SHAPE, _T_RADIUS = (a.ravel() for a in np.meshgrid(np.arange(len(SHAPES)), np.linspace(*RADIUS, 5), indexing="ij"))
 _TEMPLATES = _masks(_T_SHAPE, _T_RADIUS, np.full((len(_T_SHAPE), 2), (SIZE - 1) / 2))
 _T_FOURIER = np.conj(np.fft.rfft2(_TEMPLATES))
-FAR_COLOUR = 75.0  # RGB distance beyond which a color has no name; the names are > 130 apart
+FAR_COLOR = 75.0  # RGB distance beyond which a color has no name; the names are > 130 apart
 FAR_SHAPE = 0.25  # share of its area by which a shape's mask may differ from the best template
 
 
@@ -120,9 +120,9 @@ def _measure(pictures):
     inside = (far >= 0.9 * threshold[:, None, None])[..., None]
     front = (p * inside).sum((1, 2)) / inside.sum((1, 2))
     found = np.empty((n, 3), int)
-    for i, colour in ((1, front), (2, back)):
-        distance = np.linalg.norm(colour[:, None] - RGB, axis=-1)
-        found[:, i] = np.where(distance.min(1) < FAR_COLOUR, distance.argmin(1), -1)
+    for i, color in ((1, front), (2, back)):
+        distance = np.linalg.norm(color[:, None] - RGB, axis=-1)
+        found[:, i] = np.where(distance.min(1) < FAR_COLOR, distance.argmin(1), -1)
     direction = front - back
     length = np.maximum((direction**2).sum(-1), 1.0)[:, None, None]
     mask = np.clip((difference * direction[:, None, None]).sum(-1) / length, 0, 1)  # [n, 32, 32]

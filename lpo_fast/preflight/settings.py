@@ -103,8 +103,9 @@ def demo(config: Demo) -> None:
 
 
 def lora_flags(config: LPO, defaults: LPO) -> None:
-    """Refuse LoRA flags on a command line with --full, which trains no LoRA. defaults: the settings without
-    that command line.
+    """Refuse LoRA flags on a command line with --full, which trains no LoRA.
+
+    defaults: the settings without that command line.
     """
     for key in ("rank", "alpha", "targets"):
         if config.full and getattr(config, key) != getattr(defaults, key):

@@ -1,12 +1,15 @@
-"""K candidates of one denoising step: from the network's outputs to the latents that are scored.
+"""Compute the K candidates of one denoising step: from the network's outputs to the latents that are scored.
 
-    m = null + g·(text − null),   x0 = x0_x·x_t + x0_m·m, clipped if the schedule says so,   e = e_x·x_t + e_m·m
-    x_p[k] = sqrt(a_p)·x0 + direction·e + sigma·z[k]          (schedule.py has the seven numbers of every timestep)
+    m = null + g·(text − null),   x0 = x0_x·x_t + x0_m·m, clipped if the schedule clips,   e = e_x·x_t + e_m·m
+    x_p[k] = sqrt(a_p)·x0 + direction·e + sigma·z[k]
 
-``sample.trajectory`` calls it once a step. z is given, or drawn in the kernel: Philox4x32-10 and Box–Muller in fp64 as in
-``noise.normal``, so that the normals are the same on every device and however prompts are batched. One launch reads x_t and
-both passes' outputs and writes the candidates; plain PyTorch draws z in some ninety small kernels of int64 and fp64
-tensors, and guides and steps in twenty more.
+The seven coefficients of every timestep are in method/schedule.py. ``sampling.trajectory`` calls the operator
+once per denoising step. The noise z is given, or drawn in the kernel: Philox4x32-10 and Box–Muller in fp64,
+as in ``noise.normal``, so the normals are the same on every device and for every split of the prompts into
+batches.
+
+One launch reads x_t and the outputs of both branches and writes the candidates. Plain PyTorch draws z in
+about 90 small kernels on int64 and fp64 tensors, and needs about 20 more for guidance and the step.
 """
 
 
@@ -32,12 +35,15 @@ from lpo_fast.system.launch import (
     tl,
 )
 
-BLOCK = 512  # elements of a program, four a thread: a Philox block, 16 bytes of fp32; not yet measured on a GPU
+# Elements per program, four per thread: one Philox block, 16 bytes of fp32. Not yet tuned on a GPU.
+BLOCK = 512
 
 
 def ddim_candidates_reference(sched: Schedule, x_t: Tensor, outputs: Tensor, t: Tensor, *, guidance: float,
                               noise: Tensor | Counter, candidates: int) -> Tensor:
-    """The definition, in the dtype of x_t; arguments as ``ddim_candidates``."""
+    """Compute the candidates in plain PyTorch, in the dtype of x_t; arguments and result as in
+    ``ddim_candidates``.
+    """
     if isinstance(noise, Counter):
         seed, epoch = noise.run
         noise = method_noise.normal(seed, epoch, noise.items, noise.step, candidates, x_t.shape[1:])
@@ -46,22 +52,24 @@ def ddim_candidates_reference(sched: Schedule, x_t: Tensor, outputs: Tensor, t: 
 
 
 @jit
-def _kernel(table_ptr, x_ptr, outputs_ptr, t_ptr, t_stride, noise, out_ptr, batch, guidance, clip, C: tl.constexpr,
-            HW: tl.constexpr, LAST: tl.constexpr, CLIP: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr):
-    # A program: BLOCK elements of one candidate of one item. noise: (z,), or run, step and items of a Counter.
+def _kernel(table_ptr, x_ptr, outputs_ptr, t_ptr, t_stride, noise, out_ptr, batch, guidance, clip,
+            C: tl.constexpr, HW: tl.constexpr, LAST: tl.constexpr, CLIP: tl.constexpr, GIVEN: tl.constexpr,
+            BLOCK: tl.constexpr):
+    # One program computes BLOCK elements of one candidate of one item.
+    # noise: (z,), or the run, step and items of a Counter.
     row = tl.program_id(0).to(tl.int64)
     k, b = row // batch, row % batch
     element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = element < C * HW
-    place = element % HW * C + element // HW if LAST else element
+    position = element % HW * C + element // HW if LAST else element  # in memory
     x_t = tl.load(x_ptr + b * (C * HW) + element, mask=mask, other=0.0)
-    null = tl.load(outputs_ptr + b * (C * HW) + place, mask=mask, other=0.0).to(tl.float32)
-    text = tl.load(outputs_ptr + (b + batch) * (C * HW) + place, mask=mask, other=0.0).to(tl.float32)
+    null = tl.load(outputs_ptr + b * (C * HW) + position, mask=mask, other=0.0).to(tl.float32)
+    text = tl.load(outputs_ptr + (b + batch) * (C * HW) + position, mask=mask, other=0.0).to(tl.float32)
     at = table_ptr + tl.load(t_ptr + b * t_stride) * 7  # x0_x, x0_m, e_x, e_m, sqrt_a_p, direction, sigma
     m = null + guidance * (text - null)
     x0 = tl.load(at) * x_t + tl.load(at + 1) * m
     if CLIP:
-        x0 = tl.where(x0 > clip, clip, tl.where(x0 < -clip, -clip, x0))  # NaN stays
+        x0 = tl.where(x0 > clip, clip, tl.where(x0 < -clip, -clip, x0))  # NaN is kept
     mean = tl.load(at + 4) * x0 + tl.load(at + 5) * (tl.load(at + 2) * x_t + tl.load(at + 3) * m)
     if GIVEN:
         z = tl.load(noise[0] + row * (C * HW) + element, mask=mask, other=0.0)
@@ -73,7 +81,8 @@ def _kernel(table_ptr, x_ptr, outputs_ptr, t_ptr, t_stride, noise, out_ptr, batc
 @torch.library.custom_op("lpo_fast::ddim_candidates", mutates_args=())
 def _op(table: Tensor, x_t: Tensor, outputs: Tensor, t: Tensor, noise: list[Tensor], candidates: int, guidance: float,
         clip: float | None) -> Tensor:
-    (batch, c, h, w), outputs = x_t.shape, dense(outputs)
+    batch, c, h, w = x_t.shape
+    outputs = dense(outputs)
     out = torch.empty(candidates, batch, c, h, w, device=x_t.device)
     grid = candidates * batch, -(-c * h * w // BLOCK)
     launch(_kernel, grid, table.contiguous(), x_t.contiguous(), outputs, t, t.stride(0),
@@ -89,13 +98,16 @@ def _(table, x_t, outputs, t, noise, candidates, guidance, clip):
 
 def ddim_candidates(sched: Schedule, x_t: Tensor, outputs: Tensor, t: Tensor, *, guidance: float, noise: Tensor | Counter,
                     candidates: int) -> Tensor:
-    """x_p [K, B, C, H, W] of x_t [B, C, H, W] and the network's outputs [2B, C, H, W], null pass first.
+    """Return the K candidates x_p [K, B, C, H, W] of the next latent.
 
-    x_t: fp32 (float64 takes the reference). outputs: fp32, fp16 or bf16, NCHW or channels-last. t: int64 [B], rows of the
-    schedule's table. noise: z [K, B, C, H, W] in the dtype of x_t, or a Counter. B may be 0. guidance: a Python number; under
-    torch.compile the kernel costs one compilation a value. There is no gradient: call it under no_grad if x_t, outputs or
-    noise require one. t is not looked at (that would read it back): outside [0, N) the result is undefined. Raises
-    ValueError for anything else, and for guidance that is not finite.
+    x_t: [B, C, H, W], fp32 (float64 takes the reference). outputs: the network's outputs [2B, C, H, W], null
+    branch first; fp32, fp16 or bf16, NCHW or channels-last. t: int64 [B], rows of the schedule's table.
+    noise: z [K, B, C, H, W] in the dtype of x_t, or a Counter. B may be 0. guidance: a Python number; under
+    torch.compile the kernel compiles once per value.
+
+    There is no gradient: call it under torch.no_grad() if x_t, outputs or noise require one. The values of t
+    are not checked, because that would synchronize with the device: outside [0, N) the result is undefined.
+    Raises ValueError for any other invalid argument, and for guidance that is not finite.
     """
     expect_tensor("x_t", x_t, ("B", "C", "H", "W"), x_t, (torch.float32, torch.float64), gradient=False)
     dtype = x_t.dtype
@@ -103,7 +115,7 @@ def ddim_candidates(sched: Schedule, x_t: Tensor, outputs: Tensor, t: Tensor, *,
     expect_tensor("t", t, (len(x_t),), x_t, (torch.int64,))
     expect_table("sched.table", sched.table, (7,), x_t, (torch.float32, dtype))
     expect_type("candidates", candidates, int)
-    if not 1 <= candidates <= CHOICE:  # no expect: torch.compile, where candidates is a symbol, cannot format the message
+    if not 1 <= candidates <= CHOICE:  # not expect(): torch.compile cannot format a symbolic number
         raise ValueError(f"candidates is {int(candidates)}, expected 1 to {CHOICE}")
     expect_number("guidance", guidance)
     given = not isinstance(noise, Counter)

@@ -1,12 +1,14 @@
-"""The pairwise DPO loss of LPO, from the networks' outputs to the loss and its metrics, and back to both outputs.
+"""Compute the pairwise DPO loss of LPO and its metrics from the networks' outputs, and the gradient of the
+policy's outputs.
 
-    m = null + g·(text − null),   mean = sqrt(a_p)·x0(x_t, m) + direction·e(x_t, m)       of the policy and the reference
-    Δ = log p_policy(x_p|x_t) − log p_ref(x_p|x_t),   r = clamp(exp Δ, 1 − eps, 1 + eps)  of the winner and the loser
-    loss = Σ_i weight_i · −log sigmoid(beta (log r_w − log r_l))                          (arXiv 2502.01051, eq. 11)
+    m = null + g·(text − null),   mean = sqrt(a_p)·x0(x_t, m) + direction·e(x_t, m)    of policy and reference
+    Δ = log p_policy(x_p|x_t) − log p_ref(x_p|x_t),   r = clamp(exp Δ, 1 − eps, 1 + eps)  of winner and loser
+    loss = Σ_i weight_i · −log sigmoid(beta (log r_w − log r_l))                    (arXiv 2502.01051, eq. 11)
 
-``train_lpo.pair_loss`` calls it, once a forward pass. One launch reads the seven latents (null and text pass counted as one)
-once, and one writes both guidance branches of the gradient; plain PyTorch launches some sixty kernels each way. The
-difference of the means is taken from the difference of the outputs, so that what nearly cancels is subtracted first.
+``lpo.steps`` calls the operator once per forward pass. One launch reads the seven latents once (null and text
+output counted as one), and one launch writes the gradient of both guidance branches; plain PyTorch launches
+about 60 kernels each way. The difference of the means is computed from the difference of the outputs, so that
+the two nearly equal terms are subtracted before anything is rounded.
 """
 
 import math
@@ -32,21 +34,23 @@ from lpo_fast.system.launch import (
     tl,
 )
 
-BLOCK = 1024  # elements of a program; not yet measured on a GPU
-SUMMED = 256  # partial sums that the last program takes at a time; not yet measured on a GPU
-SUMS, VALUES = 6, 9  # partial sums a program; values a pair: the seven of StepDPO and both log ratios before the clamp
+# BLOCK and SUMMED have not been tuned on a GPU yet.
+BLOCK = 1024  # elements per program
+SUMMED = 256  # partial sums that the last program adds up at a time
+SUMS = 6  # partial sums per program
+VALUES = 9  # values per pair: the seven of StepDPO, and both log ratios before the clamp
 
 
 def pair_loss_reference(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Tensor, policy: Tensor,
                         reference: Tensor, weight: Tensor, *, guidance: float, beta: float, eps: float) -> StepDPO:
-    """The definition, ``loss.step_dpo``; arguments as ``pair_loss``."""
+    """Compute the loss in plain PyTorch with ``loss.step_dpo``; arguments and result as in ``pair_loss``."""
     return loss.step_dpo(sched, x_t, winner, loser, t, policy.chunk(2), reference.chunk(2), guidance=guidance, beta=beta,
                          eps=eps, weight=weight)
 
 
 @jit
 def _coefficients(table_ptr, t_ptr, n):
-    """x0_x, x0_m, e_x, e_m, sqrt_a_p, direction, sigma of pair n."""
+    """Load x0_x, x0_m, e_x, e_m, sqrt_a_p, direction and sigma of pair n."""
     row = table_ptr + tl.load(t_ptr + n) * 7
     return (tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5),
             tl.load(row + 6))
@@ -54,22 +58,24 @@ def _coefficients(table_ptr, t_ptr, n):
 
 @jit
 def _slope(x0_m, e_m, sqrt_a_p, direction):
-    """∂mean/∂m where x0 is not clipped; in fp64, as the two terms nearly cancel at small timesteps."""
+    """Return ∂mean/∂m where x0 is not clipped, computed in fp64 because the two terms nearly cancel at small
+    timesteps.
+    """
     return (sqrt_a_p.to(tl.float64) * x0_m + direction.to(tl.float64) * e_m).to(tl.float32)
 
 
 @jit
 def _outputs(outputs_ptr, n, pairs, element, mask, C: tl.constexpr, HW: tl.constexpr, LAST: tl.constexpr):
-    """Null and text output of NCHW elements of pair n, in fp32."""
-    place = element % HW * C + element // HW if LAST else element
-    null = tl.load(outputs_ptr + n * (C * HW) + place, mask=mask, other=0.0).to(tl.float32)
-    text = tl.load(outputs_ptr + (n + pairs) * (C * HW) + place, mask=mask, other=0.0).to(tl.float32)
+    """Load the null and the text output of pair n in fp32; ``element`` counts in NCHW order."""
+    position = element % HW * C + element // HW if LAST else element
+    null = tl.load(outputs_ptr + n * (C * HW) + position, mask=mask, other=0.0).to(tl.float32)
+    text = tl.load(outputs_ptr + (n + pairs) * (C * HW) + position, mask=mask, other=0.0).to(tl.float32)
     return null, text
 
 
 @jit
 def _clipped(x, low, high):
-    """x within [low, high], NaN kept."""
+    """Return x clamped to [low, high]; NaN is kept."""
     return tl.where(x > high, high, tl.where(x < low, low, x))
 
 
@@ -79,7 +85,7 @@ def _forward_kernel(table_ptr, x_ptr, winner_ptr, loser_ptr, t_ptr, policy_ptr, 
                     HALF_LOG_2PI: tl.constexpr, METRICS: tl.constexpr, C: tl.constexpr, HW: tl.constexpr, LAST: tl.constexpr,
                     CLIP: tl.constexpr, SUMS: tl.constexpr, SPLITS: tl.constexpr, SPLITS_2: tl.constexpr,
                     PAIRS_2: tl.constexpr, BLOCK: tl.constexpr):
-    # A program: the sums of one block of one pair. The last to finish adds them up, in an order that never changes.
+    # One program computes the sums of one block of a pair. The last to finish adds them up, in a fixed order.
     n, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     element = split * BLOCK + tl.arange(0, BLOCK)
     mask = element < C * HW
@@ -90,25 +96,26 @@ def _forward_kernel(table_ptr, x_ptr, winner_ptr, loser_ptr, t_ptr, policy_ptr, 
     null, text = _outputs(policy_ptr, n, pairs, element, mask, C, HW, LAST)
     null_ref, text_ref = _outputs(reference_ptr, n, pairs, element, mask, C, HW, LAST)
     m, m_ref = null + guidance * (text - null), null_ref + guidance * (text_ref - null_ref)
-    apart = (null - null_ref) + guidance * ((text - text_ref) - (null - null_ref))  # m − m_ref
+    difference = (null - null_ref) + guidance * ((text - text_ref) - (null - null_ref))  # m − m_ref
     x0, x0_ref = x0_x * x_t + x0_m * m, x0_x * x_t + x0_m * m_ref
-    mean_apart = _slope(x0_m, e_m, sqrt_a_p, direction) * apart
+    mean_difference = _slope(x0_m, e_m, sqrt_a_p, direction) * difference
     if CLIP:
         inside = (tl.abs(x0) <= clip) & (tl.abs(x0_ref) <= clip)
         x0, x0_ref = _clipped(x0, -clip, clip), _clipped(x0_ref, -clip, clip)
-        mean_apart = tl.where(inside, mean_apart, sqrt_a_p * (x0 - x0_ref) + direction * e_m * apart)
+        mean_difference = tl.where(
+            inside, mean_difference, sqrt_a_p * (x0 - x0_ref) + direction * e_m * difference)
     mean = sqrt_a_p * x0 + direction * (e_x * x_t + e_m * m)
     mean_ref = sqrt_a_p * x0_ref + direction * (e_x * x_t + e_m * m_ref)
     w, w_ref, l, l_ref = winner - mean, winner - mean_ref, loser - mean, loser - mean_ref  # noqa: E741
-    place = partial_ptr + (n * SPLITS + split) * SUMS
-    tl.store(place, tl.sum(tl.where(mask, mean_apart * (w + w_ref), 0.0), 0))
-    tl.store(place + 1, tl.sum(tl.where(mask, mean_apart * (l + l_ref), 0.0), 0))
-    tl.store(place + 2, tl.sum(tl.where(mask, w * w, 0.0), 0))
-    tl.store(place + 3, tl.sum(tl.where(mask, w_ref * w_ref, 0.0), 0))
-    tl.store(place + 4, tl.sum(tl.where(mask, l * l, 0.0), 0))
-    tl.store(place + 5, tl.sum(tl.where(mask, l_ref * l_ref, 0.0), 0))
+    sums_ptr = partial_ptr + (n * SPLITS + split) * SUMS
+    tl.store(sums_ptr, tl.sum(tl.where(mask, mean_difference * (w + w_ref), 0.0), 0))
+    tl.store(sums_ptr + 1, tl.sum(tl.where(mask, mean_difference * (l + l_ref), 0.0), 0))
+    tl.store(sums_ptr + 2, tl.sum(tl.where(mask, w * w, 0.0), 0))
+    tl.store(sums_ptr + 3, tl.sum(tl.where(mask, w_ref * w_ref, 0.0), 0))
+    tl.store(sums_ptr + 4, tl.sum(tl.where(mask, l * l, 0.0), 0))
+    tl.store(sums_ptr + 5, tl.sum(tl.where(mask, l_ref * l_ref, 0.0), 0))
 
-    tl.debug_barrier()  # all of this program's sums are written before it counts itself
+    tl.debug_barrier()  # all threads have stored their sums before the program is counted
     if tl.atomic_add(count_ptr, 1, sem="acq_rel") == pairs * SPLITS - 1:
         lane = tl.arange(0, 16)
         totals = tl.zeros([16], tl.float64)
@@ -118,7 +125,7 @@ def _forward_kernel(table_ptr, x_ptr, winner_ptr, loser_ptr, t_ptr, policy_ptr, 
             t = tl.load(t_ptr + i, mask=real, other=0)
             sigma = tl.load(table_ptr + t * 7 + 6, mask=real, other=1.0).to(tl.float64)
             weight = tl.load(weight_ptr + i, mask=real, other=0.0).to(tl.float64)
-            per = 1 / (2 * sigma * sigma * (C * HW))  # one division in fp64: each has a slow path that wants a stack
+            per = 1 / (2 * sigma * sigma * (C * HW))  # divide once: fp64 division may need a stack
             log_win = _total(partial_ptr, i, real, 0, SUMS, SPLITS, SPLITS_2) * per
             log_lose = _total(partial_ptr, i, real, 1, SUMS, SPLITS, SPLITS_2) * per
             offset = -tl.log(sigma) - HALF_LOG_2PI
@@ -149,18 +156,19 @@ def _forward_kernel(table_ptr, x_ptr, winner_ptr, loser_ptr, t_ptr, policy_ptr, 
 
 @jit
 def _total(partial_ptr, i, real, WHICH: tl.constexpr, SUMS: tl.constexpr, SPLITS: tl.constexpr, SPLITS_2: tl.constexpr):
-    """One of the sums of pairs i over all their blocks, in fp64."""
+    """Return one of the partial sums of pairs i, added up over all blocks in fp64."""
     split = tl.arange(0, SPLITS_2)
-    place = partial_ptr + (i.to(tl.int64)[:, None] * SPLITS + split[None, :]) * SUMS + WHICH
+    sums_ptr = partial_ptr + (i.to(tl.int64)[:, None] * SPLITS + split[None, :]) * SUMS + WHICH
     mask = real[:, None] & (split < SPLITS)[None, :]
-    return tl.sum(tl.load(place, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float64), 1)
+    return tl.sum(tl.load(sums_ptr, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float64), 1)
 
 
 @jit
 def _backward_kernel(grad_ptr, table_ptr, x_ptr, winner_ptr, loser_ptr, t_ptr, policy_ptr, weight_ptr, values_ptr, out_ptr,
                      pairs, guidance, beta, low, high, clip, C: tl.constexpr, HW: tl.constexpr, LAST: tl.constexpr,
                      CLIP: tl.constexpr, BLOCK: tl.constexpr):
-    # ∂Δ/∂mean = (x_p − mean)/(σ²·CHW); the reference drops out. A program: a block of one pair, both branches.
+    # ∂Δ/∂mean = (x_p − mean)/(σ²·CHW); the reference drops out.
+    # One program computes one block of one pair, for both guidance branches.
     n = tl.program_id(0).to(tl.int64)
     element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = element < C * HW
@@ -185,19 +193,19 @@ def _backward_kernel(grad_ptr, table_ptr, x_ptr, winner_ptr, loser_ptr, t_ptr, p
         x0 = _clipped(x0, -clip, clip)
     mean = sqrt_a_p * x0 + direction * (e_x * x_t + e_m * m)
     grad = (slope_win * (winner - mean) + slope_lose * (loser - mean)) * through
-    place = element % HW * C + element // HW if LAST else element
+    position = element % HW * C + element // HW if LAST else element
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    tl.store(out_ptr + n * (C * HW) + place, ((1 - guidance) * grad).to(dtype), mask=mask)
-    tl.store(out_ptr + (n + pairs) * (C * HW) + place, (guidance * grad).to(dtype), mask=mask)
+    tl.store(out_ptr + n * (C * HW) + position, ((1 - guidance) * grad).to(dtype), mask=mask)
+    tl.store(out_ptr + (n + pairs) * (C * HW) + position, (guidance * grad).to(dtype), mask=mask)
 
 
 def _bounds(eps: float) -> tuple[float, float]:
-    """Of log r; −inf where 1 − eps is not positive."""
+    """Return the bounds of log r; the lower one is −inf where 1 − eps is not positive."""
     return math.log1p(-eps) if eps < 1 else -math.inf, math.log1p(eps)
 
 
 def _settings(outputs: Tensor, clip: float) -> dict:
-    """What both kernels are compiled for. outputs: [2N, C, H, W]."""
+    """Return the compile-time constants that both kernels share. outputs: [2N, C, H, W]."""
     return {"C": outputs.shape[1], "HW": outputs.shape[2] * outputs.shape[3], "LAST": channels_last(outputs),
             "CLIP": math.isfinite(clip), "BLOCK": BLOCK}
 
@@ -205,14 +213,18 @@ def _settings(outputs: Tensor, clip: float) -> dict:
 @torch.library.custom_op("lpo_fast::pair_loss", mutates_args=())
 def _op(table: Tensor, x_t: Tensor, winner: Tensor, loser: Tensor, t: Tensor, policy: Tensor, reference: Tensor,
         weight: Tensor, guidance: float, beta: float, eps: float, clip: float) -> tuple[Tensor, Tensor, Tensor]:
-    pairs, size = len(t), x_t[0].numel() if len(t) else 0
-    values, empty = torch.empty(VALUES, pairs, device=t.device), torch.empty if pairs else torch.zeros
-    value, totals = empty((), device=t.device), empty(len(METRICS), device=t.device)
+    pairs = len(t)
+    size = x_t[0].numel() if pairs else 0
+    empty = torch.empty if pairs else torch.zeros
+    value = empty((), device=t.device)
+    totals = empty(len(METRICS), device=t.device)
+    values = torch.empty(VALUES, pairs, device=t.device)
     if not pairs:
         return value, totals, values
     splits = -(-size // BLOCK)
     splits_2 = power_of_2(splits)
-    partial, count = torch.empty(pairs, splits, SUMS, device=t.device), torch.zeros(1, dtype=torch.int32, device=t.device)
+    partial = torch.empty(pairs, splits, SUMS, device=t.device)
+    count = torch.zeros(1, dtype=torch.int32, device=t.device)
     launch(_forward_kernel, (pairs, splits), table, x_t, winner, loser, t, policy, reference, weight, partial, count, values,
            totals, value, pairs, guidance, beta, *_bounds(eps), clip, HALF_LOG_2PI=HALF_LOG_2PI, METRICS=len(METRICS),
            SUMS=SUMS, SPLITS=splits, SPLITS_2=splits_2, PAIRS_2=min(power_of_2(pairs), max(SUMMED // splits_2, 1)),
@@ -243,10 +255,10 @@ def _(grad, table, x_t, winner, loser, t, policy, weight, values, guidance, beta
 def _setup(ctx, inputs, output) -> None:
     table, x_t, winner, loser, t, policy, _, weight, *ctx.settings = inputs
     ctx.save_for_backward(table, x_t, winner, loser, t, policy, weight, output[2])
-    ctx.set_materialize_grads(False)  # of the metrics: zeros that nobody reads
+    ctx.set_materialize_grads(False)  # the metrics have no gradient: do not materialize zeros
 
 
-def _backward(ctx, grad: Tensor, *_):  # of the loss; the metrics have none
+def _backward(ctx, grad: Tensor, *_):  # the gradient of the loss; the other outputs have none
     return *[None] * 5, _op_backward(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 6
 
 
@@ -255,16 +267,21 @@ _op.register_autograd(_backward, setup_context=_setup)
 
 def pair_loss(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Tensor, policy: Tensor, reference: Tensor,
               weight: Tensor, *, guidance: float, beta: float, eps: float) -> StepDPO:
-    """Loss and metrics of N pairs, with gradient to the policy's outputs.
+    """Return the loss and the metrics of N pairs, with a gradient to the policy's outputs.
 
-    x_t, winner, loser: fp32 [N, C, H, W]; t: int64 [N], rows of the schedule's table, timesteps whose sigma is positive;
-    policy, reference: network outputs [2N, C, H, W], null pass first, fp32, fp16 or bf16, NCHW or channels-last; weight: fp32
-    [N], 0 for padding. Latents in float64 take the reference; outputs and weight may be float64 too then. guidance, beta,
-    eps: Python numbers; under torch.compile the kernel costs one compilation a value. eps: bound of the ratios, at least 0;
-    from 1 on they have no lower bound. Sums are in fp32 and the same in every run.
-    A ``loss.StepDPO`` in fp32 (float64 if x_t is): the loss [], totals [9], the other seven [N]; all 0 or empty if N is 0.
-    t is not looked at (that would read it back): outside of the table, or where sigma is 0, the result is undefined. Raises
-    ValueError for anything else, and for a guidance, beta or eps that is not finite.
+    x_t, winner, loser: fp32 [N, C, H, W]. t: int64 [N], rows of the schedule's table, timesteps with positive
+    sigma. policy, reference: network outputs [2N, C, H, W], null branch first; fp32, fp16 or bf16, NCHW or
+    channels-last. weight: fp32 [N], 0 for padding. Latents in float64 take the reference; outputs and weight
+    may then be float64 too. guidance, beta, eps: Python numbers; under torch.compile the kernel compiles once
+    per value. eps: bound of the ratios, at least 0; from 1 on the ratios have no lower bound. Sums are
+    computed in fp32, with the same bits in every run.
+
+    Returns a ``loss.StepDPO`` in fp32 (float64 if x_t is): loss [], totals [9], the other seven [N]; zeros or
+    empty if N is 0.
+
+    The values of t are not checked, because that would synchronize with the device: outside the table, or
+    where sigma is 0, the result is undefined. Raises ValueError for any other invalid argument, and for a
+    guidance, beta or eps that is not finite.
     """
     expect_tensor("x_t", x_t, ("N", "C", "H", "W"), x_t, (torch.float32, torch.float64), gradient=False)
     expect(x_t[:1].numel() > 0 or len(x_t) == 0, f"x_t has shape {tuple(x_t.shape)}: no elements")

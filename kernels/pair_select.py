@@ -1,11 +1,13 @@
-"""From K scored candidates to a pair and the latent to go on from.
+"""Select a pair and the next latent from K scored candidates.
 
-    best, worst = argmax_k, argmin_k scores[k],   margin = scores[best] − scores[worst],   valid = margin > gap[t]
-    winner, loser, next = x_p[best], x_p[worst], x_p[choice]                          (arXiv 2502.01051, section 3.3)
+    best, worst = argmax_k, argmin_k scores[k],   margin = scores[best] − scores[worst],
+    valid = margin > gap[t],   winner, loser, next = x_p[best], x_p[worst], x_p[choice]
 
-``sample.trajectory`` calls it once a step. choice is given, or drawn in the kernel: the integer of ``noise.integers``. One
-launch reads three latents an item and writes three; plain PyTorch launches a dozen kernels for the numbers, some fifty for
-the draw, and three gathers.
+(arXiv 2502.01051, section 3.3)
+
+``sampling.trajectory`` calls the operator once per denoising step. The choice is given, or drawn in the
+kernel as in ``noise.integers``. One launch reads three latents per item and writes three; plain PyTorch
+launches about a dozen kernels for the numbers, about fifty for the draw, and three gathers.
 """
 
 from typing import NamedTuple
@@ -17,11 +19,14 @@ from lpo_fast.method import noise, select
 from lpo_fast.method.noise import CHOICE, Counter, words_at
 from lpo_fast.system.launch import expect, expect_table, expect_tensor, fused, jit, launch, tl
 
-BLOCK = 512  # elements of a program, 16 bytes a thread; not yet measured on a GPU
+BLOCK = 512  # elements per program, 16 bytes per thread; not yet tuned on a GPU
 
 
 class Selection(NamedTuple):
-    """best, worst: int64 [B] candidate numbers; margin: [B]; valid: bool [B]; winner, loser, next: [B, C, H, W]."""
+    """Hold the selection for B items.
+
+    best, worst: int64 [B] candidate numbers; margin: [B]; valid: bool [B]; winner, loser, next: [B, C, H, W].
+    """
 
     best: Tensor
     worst: Tensor
@@ -33,36 +38,40 @@ class Selection(NamedTuple):
 
 
 def pair_select_reference(scores: Tensor, x_p: Tensor, gap: Tensor, t: Tensor, choice: Tensor | Counter) -> Selection:
-    """The definition, ``select.pairs`` and three gathers; arguments as ``pair_select``."""
+    """Select in plain PyTorch with ``select.pairs`` and three gathers; arguments and result as in
+    ``pair_select``.
+    """
     if isinstance(choice, Counter):
         seed, epoch = choice.run
         choice = noise.integers(seed, epoch, choice.items, choice.step, len(scores))
-    pair, rows = select.pairs(scores, gap[t]), torch.arange(scores.shape[1], device=scores.device)
-    inside = choice.clamp(0, len(scores) - 1)
-    going_on = torch.where((choice == inside)[:, None, None, None], x_p[inside, rows], torch.nan)
-    return Selection(*pair, x_p[pair.best, rows], x_p[pair.worst, rows], going_on)
+    pair = select.pairs(scores, gap[t])
+    rows = torch.arange(scores.shape[1], device=scores.device)
+    clamped = choice.clamp(0, len(scores) - 1)
+    following = torch.where((choice == clamped)[:, None, None, None], x_p[clamped, rows], torch.nan)
+    return Selection(*pair, x_p[pair.best, rows], x_p[pair.worst, rows], following)
 
 
 @jit
 def _kernel(scores_ptr, x_ptr, gap_ptr, t_ptr, t_stride, choice, best_ptr, worst_ptr, margin_ptr, valid_ptr, winner_ptr,
             loser_ptr, next_ptr, batch, K: tl.constexpr, D: tl.constexpr, GIVEN: tl.constexpr, CHOICE: tl.constexpr,
             BLOCK: tl.constexpr):
-    # A program: BLOCK elements of the three latents of one item. choice: (numbers,), or run, step and items of a Counter.
+    # One program copies BLOCK elements of the three latents of one item.
+    # choice: (numbers,), or the run, step and items of a Counter.
     b = tl.program_id(0).to(tl.int64)
     high = tl.load(scores_ptr + b)
     low, best = high, b * 0
     worst = best
     for k in tl.static_range(1, K):
         score = tl.load(scores_ptr + k * batch + b)
-        nan = (score != score) & (high == high)  # the first NaN is best and worst, as in torch.max and torch.min
+        nan = (score != score) & (high == high)  # the first NaN is best and worst, as with torch.max/min
         above, below = (score > high) | nan, (score < low) | nan
         high, best = tl.where(above, score, high), tl.where(above, k, best)
         low, worst = tl.where(below, score, low), tl.where(below, k, worst)
     if GIVEN:
-        go_on = tl.load(choice[0] + b)
+        chosen = tl.load(choice[0] + b)
     else:
         word, _, _, _ = words_at(choice[0], choice[1], choice[2], b, CHOICE, tl.full([], 0, tl.uint32))
-        go_on = word.to(tl.int64) % K
+        chosen = word.to(tl.int64) % K
     if tl.program_id(1) == 0:
         tl.store(best_ptr + b, best)
         tl.store(worst_ptr + b, worst)
@@ -70,17 +79,18 @@ def _kernel(scores_ptr, x_ptr, gap_ptr, t_ptr, t_stride, choice, best_ptr, worst
         tl.store(valid_ptr + b, high - low > tl.load(gap_ptr + tl.load(t_ptr + b * t_stride)))
     element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask, out = element < D, b * D + element
-    size = tl.where((go_on >= 0) & (go_on < K), D, 0)
+    size = tl.where((chosen >= 0) & (chosen < K), D, 0)
     tl.store(winner_ptr + out, tl.load(x_ptr + (best * batch + b) * D + element, mask=mask), mask=mask)
     tl.store(loser_ptr + out, tl.load(x_ptr + (worst * batch + b) * D + element, mask=mask), mask=mask)
-    going_on = tl.load(x_ptr + (go_on * batch + b) * D + element, mask=element < size, other=float("nan"))
-    tl.store(next_ptr + out, going_on, mask=mask)
+    following = tl.load(x_ptr + (chosen * batch + b) * D + element, mask=element < size, other=float("nan"))
+    tl.store(next_ptr + out, following, mask=mask)
 
 
 @torch.library.custom_op("lpo_fast::pair_select", mutates_args=())
 def _op(scores: Tensor, x_p: Tensor, gap: Tensor, t: Tensor, choice: list[Tensor]) -> tuple[
         Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (k, batch), size = scores.shape, x_p[0, 0].numel() if x_p.shape[1] else 0
+    k, batch = scores.shape
+    size = x_p[0, 0].numel() if batch else 0
     best, worst = t.new_empty(batch), t.new_empty(batch)
     margin, valid = scores.new_empty(batch), t.new_empty(batch, dtype=torch.bool)
     latents = [x_p.new_empty(x_p.shape[1:]) for _ in range(3)]
@@ -98,13 +108,17 @@ def _(scores, x_p, gap, t, choice):
 
 
 def pair_select(scores: Tensor, x_p: Tensor, gap: Tensor, t: Tensor, choice: Tensor | Counter) -> Selection:
-    """Best and worst of K candidates x_p [K, B, C, H, W] by scores [K, B], and the one to go on from.
+    """Return the best, the worst and the chosen one of K candidates x_p [K, B, C, H, W] with scores [K, B].
 
-    scores, x_p, gap: fp32; or x_p in float64, which takes the reference, and the others in either. gap [N]: the smallest
-    margin of a valid pair, exclusive, of every training timestep; t: int64 [B]. choice: int64 [B], or a Counter. B may be 0.
-    Ties go to the first candidate; the first NaN score is best and worst, and its pair is not valid. There is no gradient:
-    call it under no_grad if scores or x_p require one. t and choice are not looked at (that would read them back): with t
-    outside [0, N) the result is undefined, with a choice outside [0, K) ``next`` is NaN. Raises ValueError for anything else.
+    scores, x_p, gap: fp32; x_p in float64 takes the reference, and the others may then be either. gap: [N],
+    for every training timestep the margin that a valid pair must exceed. t: int64 [B]. choice: int64 [B], or
+    a Counter. B may be 0. Ties go to the first candidate. If scores are NaN, the first NaN is best and worst,
+    and the pair is not valid.
+
+    There is no gradient: call it under torch.no_grad() if scores or x_p require one. The values of t and
+    choice are not checked, because that would synchronize with the device: with t outside [0, N) the result
+    is undefined, with a choice outside [0, K) ``next`` is NaN. Raises ValueError for any other invalid
+    argument.
     """
     expect_tensor("x_p", x_p, ("K", "B", "C", "H", "W"), x_p, (torch.float32, torch.float64), gradient=False)
     expect(len(x_p) > 0, "x_p holds no candidates")

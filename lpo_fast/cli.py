@@ -1,4 +1,4 @@
-"""What the commands share: settings from a command line, and an error of the user's as one line and exit code 2."""
+"""What all commands share: parsing settings, and reporting a user's error as one line with exit code 2."""
 
 import difflib
 import io
@@ -18,13 +18,15 @@ Settings = TypeVar("Settings")
 
 
 def parse(kind: Any, argv: list[str] | None, name: str, **more: Any) -> Any:
-    """Settings from a command line. What is wrong with it is one line on stderr, and ends the process with exit code 2."""
+    """Return settings parsed from a command line; for a wrong one, print one line on stderr and exit with
+    code 2.
+    """
     box = io.StringIO()
     try:
         with redirect_stderr(box):
             return tyro.cli(kind, args=sys.argv[1:] if argv is None else argv, prog=f"python -m lpo_fast.{name}", **more)
     except SystemExit as end:
-        if end.code:  # tyro's box, in Unicode or ASCII: paragraphs between rulers
+        if end.code:  # tyro prints a box, in Unicode or ASCII: paragraphs between rulers
             inside = (line.strip("│| ") for line in box.getvalue().splitlines() if line[:1] not in "╭╰+")
             text = re.sub(" +", " ", " ".join(inside))
             if unknown := re.search(r"Unrecognized (?:or misplaced )?options?: (--[\w.-]+)", text):
@@ -34,25 +36,28 @@ def parse(kind: Any, argv: list[str] | None, name: str, **more: Any) -> Any:
 
 
 def _unknown(option: str, name: str) -> str:
-    """What to say of an option that a command does not have."""
+    """Return the message for an option that a command does not have."""
     key = option.removeprefix("--").replace("-", "_")
     known = {stage.__name__.lower(): [field.name for field in fields(stage)] for stage in (config.LPO, config.LRM)}
     stages = [stage for stage, names in known.items() if key.removeprefix("no_") in names]
     near = difflib.get_close_matches(key, sum(known.values(), []), 1)
-    return ("is no option here" + (f", but one of {' and '.join(stages)}" if stages else "")
+    return ("is not an option here" + (f", but of {' and '.join(stages)}" if stages else "")
             + (f"; did you mean {flag(near[0])}?" if near and not stages else f"; see python -m lpo_fast.{name} --help"))
 
 
 def command(kind: type[Settings], run: Callable[[Settings], None], argv: list[str] | None, name: str,
             stopped: str = "stopped") -> int:
-    """Parse ``kind``, a frozen dataclass, and run; the exit code."""
+    """Parse ``kind``, a frozen dataclass, run the command, and return its exit code."""
     settings = parse(kind, argv, name)
     return code(lambda: run(settings), stopped)
 
 
 def code(run: Callable[[], None], stopped: str = "stopped") -> int:
-    """A command's exit code: 0, 2 for a user's error, 1 if another process failed, 130 when interrupted: then it says
-    ``stopped``."""
+    """Run a command and return its exit code: 0; 2 for a user's error; 1 if another rank failed; 130 if
+    interrupted.
+
+    stopped: what to print when the command is interrupted.
+    """
     try:
         run()
     except (InputError, PeerError) as problem:
@@ -65,14 +70,14 @@ def code(run: Callable[[], None], stopped: str = "stopped") -> int:
 
 
 def required(settings: object, *keys: str) -> None:
-    """Refuse settings that were left empty."""
+    """Raise InputError for settings that are empty."""
     for key in keys:
         if not getattr(settings, key):
             raise InputError("(none)", "is required", "see --help", flag(key))
 
 
 def within(settings: object, low: float, high: float, *keys: str) -> None:
-    """Refuse numbers outside [low, high]; NaN is outside."""
+    """Raise InputError for numbers outside [low, high]; NaN is outside."""
     for key in keys:
         if not low <= getattr(settings, key) <= high:
             span = f"{low:g} or more" if high == float("inf") else f"{low:g} to {high:g}"
@@ -80,5 +85,15 @@ def within(settings: object, low: float, high: float, *keys: str) -> None:
 
 
 def flag(key: str) -> str:
-    """The option of a setting."""
+    """Return the command-line flag of a setting."""
     return "--" + key.replace("_", "-")
+
+
+def lora_flags(given: config.LPO, defaults: config.LPO) -> None:
+    """Refuse LoRA flags on a command line with --full, which trains no LoRA. defaults: the settings without
+    that command line.
+    """
+    for key in ("rank", "alpha", "targets"):
+        if given.full and getattr(given, key) != getattr(defaults, key):
+            raise InputError(str(getattr(given, key)), "full fine-tuning has no LoRA",
+                             f"drop {flag(key)} or --full", flag(key))

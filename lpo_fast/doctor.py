@@ -1,8 +1,9 @@
-"""python -m lpo_fast.doctor [--golden DIR]: what this machine can do, and whether this code computes the method.
+"""Report what this machine supports, and check that this code computes the method: python -m lpo_fast.doctor
+[--golden DIR].
 
-Prints versions, devices, attention and 8-bit support. On a GPU it runs every kernel against its reference at production's
-sizes, with the error and the rate; with --golden it checks every file of a directory of golden vectors (see golden.py).
-Exits with 1 if any check fails.
+Prints versions, devices, attention and 8-bit support. On a GPU it runs every kernel against its reference at
+training sizes, and prints error and rate. With --golden it checks every file of a directory of golden vectors
+(see verify/golden.py). Exits with code 1 if any check fails.
 """
 
 import argparse
@@ -21,10 +22,10 @@ from lpo_fast.verify.operators import OPERATORS, Operator, error
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; its exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m lpo_fast.doctor",
-                                     description="Say what this machine can do, and whether this code computes the method.")
-    parser.add_argument("--golden", type=Path, metavar="DIR", help="directory of golden vectors to check against")
+                                     description="Report what this machine supports, and check that this code computes the method.")
+    parser.add_argument("--golden", type=Path, metavar="DIR", help="directory of golden vectors to check")
     arguments = parser.parse_args(argv)
     if arguments.golden and not (arguments.golden / "configs.json").is_file():
         print(f"error: --golden {arguments.golden}: holds no golden vectors (configs.json is missing); name their directory",
@@ -43,13 +44,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def attention() -> str:
-    """Which attention runs here."""
+    """Return a line with the attention implementations that run here."""
     works = torch.cuda.is_available() and is_xformers_available()
     return f"{'attention':>13}  SDPA" + (", xformers" if works else "; xformers needs CUDA")
 
 
 def eight_bit() -> str:
-    """Whether a step of 8-bit AdamW runs here."""
+    """Return a line stating whether 8-bit AdamW runs here; it runs one step."""
     parameter = torch.nn.Parameter(torch.zeros(8192, device=devices.device()))
     parameter.grad = torch.ones_like(parameter)
     try:
@@ -61,16 +62,18 @@ def eight_bit() -> str:
 
 
 def kernels() -> int:
-    """Run every kernel and print a line for each pass: error, time, rate. The number of those that failed.
+    """Run every kernel, print a line for each pass (error, time, rate), and return the number of failures.
 
-    Under Triton's interpreter sizes are small and there is no time.
+    Under Triton's interpreter sizes are small, and times are not measured.
     """
     cuda = torch.cuda.is_available()
     if not cuda and not launch.INTERPRETED:
-        print(f"{'kernels':>13}  need CUDA, the references run here (TRITON_INTERPRET=1 interprets them, for tests)")
+        print(f"{'kernels':>13}  need CUDA; the references run here "
+              "(TRITON_INTERPRET=1 interprets them, for tests)")
         return 0
     failures, copy = 0, copy_rate() if cuda else None
-    print(f"{'kernels':>13}  against their references in float64" + (f"; copying runs at {copy:.0f} GB/s" if cuda else ""))
+    print(f"{'kernels':>13}  compared with their references in float64"
+          + (f"; copying runs at {copy:.0f} GB/s" if cuda else ""))
     for operator in OPERATORS.values():
         for size, settings in (operator.sizes if cuda else operator.small).items():
             for backward in (False, True) if operator.differentiable else (False,):
@@ -78,14 +81,16 @@ def kernels() -> int:
                     report = kernel(operator, settings, backward, copy)
                 except torch.OutOfMemoryError:
                     report = "does not fit into this GPU's memory"
-                except Exception as problem:  # wrong, or whatever Triton's compiler and CUDA raise
+                except Exception as problem:  # wrong results, or errors of Triton or CUDA
                     failures, report = failures + 1, f"FAILED: {(str(problem) or repr(problem)).splitlines()[0]}"
-                print(f"{operator.name:>16}  {size:<10}  {'backward' if backward else 'forward':<8}  {report}", flush=True)
+                print(f"{operator.name:>16}  {size:<10}  {'backward' if backward else 'forward':<8}  {report}",
+                      flush=True)
     return failures
 
 
 def kernel(operator: Operator, settings: dict, backward: bool, copy: float | None) -> str:
-    """Error of one pass and, where copying runs at ``copy`` GB/s, its median time and rate.
+    """Return a line with the error of one pass, and its median time and rate if ``copy``, the rate of copying
+    in GB/s, is given.
 
     Raises AssertionError if the result is wrong, RuntimeError if the kernel does not run.
     """
@@ -101,7 +106,7 @@ def kernel(operator: Operator, settings: dict, backward: bool, copy: float | Non
 
 
 def copy_rate() -> float:
-    """GB read and written a second by a copy within the GPU."""
+    """Return the rate of a copy within the GPU: GB read and written per second."""
     source = torch.zeros(2**28, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / triton.testing.do_bench(lambda: target.copy_(source), return_mode="median") / 1e6

@@ -1,7 +1,10 @@
-"""The errors that are told in a line: what a user's input can cause, and the end of another process."""
+"""Errors reported in one line: those caused by a user's input, and the failure of another rank."""
+
 
 class InputError(ValueError):
-    """What is wrong with ``value`` (usually of setting ``key``) and what to do about it; the command exits with 2."""
+    """State what is wrong with ``value`` (usually of setting ``key``) and how to fix it; the command exits
+    with code 2.
+    """
 
     def __init__(self, value: str, problem: str, remedy: str, key: str = ""):
         value = value or "(empty)"
@@ -10,4 +13,4 @@ class InputError(ValueError):
 
 
 class PeerError(RuntimeError):
-    """Another process ended while this one waited for it."""
+    """Another rank failed while this one waited for it."""

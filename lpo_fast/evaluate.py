@@ -1,7 +1,8 @@
-"""python -m lpo_fast.evaluate: pictures of a base and a tuned model from the same noise, scored, compared, side by side.
+"""Compare a tuned model with its base: pictures from the same noise, scored, and shown side by side.
 
-Noise is keyed by (seed, picture number), so it is shared by the two models and depends neither on batches nor on ranks.
-Under ``torchrun`` or ``accelerate launch`` the prompts are dealt out to the ranks. A stopped run goes on where it was.
+Run as python -m lpo_fast.evaluate. Noise is keyed by (seed, picture number), so both models share it, and it
+depends neither on batches nor on ranks. Under ``torchrun`` or ``accelerate launch`` the prompts are
+distributed over the ranks. A stopped run continues where it was.
 """
 
 import csv
@@ -25,7 +26,7 @@ from lpo_fast.data.prompts import read_prompts
 from lpo_fast.errors import InputError
 from lpo_fast.evaluation import compare, scorers
 from lpo_fast.lpo import drawing, policies
-from lpo_fast.models import locate
+from lpo_fast.models import configs, locate
 from lpo_fast.models.loras import LORA_OFFICIAL
 from lpo_fast.preflight import models
 from lpo_fast.run import environment, logs
@@ -39,34 +40,44 @@ DRAWN = ("model", "vae", "resolution", "lora", "tuned", "caption_key", "seed", "
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Compare a tuned model with its base: same-seed pictures over a prompt file, scores, win rates, a page of pictures."""
+    """Compare a tuned model with its base: same-seed pictures for a prompt file, scores, win rates, a page of
+    pictures.
+    """
 
     model: str = ""
     """The base: a Stable Diffusion directory in diffusers layout."""
     vae: str = ""
     """Another VAE: a directory or hub name; default: the base's."""
     resolution: int = 0
-    """Height and width of the pictures in pixels; 0: the denoiser's own. The LRM scores them at that of its own training."""
+    """Height and width of the pictures in pixels; 0: the denoiser's own. The LRM scores at its own training
+    resolution.
+    """
     lora: str = ""
     """The tuned model as a LoRA: a run directory, checkpoint_{n}/ or file."""
     tuned: str = ""
-    """Or as a directory: a whole model, a run of full fine-tuning, or a U-Net; what it lacks is the base's."""
+    """The tuned model as a directory: a complete model, a run of full fine-tuning, or a U-Net; the base
+    supplies missing parts.
+    """
     prompts: str = ""
-    """Prompts: .json (strings, or objects with the caption key), .jsonl, .txt (a line each), .csv or .parquet."""
+    """Prompts: .json (strings, or objects with the caption key), .jsonl, .txt (one per line), .csv or
+    .parquet.
+    """
     caption_key: str = "caption"
     """Key or column of the prompt."""
     out: str = "runs/evaluation"
-    """Directory of pictures, scores.csv, summary.json and page.html."""
+    """Directory for pictures, scores.csv, summary.json and page.html."""
     lrm: str = ""
     """Latent reward model that scores the pictures at t = 1."""
     lrm_base: str = ""
     """Diffusers directory with the LRM's VAE and tokenizer (default: the one it names, else the model)."""
     scorer: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """module:function (pictures, prompts) → numbers, or pickscore, clipscore, aesthetic, hpsv2, imagereward; repeatable."""
+    """module:function (pictures, prompts) → numbers, or pickscore, clipscore, aesthetic, hpsv2, imagereward;
+    repeatable.
+    """
     number: int = 0
-    """Use the first so many prompts; 0: all."""
+    """Number of prompts to use, from the first; 0: all."""
     pictures_per_prompt: int = 1
-    """Pictures of each prompt."""
+    """Pictures per prompt."""
     steps: int = 20
     """Denoising steps."""
     guidance: float = 5.0
@@ -76,12 +87,15 @@ class Evaluate:
     seed: int = 0
     """The noise is a function of the seed, the picture's number and the step."""
     batch_size: int = 4
-    """Pictures drawn or scored at once."""
+    """Pictures drawn or scored per batch."""
     mixed_precision: Precision = "auto"
     """Precision of the networks; auto: fp16 on CUDA, fp32 on a CPU."""
 
+
 def check(settings: Evaluate) -> tuple[list[str], dict[str, scorers.Score]]:
-    """Refuse what cannot work, before a model is downloaded or converted; all prompts and the scorers by name."""
+    """Refuse settings that cannot work, before a model is downloaded or converted; return all prompts, and
+    scorers by name.
+    """
     cli.required(settings, "model", "prompts", "out")
     cli.within(settings, 0, float("inf"), "number", "seed", "resolution")
     cli.within(settings, 1, float("inf"), "pictures_per_prompt", "batch_size")
@@ -102,19 +116,20 @@ def check(settings: Evaluate) -> tuple[list[str], dict[str, scorers.Score]]:
 
 
 def check_models(settings: Evaluate, prompts: list[str]) -> None:
-    """Refuse models that do not go together, and a directory of pictures of others."""
+    """Refuse models that do not fit together, and an output directory with pictures of other models."""
     unet = models.pipeline(settings.model, "--model")
     models.picture(LPO(model=settings.model, vae=settings.vae, resolution=settings.resolution), unet)
     if settings.lora:
         lora = export.read(settings.lora)
         with torch.device("meta"):
             export.check_fit(lora, policies.UNet2DConditionModel.from_config(unet), settings.lora)
-        lora.rank  # noqa: B018 - raises where ranks differ
+        lora.rank  # noqa: B018 - raises if ranks differ
     if settings.tuned:
         with export.assembled(settings.tuned, settings.model) as folder:
             other = models.pipeline(folder, "--tuned")
         if differ := [key for key in ("in_channels", "sample_size") if other.get(key) != unet.get(key)]:
-            raise InputError(settings.tuned, f"its {differ[0]} is {other.get(differ[0])}, the base's {unet.get(differ[0])}",
+            raise InputError(settings.tuned,
+                             f"its {differ[0]} is {other.get(differ[0])}, the base's {unet.get(differ[0])}",
                              "compare models of one latent size", "--tuned")
     if settings.lrm:
         check_lrm(settings.lrm, lrm_base(settings), settings.vae)
@@ -122,14 +137,15 @@ def check_models(settings: Evaluate, prompts: list[str]) -> None:
 
 
 def lrm_base(settings: Evaluate) -> str:
-    """The directory that completes the LRM; "": the one that it names."""
+    """Return the directory that completes the LRM; "" for the one that it names."""
     file = locate.locate(settings.lrm, "--lrm") / "lrm.json"
-    named = file.is_file() and models.read_config(file.parent, "--lrm", file.name).get("base")
+    named = file.is_file() and configs.read_config(file.parent, "--lrm", file.name).get("base")
     return settings.lrm_base or ("" if named else settings.model)
 
 
 def record(settings: Evaluate, prompts: list[str]) -> dict[str, object]:
-    """What decides what the pictures look like; pictures of another record are not gone on with."""
+    """Return everything that determines the pictures; a run does not continue pictures with another record.
+    """
     kept = {key: value for key, value in asdict(settings).items() if key in DRAWN}
     weights = {}
     for path in filter(None, (settings.model, settings.vae, settings.lora, settings.tuned)):
@@ -143,14 +159,17 @@ def record(settings: Evaluate, prompts: list[str]) -> dict[str, object]:
 
 
 def directory(settings: Evaluate, wanted: dict[str, object]) -> None:
-    """Refuse a directory that cannot be written, or that holds something else or pictures of other settings."""
+    """Refuse an output directory that cannot be written, or that holds other files or pictures of other
+    settings.
+    """
     out = Path(settings.out)
     models.writable(out)
     if not out.exists() or not any(out.iterdir()):
         return
     if not (out / RECORD).is_file():
-        raise InputError(settings.out, "holds something else than an evaluation", "name another directory", "--out")
-    before = models.read_config(out, "--out", RECORD)
+        raise InputError(settings.out, "holds something other than an evaluation", "name another directory",
+                         "--out")
+    before = configs.read_config(out, "--out", RECORD)
     for key, value in wanted.items():
         if before.get(key) != value:
             had = "" if isinstance(value, dict) or key == "prompts" else f" ({before.get(key)} then, {value} now)"
@@ -159,17 +178,17 @@ def directory(settings: Evaluate, wanted: dict[str, object]) -> None:
 
 
 def sides(settings: Evaluate) -> tuple[str, ...]:
-    """What is drawn: base, and tuned if there is such a model."""
+    """Return the sides to draw: base, and tuned if there is a tuned model."""
     return compare.SIDES if settings.lora or settings.tuned else compare.SIDES[:1]
 
 
 def picture(out: Path, side: str, item: int) -> Path:
-    """Where a picture lies."""
+    """Return the path of a picture."""
     return out / side / f"{item:05d}.png"
 
 
 def draw(settings: Evaluate, prompts: list[str], items: list[int]) -> None:
-    """The pictures of these numbers that are not there yet; picture i is of prompt i // pictures_per_prompt."""
+    """Draw those pictures that do not exist yet; picture i belongs to prompt i // pictures_per_prompt."""
     if not settings.tuned:
         draw_with(settings, settings.model, prompts, items, sides(settings))
         return
@@ -179,7 +198,10 @@ def draw(settings: Evaluate, prompts: list[str], items: list[int]) -> None:
 
 
 def draw_with(settings: Evaluate, model: str, prompts: list[str], items: list[int], names: tuple[str, ...]) -> None:
-    """Those of one model. Of a LoRA's policy the reference, with the adapters off, is the base."""
+    """Draw the missing pictures of one model.
+
+    With a LoRA, the base is the policy's reference, which has the adapters off.
+    """
     out = Path(settings.out)
     missing = {side: [i for i in items if not picture(out, side, i).is_file()] for side in names}
     numbers = sorted({i // settings.pictures_per_prompt for wanted in missing.values() for i in wanted})
@@ -210,14 +232,14 @@ def draw_with(settings: Evaluate, model: str, prompts: list[str], items: list[in
 
 
 def save(pixels: np.ndarray, file: Path) -> None:
-    """Write a PNG that is there whole or not at all."""
+    """Write a PNG atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with writing.replacing(file) as aside:
         Image.fromarray(pixels).save(aside, "PNG")
 
 
 def score(settings: Evaluate, prompts: list[str], items: list[int], functions: dict[str, scorers.Score]) -> list[dict]:
-    """A row a picture number: prompt, the files by side, and the scores as "{side} {scorer}"."""
+    """Return one row per picture number: prompt, the files by side, and the scores as "{side} {scorer}"."""
     out, size = Path(settings.out), settings.batch_size
     texts = [prompts[i // settings.pictures_per_prompt] for i in items]
     rows = [{"item": i, "prompt": text} | {side: str(picture(out, side, i).relative_to(out)) for side in sides(settings)}
@@ -241,7 +263,7 @@ def score(settings: Evaluate, prompts: list[str], items: list[int], functions: d
 
 
 def write(settings: Evaluate, rows: list[dict], names: list[str], prompts: int) -> str:
-    """scores.csv, summary.json and page.html; the table."""
+    """Write scores.csv, summary.json and page.html; return the table as text."""
     out = Path(settings.out)
     with writing.replacing(out / "scores.csv") as aside, open(aside, "w", encoding="utf-8", newline="") as f:
         writer = csv.DictWriter(f, rows[0], lineterminator="\n")
@@ -255,20 +277,20 @@ def write(settings: Evaluate, rows: list[dict], names: list[str], prompts: int) 
                                            "settings": asdict(settings), "environment": environment.environment()})
     note = (f"{settings.lora or settings.tuned or 'no tuned model'} against {settings.model}: {prompts} prompts, {len(rows)} "
             f"pictures each, {settings.steps} steps, guidance {settings.guidance:g}, eta {settings.eta:g}, seed "
-            f"{settings.seed}. Brackets: 95 % intervals over prompts; win rate: a tie is half.")
+            f"{settings.seed}. Brackets: 95 % intervals over prompts. Win rate: a tie counts as half.")
     file = compare.page(rows, result, out, note)
     return (compare.table(result) + "\n\n" if result else "") + f"{note}\npictures: {file}"
 
 
 def run(settings: Evaluate) -> None:
-    """The command, on every rank."""
+    """Run the command, on every rank."""
     prompts, functions = check(settings)
     given = {key: getattr(settings, key) for key in ("model", "vae", "tuned") if getattr(settings, key)}
     settings = replace(settings, **{key: str(locate.locate(name, cli.flag(key))) for key, name in given.items()})
     check_models(settings, prompts)
     wanted, prompts = record(settings, prompts), prompts[:settings.number or None]
     state = PartialState(cpu=not torch.cuda.is_available())
-    state.wait_for_everyone()  # all have looked at --out before the first writes there
+    state.wait_for_everyone()  # barrier: every rank has checked --out before rank 0 writes there
     out = Path(settings.out)
     if state.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
@@ -282,7 +304,7 @@ def run(settings: Evaluate) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; its exit code."""
+    """Run the command and return its exit code."""
     return cli.command(Evaluate, run, argv, "evaluate")
 
 

@@ -1,5 +1,7 @@
-"""python -m lpo_fast.export: a LoRA merged into its model (a whole diffusers directory), or in the form that diffusers reads;
-or a whole directory of full fine-tuning.
+"""Export a trained model (python -m lpo_fast.export): a LoRA merged into its model, or converted to the
+diffusers format.
+
+The result of full fine-tuning is exported as a complete model directory.
 
     W' = W + B·A          for every layer that the LoRA adapts, in fp32; alpha / r is part of B
 """
@@ -30,30 +32,33 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 
 @dataclass(frozen=True)
 class Export:
-    """A whole model of a LoRA or of full fine-tuning, or a LoRA converted to pytorch_lora_weights.safetensors."""
+    """Export a complete model of a LoRA or of full fine-tuning, or convert a LoRA to
+    pytorch_lora_weights.safetensors.
+    """
 
     lora: str = ""
     """LoRA: a run directory, checkpoint_{n}/, unet_lora.pt or pytorch_lora_weights.safetensors."""
     tuned: str = ""
-    """Or full fine-tuning: its run directory, checkpoint_{n}/ or unet/."""
+    """For full fine-tuning instead: its run directory, checkpoint_{n}/ or unet/."""
     model: str = ""
-    """The model that it was trained on: a diffusers directory (with --form lora it may be left out)."""
+    """The model that was trained: a diffusers directory (optional with --form lora)."""
     out: str = ""
-    """Directory to write; it must not exist, or be empty."""
+    """Directory to write; it must be empty or not exist."""
     form: Literal["merged", "lora"] = "merged"
-    """merged: the whole model, with what was trained in its weights. lora: pytorch_lora_weights.safetensors."""
+    """merged: the complete model with the trained weights. lora: pytorch_lora_weights.safetensors."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Precision of the denoiser as it is saved; small changes drown in bf16's rounding."""
+    """Precision in which the denoiser is saved; bf16's rounding may hide small changes."""
+
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA whose alpha is its rank: (A [r, in, …], B [out, r, …]) of each adapted module."""
+    """A LoRA with alpha equal to its rank: (A [r, in, …], B [out, r, …]) for each adapted module."""
 
     pairs: dict[str, tuple[Tensor, Tensor]]
 
     @property
     def rank(self) -> int:
-        """The rank of all modules. Raises InputError if they differ."""
+        """Return the rank of all modules. Raises InputError if they differ."""
         ranks = sorted({len(a) for a, _ in self.pairs.values()})
         if len(ranks) > 1:
             raise InputError(f"ranks {ranks}", "the LoRA's modules have different ranks",
@@ -62,31 +67,34 @@ class Lora:
 
 
 def read(path: str) -> Lora:
-    """A LoRA file or its folder. Raises InputError for tensors that are no adapter of a denoiser."""
+    """Read a LoRA file or its folder. Raises InputError for tensors that are not a denoiser's adapter."""
     state = loras.read_lora(Path(path))
     names = dict.fromkeys(name.removesuffix(A).removesuffix(B) for name in state)
     for name in names or ("",):
         a, b = state.get(name + A), state.get(name + B)
         if a is None or b is None or a.dim() < 2 or b.dim() < 2 or len(a) != b.shape[1]:
-            raise InputError(path, f"{name!r} is no adapter of two matrices of one rank",
-                             "use a LoRA of the denoiser alone", "--lora")
+            raise InputError(path, f"{name!r} is not an adapter of two matrices of one rank",
+                             "use a LoRA of the denoiser only", "--lora")
     return Lora({name: (state[name + A].float(), state[name + B].float()) for name in names})
 
 
 def check_fit(lora: Lora, unet: nn.Module, path: str) -> None:
-    """Refuse a LoRA with a layer that the denoiser (which may be on the meta device) does not have in this shape."""
+    """Raise InputError if the LoRA adapts a layer that ``unet`` (which may be on the meta device) does not
+    have in this shape.
+    """
     modules = dict(unet.named_modules())
     for name, (a, b) in lora.pairs.items():
         weight = getattr(modules.get(name), "weight", None)
         if weight is None or weight.shape != (len(b), *a.shape[1:]):
             there = "absent" if weight is None else str(tuple(weight.shape))
-            raise InputError(path, f"adapts {name} of shape {(len(b), *a.shape[1:])}, which is {there} in the model",
-                             "name the model that it was trained on", "--lora")
+            raise InputError(path,
+                             f"adapts {name} of shape {(len(b), *a.shape[1:])}, which is {there} in the model",
+                             "name the model on which it was trained", "--lora")
 
 
 @torch.no_grad()
 def merge(unet: nn.Module, lora: Lora) -> None:
-    """Add the LoRA to the weights in place; ``unet`` is in fp32. Linear layers and convolutions alike."""
+    """Add the LoRA to the weights of linear layers and convolutions, in place; ``unet`` is in fp32."""
     for name, (a, b) in lora.pairs.items():
         weight = unet.get_submodule(name).weight
         weight += (b.to(weight.device).flatten(1) @ a.to(weight.device).flatten(1)).view_as(weight)
@@ -94,13 +102,16 @@ def merge(unet: nn.Module, lora: Lora) -> None:
 
 @contextmanager
 def assembled(name: str, model: str | Path) -> Iterator[str]:
-    """A tuned model as a whole directory (of links): its own parts, and those of its base ``model`` where it has none."""
+    """Yield a temporary directory of links to a complete tuned model: its own parts, and those of ``model``
+    that it lacks.
+    """
     tuned = Path(name)
     if not tuned.is_dir():
         raise InputError(name, "no such directory", "name a model, or a run with unet/", "--tuned")
     unet = tuned if (tuned / "config.json").is_file() and not (tuned / "unet").is_dir() else tuned / "unet"
     if not (unet / "config.json").is_file():
-        raise InputError(name, "holds no unet/", "name a model, or a run of full fine-tuning; a LoRA with --lora", "--tuned")
+        raise InputError(name, "holds no unet/",
+                         "name a model or a run of full fine-tuning; for a LoRA use --lora", "--tuned")
     with tempfile.TemporaryDirectory() as folder:
         for part in Path(model).iterdir():
             source = unet if part.name == "unet" else tuned / part.name if (tuned / part.name).exists() else part
@@ -109,7 +120,9 @@ def assembled(name: str, model: str | Path) -> Iterator[str]:
 
 
 def save_merged(model: Path, lora: Lora | None, out: Path, dtype: str) -> None:
-    """The model's directory with the LoRA in its denoiser; single-file checkpoints that lie beside its parts stay behind."""
+    """Write the model's directory with the LoRA merged into its denoiser; single-file checkpoints next to its
+    parts are omitted.
+    """
     unet = denoisers.load_unet(model)
     if lora:
         merge(unet, lora)
@@ -124,22 +137,23 @@ def save_merged(model: Path, lora: Lora | None, out: Path, dtype: str) -> None:
 
 
 def save_lora(lora: Lora, out: Path) -> None:
-    """pytorch_lora_weights.safetensors in ``out``, of which every version of diffusers makes the same pictures."""
+    """Write pytorch_lora_weights.safetensors, with which every version of diffusers gives the same pictures.
+    """
     loras.write_lora({name + suffix: tensor.contiguous() for name, pair in lora.pairs.items()
                            for suffix, tensor in zip((A, B), pair, strict=True)}, out)
 
 
 def check(settings: Export) -> Lora | None:
-    """Refuse what cannot work; the LoRA, if it is one."""
+    """Refuse settings that cannot work; return the LoRA, if there is one."""
     cli.required(settings, "out", *([] if settings.tuned else ["lora"]))
     if settings.tuned and (settings.lora or settings.form == "lora"):
-        raise InputError(settings.tuned, "is full fine-tuning, and no LoRA", "drop --tuned, or --lora and --form lora",
-                         "--tuned")
+        raise InputError(settings.tuned, "is full fine-tuning, not a LoRA",
+                         "drop --tuned, or --lora and --form lora", "--tuned")
     unet = models.pipeline(settings.model, "--model") if settings.model or settings.form == "merged" else None
     place = Path(settings.lora)
     if settings.lora and (place / "unet").is_dir() and not any(
             (place / name).is_file() for name in (loras.LORA_DIFFUSERS, loras.LORA_OFFICIAL)):
-        raise InputError(settings.lora, "is full fine-tuning, and no LoRA", "name it with --tuned", "--lora")
+        raise InputError(settings.lora, "is full fine-tuning, not a LoRA", "use --tuned for it", "--lora")
     lora = None if settings.tuned else read(settings.lora)
     if settings.tuned:
         with assembled(settings.tuned, locate.locate(settings.model, "--model")) as folder:
@@ -155,7 +169,7 @@ def check(settings: Export) -> Lora | None:
 
 
 def run(settings: Export) -> None:
-    """The command."""
+    """Run the command."""
     lora, out = check(settings), Path(settings.out)
     if settings.tuned:
         with assembled(settings.tuned, locate.locate(settings.model, "--model")) as folder:
@@ -171,7 +185,7 @@ def run(settings: Export) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; its exit code."""
+    """Run the command and return its exit code."""
     return cli.command(Export, run, argv, "export")
 
 

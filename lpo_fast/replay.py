@@ -1,4 +1,5 @@
-"""python -m lpo_fast.replay RUN/skipped.pt: run a skipped step again and say what is not finite."""
+"""Run a skipped step again and report which values are not finite: python -m lpo_fast.replay RUN/skipped.pt.
+"""
 
 import sys
 from dataclasses import replace
@@ -16,19 +17,22 @@ from lpo_fast.system import reading
 
 
 def replay(file: Path) -> list[str]:
-    """Run a skipped step again, on this device, and say what is not finite: inputs, weights, outputs, loss, gradients."""
+    """Run a skipped step again, on this device; return lines about inputs, weights, outputs, loss and
+    gradients not finite.
+    """
     kept = reading.read_pickle(file, "FILE")
     if not kept.keys() >= {"config", "step", "after", "size", "weights"}:
         raise InputError(str(file), "holds no skipped step", f"name a run's {SKIPPED}", "FILE")
     with optimization.explained_errors():
         about, lines = (replay_lrm if "rows" in kept else replay_lpo)(kept)
-    weights = f"with the weights after {kept['after']} steps"  # metrics are read late, steps may come between
+    # Metrics are read late: later steps may have run before the weights were saved.
+    weights = f"with the weights after {kept['after']} steps"
     return [f"step {kept['step']}, {about}, {weights}", *(list(dict.fromkeys(filter(None, lines))) or [
-        "all is finite here: the device, its precision or the weights differed"])]
+        "all values are finite here: the device, its precision or the weights differed"])]
 
 
 def replay_lpo(kept: dict) -> tuple[str, list[str]]:
-    """The step's pairs in words, and what is not finite."""
+    """Return a description of the step's pairs, and lines about values that are not finite."""
     from lpo_fast.lpo import policies, steps
     from lpo_fast.lpo.sampling import LatentPairs
     from lpo_fast.run import states
@@ -53,7 +57,9 @@ def replay_lpo(kept: dict) -> tuple[str, list[str]]:
 
 
 def replay_lrm(kept: dict) -> tuple[str, list[str]]:
-    """The step's pairs in words, and what is not finite; the pictures are read again."""
+    """Return a description of the step's pairs, and lines about values that are not finite; the pictures are
+    read again.
+    """
     from lpo_fast import config
     from lpo_fast.data import dataset
     from lpo_fast.lrm import steps as lrm_steps
@@ -77,25 +83,26 @@ def replay_lrm(kept: dict) -> tuple[str, list[str]]:
 
 
 def broken_parameters(module: torch.nn.Module) -> list[str]:
-    """Lines of the parameters that train and of their gradients."""
+    """Return the lines for the trainable parameters and their gradients."""
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     return [broken(name, p) for name, p in trained] + [
         broken(f"gradient of {name}", p.grad) for name, p in trained if p.grad is not None]
 
 
 def broken(name: str, x: Tensor) -> str:
-    """A line if not all of a tensor is finite."""
+    """Return a line if a tensor has values that are not finite, else ""."""
     count = int((~x.isfinite()).sum())
     return f"{name}: {count} of {x.numel()} are not finite" if count else ""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """python -m lpo_fast.replay RUN/skipped.pt: run a skipped step again. Exit code 2 if the file cannot be used."""
+    """Run the command and return its exit code: 2 if the file cannot be used."""
     argv = sys.argv[1:] if argv is None else argv
 
     def run() -> None:
         if len(argv) != 1 or argv[0].startswith("-"):
-            raise InputError(" ".join(argv) or "(none)", "is no single file", f"name a run's {SKIPPED}", "FILE")
+            raise InputError(" ".join(argv) or "(none)", "is not a single file", f"name a run's {SKIPPED}",
+                             "FILE")
         if not Path(argv[0]).is_file():
             raise InputError(argv[0], "no such file", f"name a run's {SKIPPED}", "FILE")
         print("\n".join(replay(Path(argv[0]))))

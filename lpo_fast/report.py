@@ -1,7 +1,8 @@
-"""The page of a run: ``python -m lpo_fast.report RUN_DIR`` turns what a run directory holds into one file, report.html.
+"""Write the report of a run: ``python -m lpo_fast.report RUN_DIR`` turns a run directory into one file,
+report.html.
 
-Everything is optional: a section appears when its data does. The page loads nothing from outside and runs no script;
-its charts are inline SVG, coloured by the style sheet, so they follow the reader's light or dark mode.
+Everything is optional: a section appears if its data exists. The page loads nothing from outside and runs no
+script; its charts are inline SVG, colored by the style sheet, so they follow the reader's light or dark mode.
 """
 
 import argparse
@@ -23,9 +24,12 @@ from PIL import Image
 
 from lpo_fast.system import writing
 
-SHOWN, OPEN, EMBED, SMALL = 48, 12, 384, 128  # picture pairs in all and not folded away; widths in pixels
-COLOURS = {"#000001": "accent", "#000002": "second", "#000003": "muted", "#000004": "line"}  # in the SVG: CSS variable
-ACCENT, SECOND, MUTED, LINE = COLOURS
+SHOWN = 48  # picture pairs in the report
+OPEN = 12  # picture pairs that are visible at once
+EMBED = 384  # largest width and height of an embedded picture, in pixels
+SMALL = 128  # widths up to this are shown pixelated
+COLORS = {"#000001": "accent", "#000002": "second", "#000003": "muted", "#000004": "line"}  # to CSS
+ACCENT, SECOND, MUTED, LINE = COLORS
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "lpo_fast", "font.size": 8.5, "axes.labelsize": 8.5,
          "text.color": MUTED, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED, "grid.color": LINE,
          "xtick.major.size": 0, "ytick.major.size": 0, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True}
@@ -65,12 +69,14 @@ details { margin: 12px 0 } td, th { padding: 5px 9px 5px 0; border-bottom: 1px s
 
 
 def num(value: object) -> float:
-    """A finite number as float; anything else (null, NaN, infinity, text, true) as NaN."""
+    """Return a finite number as float, and NaN for anything else (null, NaN, infinity, text, true)."""
     return float(value) if type(value) in (int, float) and abs(value) < 1e300 else math.nan
 
 
 def parse(text: str, kind: type = dict) -> dict | list:
-    """The JSON value if it is of that kind, else an empty one: a run may have been killed while it wrote."""
+    """Return the JSON value if it is of that kind, else an empty one: a killed run may have left a partial
+    line.
+    """
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -79,11 +85,15 @@ def parse(text: str, kind: type = dict) -> dict | list:
 
 
 def read(path: Path) -> str:
+    """Return a file's text, or "" if there is no such file."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def of_kind(rows: list[dict], kind: str, reward: bool = False) -> list[dict]:
-    """Rows of one kind, of the reward model or of LPO. A step that goes back is a resumed run: it replaces rows."""
+    """Return the rows of one kind, of the reward model or of LPO.
+
+    Where the step goes back a run was resumed: the later rows replace the earlier ones.
+    """
     kept: list[dict] = []
     for row in rows:
         if row.get("kind") == kind and ("loss" in row or "accuracy" in row) == reward:
@@ -95,34 +105,40 @@ def of_kind(rows: list[dict], kind: str, reward: bool = False) -> list[dict]:
 
 
 def column(rows: list[dict], key: str) -> np.ndarray:
+    """Return one entry of all rows as an array, NaN where it is missing."""
     return np.array([num(row.get(key)) for row in rows])
 
 
 def wilson(k: float, n: float) -> tuple[float, float]:
-    """95 % Wilson score interval of the share k/n; NaN where there is none."""
+    """Return the 95 % Wilson score interval of the share k/n; NaN if it is undefined."""
     if not (n > 0 and 0 <= k <= n):
         return math.nan, math.nan
     p, z2 = k / n, 1.96**2 / n
-    centre, half = p + z2 / 2, math.sqrt(z2 * p * (1 - p) + z2**2 / 4)
-    return max(0.0, (centre - half) / (1 + z2)), min(1.0, (centre + half) / (1 + z2))
+    center, half = p + z2 / 2, math.sqrt(z2 * p * (1 - p) + z2**2 / 4)
+    return max(0.0, (center - half) / (1 + z2)), min(1.0, (center + half) / (1 + z2))
 
 
 def paired(gained: float, lost: float, n: float) -> tuple[float, float]:
-    """95 % interval of the change (b − c)/n: b of n pictures went from wrong to right, c from right to wrong."""
+    """Return the 95 % interval of the change (b − c)/n: b of n pictures became correct, c became wrong."""
     change, half = (gained - lost) / n, 1.96 * math.sqrt(max(0.0, gained + lost - (gained - lost) ** 2 / n)) / n
     return change - half, change + half
 
 
 def smooth(y: np.ndarray) -> np.ndarray:
-    """Centred running mean over about a tenth of the values (triangular weights), skipping the missing ones."""
+    """Return the centered running mean over about a tenth of the values (triangular weights), skipping
+    missing ones.
+    """
     kernel, good = np.bartlett(len(y) // 15 * 2 + 3)[1:-1], np.isfinite(y)
     weight = np.convolve(good, kernel, "same")
     return np.convolve(np.where(good, y, 0), kernel, "same") / np.where(weight > 1e-9, weight, np.nan)
 
 
 def plot(title: str, how: str, x_name: str, y_name: str, ref: tuple | None, *series: tuple) -> str:
-    """A chart and the sentence that explains it, or "" without data. series: ("line", x, y), drawn faint, with its
-    running mean; ("bar", x, y); ("dots", x, y, [distance down, distance up]). ref: (y, name), a dashed line."""
+    """Return a chart and the sentence that explains it, or "" without data.
+
+    series: ("line", x, y), drawn faint, with its running mean; ("bar", x, y); ("dots", x, y, [distance down,
+    distance up]). ref: (y, name), a dashed line.
+    """
     series = [(kind, x, y, *error) for kind, x, y, *error in series if np.isfinite(y).any()]
     if not series:
         return ""
@@ -135,10 +151,11 @@ def plot(title: str, how: str, x_name: str, y_name: str, ref: tuple | None, *ser
                 axes.errorbar(x, y, *error, fmt="o", markersize=3.5, linewidth=1, color=SECOND)
             else:
                 low, high = np.nanquantile(y, (0.01, 0.99))
-                room = high - low or math.inf  # a single spike shall not flatten the chart: it is drawn cut off
+                room = high - low or math.inf  # a single spike must not flatten the chart
                 axes.plot(x, drawn := y.clip(low - room, high + room), color=ACCENT, alpha=0.3, linewidth=0.7)
-                axes.plot(x, smooth(y), "-o" if len(y) == 1 else "-", color=ACCENT, linewidth=1.6, markersize=3.5)
-                how += f" Spikes cut off in the drawing: {n}." if (n := (np.abs(drawn - y) > 0).sum()) else ""
+                axes.plot(x, smooth(y), "-o" if len(y) == 1 else "-", color=ACCENT, linewidth=1.6,
+                          markersize=3.5)
+                how += f" Spikes clipped in the drawing: {n}." if (n := (np.abs(drawn - y) > 0).sum()) else ""
         if ref:
             axes.axhline(ref[0], color=MUTED, linestyle=(0, (4, 3)), linewidth=0.9)
             axes.annotate(ref[1], (1.01, ref[0]), xycoords=("axes fraction", "data"), va="center")
@@ -150,17 +167,18 @@ def plot(title: str, how: str, x_name: str, y_name: str, ref: tuple | None, *ser
         axes.set(xlabel=x_name, ylabel=y_name, frame_on=False)
         figure.savefig(text := io.StringIO(), format="svg", transparent=True)
     svg = re.sub(r'<metadata>.*?</metadata>|^.*?<svg[^>]*>| id="[a-z]+_[0-9]+"', "", text.getvalue(), flags=re.S)
-    svg = re.sub("#00000[1-4]", lambda hit: f"var(--{COLOURS[hit[0]]})", svg)
+    svg = re.sub("#00000[1-4]", lambda hit: f"var(--{COLORS[hit[0]]})", svg)
     return (f'<figure><h3>{title}</h3><svg viewBox="0 0 309.6 165.6" role="img" aria-label="{title}: {y_name} against '
             f'{x_name}">{svg}<figcaption>{how}</figcaption></figure>')
 
 
 def section(title: str, how: str, *parts: str, cls: str = "charts") -> str:
+    """Return a section of the page, or "" if all its parts are empty."""
     return f'<h2>{title}</h2><p class="muted">{how}</p><div class="{cls}">{"".join(parts)}</div>' if any(parts) else ""
 
 
 def table(value: object, name: str = "") -> str:
-    """Rows of a table from a nested dict, with dotted names."""
+    """Return table rows of a nested dict, with dotted names."""
     if isinstance(value, dict):
         return "".join(table(inner, f"{name}.{key}" if name else key) for key, inner in value.items())
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -168,15 +186,17 @@ def table(value: object, name: str = "") -> str:
 
 
 def headline(found: dict, train: list[dict], batches: list[dict], checks: list[dict]) -> str:
-    """The share of right pictures before and after alignment, and its change; without it, what training logged."""
+    """Return the share of correct pictures before and after alignment and its change; without it, what
+    training logged.
+    """
     n, captions, gained, lost = (num(found.get(key)) for key in ("n", "captions", "gained", "lost"))
     stages = {s: found[s] for s in ("before", "after") if isinstance(found.get(s), dict)}
     stages = {s: value for s, value in stages.items() if n > 0 and 0 <= num(value.get("right")) <= n}
     tiles, bars, verdict, note = [], {}, "", f"{n:,.0f} pictures" + f" of {captions:,.0f} captions" * (captions > 0)
     for stage, value in stages.items():
         low, high = wilson(value["right"], n)
-        tiles.append((f"{value['right'] / n:.1%}", f"right {stage} [{100 * low:.1f}, {100 * high:.1f}]"))
-        for name, share in {"whole picture": value["right"] / n, **(value.get("by_attribute") or {})}.items():
+        tiles.append((f"{value['right'] / n:.1%}", f"correct {stage} [{100 * low:.1f}, {100 * high:.1f}]"))
+        for name, share in {"complete picture": value["right"] / n, **(value.get("by_attribute") or {})}.items():
             if 0 <= num(share) <= 1:
                 low, high = wilson(share * n, n)
                 bars[name] = bars.get(name, f"<h3>{escape(name)}</h3>") + (
@@ -184,19 +204,19 @@ def headline(found: dict, train: list[dict], batches: list[dict], checks: list[d
                     f'style="left:{low:.1%};width:{high - low:.1%}"></u></span><span>{share:.1%}</span>')
     if len(stages) == 2:
         change, text = stages["after"]["right"] - stages["before"]["right"], "points change"
-        if min(gained, lost) >= 0 and gained - lost == change:  # the counts are there and fit
+        if min(gained, lost) >= 0 and gained - lost == change:  # the counts exist and are consistent
             low, high = paired(gained, lost, n)
             text += f" [{100 * low:+.1f}, {100 * high:+.1f}]"
-            note += f", paired by seed: {gained:,.0f} became right, {lost:,.0f} became wrong"
-            verdict = ("Too few pictures changed sides to trust the interval of the change." if gained + lost < 10 else
+            note += f", paired by seed: {gained:,.0f} became correct, {lost:,.0f} became wrong"
+            verdict = ("Too few pictures changed for a reliable interval of the change." if gained + lost < 10 else
                        "The interval of the change includes 0: no change is shown." if low <= 0 <= high else
-                       f"{'More' if change > 0 else 'Fewer'} pictures are right after alignment than before.")
+                       f"{'More' if change > 0 else 'Fewer'} pictures are correct after alignment than before.")
         tiles.append((f"{100 * change / n:+.1f}", text))
     varied = [num(value.get("diversity")) for value in stages.values()]
     if np.isfinite(varied).all() and stages:
         tiles.append((" → ".join(f"{v:.3g}" for v in varied), "diversity " + " → ".join(stages)))
-    note = ("Bars: share of right pictures, full at 100 %. Brackets and whiskers: 95 % intervals over pictures, taken "
-            f"as independent, not over training runs. {note}.")
+    note = ("Bars: share of correct pictures, full at 100 %. Brackets and whiskers: 95 % intervals over pictures, "
+            f"assumed independent, not over training runs. {note}.")
     if not stages:
         valid, implicit = column(checks, "accuracy"), column(train, "implicit_acc")
         late = implicit[-max(len(implicit) // 10, 10):]
@@ -212,7 +232,7 @@ def headline(found: dict, train: list[dict], batches: list[dict], checks: list[d
 
 
 def pictures(folder: Path) -> str:
-    """The pictures before and after alignment, by number; large ones are embedded smaller."""
+    """Return the pictures before and after alignment, by number; large ones are scaled down."""
     captions, cards = parse(read(folder / "captions.json"), list), []
     numbers = sorted({int(path.stem[:-7]) for path in folder.glob("*_before.png") if path.stem[:-7].isdecimal()})
     for i in numbers[:SHOWN]:
@@ -225,17 +245,20 @@ def pictures(folder: Path) -> str:
                          f"{MARKS.get(str(about.get(f'{stage}_right')), '')}</span>")
         cards.append(card + "</div></figure>")
     rest = f'<details><summary>{len(cards) - OPEN} more</summary><div class="pictures">{"".join(cards[OPEN:])}</div>'
-    how = f"{len(cards)} of {len(numbers)} pairs, in order, same seeds."
-    how += " ✓: shows what its caption asks for." * any("after_right" in c for c in captions if isinstance(c, dict))
+    how = f"The first {len(cards)} of {len(numbers)} pairs, drawn with the same seeds."
+    if any("after_right" in c for c in captions if isinstance(c, dict)):
+        how += " ✓: shows what the caption asks for."
     grid = section("Pictures before and after alignment", how, *cards[:OPEN], cls="pictures")
     return grid + (rest + "</details>" if len(cards) > OPEN else "")
 
 
 def embedded(file: Path, size: int) -> str:
-    """A picture as the start of an <img> tag, at most ``size`` pixels wide and high; "" if it is none."""
+    """Return the start of an <img> tag with the picture, at most ``size`` pixels wide and high; "" if it
+    cannot be read.
+    """
     try:
         image = Image.open(file, formats=("PNG",)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # missing, or cut off while it was written
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # missing or truncated
         return ""
     image.thumbnail((size, size))
     image.save(data := io.BytesIO(), "PNG")
@@ -244,35 +267,36 @@ def embedded(file: Path, size: int) -> str:
 
 
 def validation(folder: Path) -> str:
-    """The grids drawn during training, the first and the last few."""
+    """Return the first and the last three grids drawn during training."""
     files = sorted((int(p.stem.partition("_")[2]), p) for p in folder.glob("validation_*.png")
                    if p.stem.partition("_")[2].isdecimal())
     shown = files[:1] + files[1:][-3:]
     grids = [f'<figure>{image} alt="epoch {epoch}"><figcaption>after epoch {epoch}</figcaption></figure>'
              for epoch, file in shown if (image := embedded(file, 2 * EMBED))]
     prompts = "".join(f"<li>{escape(str(prompt))}</li>" for prompt in parse(read(folder / "validation.json"), list))
-    return section("Validation pictures", "A row a prompt, the same noise every time.",
+    return section("Validation pictures", "One row per prompt, with the same noise every time.",
                    *([f'<ol class="muted">{prompts}</ol>', *grids] if grids else []))
 
 
 def lrm(train: list[dict], checks: list[dict]) -> str:
-    """The latent reward model: accuracy by timestep and over training."""
+    """Return the section on the latent reward model: accuracy by timestep and over training."""
     last = [row for row in checks if isinstance(row.get("accuracy_by_timestep"), dict)][-1:]
     points = [(float(t), num(a), *wilson(num(a) * num(row.get("n")), num(row.get("n"))))
               for row in last for t, a in row["accuracy_by_timestep"].items() if t.isdecimal()]
     t, share, low, high = np.array(points).reshape(-1, 4).T
     curves = [(k, column(r, "global_step"), column(r, "accuracy")) for k, r in (("line", train), ("dots", checks))]
     return section(
-        "Latent reward model", "It says which of two noisy latents fits a prompt better.",
-        plot("Accuracy by timestep", "How often the last validation ranked a pair right, both pictures noised to that "
-             "timestep (high: nearly pure noise). Strokes: 95 % intervals.", "timestep", "share of pairs", CHANCE,
+        "Latent reward model", "The model predicts which of two noisy latents fits a prompt better.",
+        plot("Accuracy by timestep", "Share of pairs that the last validation ranked correctly, with both pictures "
+             "noised to that timestep (high: nearly pure noise). Error bars: 95 % intervals.",
+             "timestep", "share of pairs", CHANCE,
              ("dots", t, share, np.nan_to_num([share - low, high - share]).clip(0))),
         plot("Accuracy over training", "Lines: training batches, running mean. Dots: validation at timestep 1.",
              "optimizer step", "share of pairs", CHANCE, *curves))
 
 
 def lpo(train: list[dict], batches: list[dict]) -> str:
-    """Alignment: what was logged at every optimizer step and for every prompt batch."""
+    """Return the section on alignment: what was logged per optimizer step and per prompt batch."""
     kept, possible = Counter(), Counter()
     for row in batches:
         times, valid, pairs = row.get("timesteps"), row.get("valid_by_timestep"), num(row.get("pairs_possible"))
@@ -288,19 +312,21 @@ def lpo(train: list[dict], batches: list[dict]) -> str:
         (train, "implicit_acc", "Implicit accuracy", "share of pairs", CHANCE,
          "How often the winner gained more likelihood over the reference than the loser did."),
         (train, "train_margin", "Margin", "ratio difference", (0.0, "0"),
-         "The winner's likelihood ratio minus the loser's: above 0 the policy leans to winners."),
-        (train, "grad_norm", "Gradient norm", "norm", None, "Size of a step's gradient; lasting growth is a warning."),
+         "The winner's likelihood ratio minus the loser's; above 0 the policy prefers winners."),
+        (train, "grad_norm", "Gradient norm", "norm", None,
+         "Norm of each step's gradient; lasting growth is a warning sign."),
         (batches, "share", "Valid pairs", "share of possible pairs", None,
          "The share of a prompt batch's pairs whose scores differ enough to train on.")]
     return section("Alignment (LPO)", "Faint: every logged value. Strong: running mean.", *(
         plot(title, how, "optimizer step", name, ref, ("line", column(rows, "global_step"), column(rows, key)))
         for rows, key, title, name, ref, how in curves), plot(
-        "Pairs kept by timestep", "Which steps feed the training, over all batches; high timesteps are nearly noise.",
-        "timestep", "share of possible pairs", None, ("bar", t, np.array([kept[i] / possible[i] for i in t]))))
+        "Pairs kept by timestep",
+        "Which denoising steps yield training pairs, over all batches; high timesteps are nearly noise.", "timestep",
+        "share of possible pairs", None, ("bar", t, np.array([kept[i] / possible[i] for i in t]))))
 
 
 def write(run_dir: str | Path) -> Path:
-    """Write run_dir/report.html from what is in run_dir, and return its path."""
+    """Write run_dir/report.html from the files in run_dir, and return its path."""
     run, name = Path(run_dir), escape(Path(run_dir).resolve().name)
     config, environment, found = (parse(read(run / f"{f}.json")) for f in ("config", "environment", "evaluation"))
     rows = [parse(line) for part in (run / "lrm", run) for line in read(part / "metrics.jsonl").split("\n")]

@@ -1,4 +1,4 @@
-"""python -m lpo_fast.score: what a latent reward model thinks of pictures.
+"""Score pictures with a latent reward model: python -m lpo_fast.score, or from Python.
 
     x0 = mean of VAE(picture) · scaling_factor,   x_t = sqrt(a_t)·x0 + sqrt(1 − a_t)·z,   score = S(x_t, t, prompt)
 
@@ -29,24 +29,26 @@ from lpo_fast.data.tables import KINDS, Picture
 from lpo_fast.errors import InputError
 from lpo_fast.lrm import checkpoint
 from lpo_fast.method import noise, schedule
-from lpo_fast.models import locate, texts, vaes
+from lpo_fast.models import configs, locate, texts, vaes
 from lpo_fast.models.families import family_of
 from lpo_fast.preflight import models
 from lpo_fast.system import devices, reading
 
-LOOKED_AT = 100  # pictures of a table whose headers are read before the model is loaded
+LOOKED_AT = 100  # pictures of a table whose headers are checked before the model is loaded
 
 
 @dataclass(frozen=True)
 class Score:
-    """Score pictures with a latent reward model: one line a picture, or a table with a column more."""
+    """Score pictures with a latent reward model: one line per picture, or a table with one more column."""
 
     pictures: tyro.conf.Positional[tuple[str, ...]] = ()
     """Picture files, all for --prompt."""
     lrm: str = ""
     """Latent reward model: a directory written by `lrm` or by the official code."""
     lrm_base: str = ""
-    """Diffusers directory with what the LRM's directory lacks: VAE, scheduler, and tokenizer of an official one."""
+    """Diffusers directory with what the LRM's directory lacks: VAE, scheduler, and the tokenizer of an
+    official one.
+    """
     vae: str = ""
     """Another VAE: a directory or hub name; default: the base's."""
     resolution: int = 0
@@ -54,32 +56,34 @@ class Score:
     prompt: str = ""
     """The prompt of the pictures."""
     table: str = ""
-    """Instead of pictures: .csv, .jsonl or .parquet with a row a picture."""
+    """Instead of pictures: a .csv, .jsonl or .parquet file with one row per picture."""
     out: str = ""
-    """Where the table goes, of any of these kinds."""
+    """Output file for the table: .csv, .jsonl or .parquet."""
     prompt_key: str = "prompt"
     """Column of the prompt."""
     image_key: str = "image"
     """Column of the picture: a path (from the table's directory or the current one), or encoded bytes."""
     score_key: str = "lrm_score"
-    """Column that is added."""
+    """Column to add."""
     timestep: int = 1
     """Noise level at which the picture is scored, 0 to 999."""
     draws: int = 1
-    """Noise draws that are averaged."""
+    """Number of noise draws to average."""
     batch_size: int = 8
-    """Pictures at once; the scores do not depend on it."""
+    """Pictures per batch; the scores do not depend on it."""
     seed: int = 0
     """The noise is a function of the seed, the row, the timestep and the draw."""
     mixed_precision: Precision = "auto"
     """Precision of the reward model; auto: fp16 on CUDA, fp32 on a CPU."""
 
+
 class Scorer:
     """A latent reward model as a function of pictures and prompts.
 
-    lrm: its directory, or hub name. base: a diffusers directory of its family, for the VAE and whatever else that directory
-    lacks; "": the one that the LRM's directory names. vae: another one. resolution: of the pictures that it is given, which are
-    resized to it; 0: that of its training. Raises InputError if these do not belong together.
+    lrm: its directory or hub name. base: a diffusers directory of its family, for the VAE and whatever else
+    the LRM's directory lacks; "": the one named in the LRM's directory. vae: another VAE. resolution: pixels
+    to which pictures are resized; 0: the resolution of the LRM's training. Raises InputError if these do not
+    fit together.
     """
 
     def __init__(self, lrm: str | os.PathLike, base: str | os.PathLike = "", *, vae: str = "", resolution: int = 0,
@@ -96,15 +100,18 @@ class Scorer:
 
     def __call__(self, pictures: Sequence[Picture], prompts: Sequence[str] | str, *, timestep: int = 1, draws: int = 1,
                  rows: Sequence[int] | None = None) -> Tensor:
-        """Scores [N], fp32 on the CPU. pictures: PIL pictures, paths or encoded bytes; prompts: one a picture, or one for all.
+        """Return scores [N], fp32 on the CPU.
 
-        rows: numbers that key the noise (default: 0 … N−1). Raises InputError naming the picture that is none.
+        pictures: PIL pictures, paths or encoded bytes. prompts: one per picture, or one for all. rows:
+        numbers that key the noise (default: 0 … N−1). Raises InputError, which names the picture, for a
+        picture that cannot be decoded.
         """
         prompts = [prompts] * len(pictures) if isinstance(prompts, str) else list(prompts)
         rows = range(len(pictures)) if rows is None else rows
         if not len(pictures) == len(prompts) == len(rows):
-            raise InputError(f"{len(pictures)} pictures", f"come with {len(prompts)} prompts and {len(rows)} rows",
-                             "give a prompt a picture, or one for all")
+            raise InputError(f"{len(pictures)} pictures",
+                             f"come with {len(prompts)} prompts and {len(rows)} rows",
+                             "give one prompt per picture, or one for all")
         scores = [torch.zeros(0)]
         bar = tqdm(total=len(pictures), desc="score", unit="picture", leave=False, disable=None)
         for pixels, at in self._decoded(pictures, rows):
@@ -114,7 +121,9 @@ class Scorer:
         return torch.cat(scores)
 
     def _decoded(self, pictures: Sequence[Picture], rows: Sequence[int]) -> Iterator[tuple[Tensor, slice]]:
-        """Batches of pixels [B, 3, r, r] and which pictures they are; the next batch decodes while one is scored."""
+        """Yield batches of pixels [B, 3, r, r] and the slice of their pictures; the next batch is decoded
+        while one is scored.
+        """
         slices = [slice(i, i + self.batch_size) for i in range(0, len(pictures), self.batch_size)]
         read = partial(pixels, resolution=self.resolution)
         with ThreadPoolExecutor(4) as pool:
@@ -127,7 +136,7 @@ class Scorer:
 
     @torch.no_grad()
     def _score(self, pixels: Tensor, prompts: list[str], rows: Tensor, timestep: int, draws: int) -> Tensor:
-        """Scores [B] of one batch."""
+        """Return the scores [B] of one batch."""
         unique = list(dict.fromkeys(prompts))
         text = texts.encode_prompts(self.lrm.family, self.tokenizers, list(self.lrm.text_encoders), unique,
                                        zero_null=False)[torch.tensor([unique.index(p) for p in prompts], device=self.device)]
@@ -140,30 +149,33 @@ class Scorer:
 
 
 def pixels(picture: Picture, row: int, resolution: int) -> Tensor:
-    """fp32 [3, r, r] in [−1, 1], upright. Raises InputError naming the picture."""
+    """Return fp32 [3, r, r] in [−1, 1] of a picture, upright. Raises InputError, which names the picture."""
     try:
         if isinstance(picture, Image.Image):
             return images.pixels(picture, resolution)
         return images.decode(picture if isinstance(picture, bytes) else reading.read_picture(Path(picture)), resolution)
-    except Exception as error:  # Pillow raises many kinds for what is no picture
+    except Exception as error:  # Pillow raises many kinds
         name = str(picture) if isinstance(picture, str | os.PathLike) else f"picture {row}"
-        raise InputError(name, f"row {row} does not decode as a picture ({type(error).__name__})", "mend or drop it") from error
+        raise InputError(name, f"row {row} cannot be decoded as a picture ({type(error).__name__})",
+                         "fix or remove it") from error
 
 
 def check_lrm(lrm: str, base: str, vae: str = "", resolution: int = 0) -> Path:
-    """The base directory of an LRM: the given one or the one that it names. Raises InputError unless all fit."""
+    """Return the base directory of an LRM: the given one or the one that it names. Raises InputError unless
+    all parts fit.
+    """
     path = locate.locate(lrm, "--lrm")
     if not base and (path / "lrm.json").is_file():
-        base = models.read_config(path, "--lrm", "lrm.json").get("base") or ""
+        base = configs.read_config(path, "--lrm", "lrm.json").get("base") or ""
     if not base and lrm and path.exists():
-        raise InputError(lrm, "names no base, and holds no VAE", "name the diffusers directory that it was made from",
-                         "--lrm-base")
+        raise InputError(lrm, "names no base, and holds no VAE",
+                         "name the diffusers directory on which it is based", "--lrm-base")
     unet = models.pipeline(base, "--lrm-base") if base else {}
     own = models.reward_model(LPO(model=base, lrm=lrm))
     families = [family_of(config) for config in (own, unet)]
     if families[0] != families[1] or own["in_channels"] != unet["in_channels"]:
         raise InputError(lrm, f"scores {families[0].name} latents, {base} makes {families[1].name} latents",
-                         "name the diffusers directory that it was made from", "--lrm-base")
+                         "name the diffusers directory on which it is based", "--lrm-base")
     models.picture(LPO(model=base, vae=vae, resolution=resolution), unet)
     models.buildable(own, lrm, "--lrm")
     return locate.locate(base, "--lrm-base")
@@ -176,21 +188,23 @@ def check(settings: Score) -> None:
     cli.within(settings, 1, float("inf"), "draws", "batch_size")
     cli.within(settings, 0, float("inf"), "seed", "resolution")
     if bool(settings.pictures) == bool(settings.table):
-        raise InputError(settings.table or "(none)", "give pictures or a table, not both or neither", "see --help", "--table")
+        raise InputError(settings.table or "(none)", "give either pictures or a table", "see --help",
+                         "--table")
     if settings.pictures:
         cli.required(settings, "prompt")
         return
     out = Path(settings.out)
     cli.required(settings, "out")
     if out.suffix not in KINDS:
-        raise InputError(settings.out, f"unknown kind {out.suffix!r}", f"use {', '.join(KINDS)}", "--out")
+        raise InputError(settings.out, f"unknown file type {out.suffix!r}", f"use {', '.join(KINDS)}",
+                         "--out")
     if out.exists():
-        raise InputError(settings.out, "exists already", "name another file", "--out")
+        raise InputError(settings.out, "already exists", "name another file", "--out")
     models.writable(out.parent)
 
 
 def check_pictures(pictures: Sequence[Picture]) -> None:
-    """Refuse files that are missing or whose beginning is no picture's."""
+    """Raise InputError for files that are missing or do not begin like a picture."""
     for row, picture in enumerate(pictures):
         if not isinstance(picture, bytes):
             try:
@@ -198,11 +212,12 @@ def check_pictures(pictures: Sequence[Picture]) -> None:
             except FileNotFoundError as error:
                 raise InputError(str(picture), "no such picture", "name a picture file") from error
             except Exception as error:  # Pillow raises many kinds
-                raise InputError(str(picture), f"row {row} is no picture", "name a picture file") from error
+                raise InputError(str(picture), f"row {row} is not a picture",
+                                 "name a picture file") from error
 
 
 def run(settings: Score) -> None:
-    """The command."""
+    """Run the command."""
     check(settings)
     rows, prompts, pictures = None, settings.prompt, settings.pictures
     if settings.table:
@@ -222,7 +237,7 @@ def run(settings: Score) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; its exit code."""
+    """Run the command and return its exit code."""
     return cli.command(Score, run, argv, "score")
 
 

@@ -1,8 +1,10 @@
-"""python -m lpo_fast.score_table --pairs … --aesthetic module:function … --out table.csv: the score table of the filter.
+"""Write the score table of the multi-preference consistent filter: python -m lpo_fast.score_table --pairs …
+--out table.csv.
 
-A row a pair, in the pairs' order: the pictures' keys if the pairs have them, different_flag (1 win–lose, 0 tie), and by
-each of three scorers the gap, score of the preferred picture less the other's, or the absolute difference of a tie. A
-scorer is ``function(pictures: list[PIL.Image], prompts: list[str]) -> one number a picture``. Killed runs go on.
+One row per pair, in the pairs' order: the pictures' keys if the pairs have them, different_flag (1 win–lose,
+0 tie), and for each of three scorers the gap: the preferred picture's score minus the other's, or for a tie
+the absolute difference. A scorer is ``function(pictures: list[PIL.Image], prompts: list[str]) -> one number
+per picture``. A killed run continues.
 """
 
 import csv
@@ -33,43 +35,49 @@ Scorer = Callable[[list[Image.Image], list[str]], object]
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Make the score table of the multi-preference consistent filter from three scorers."""
+    """Write the score table of the multi-preference consistent filter, using three scorers."""
 
     pairs: str = ""
     """Pairs, as for `lpo_fast.train lrm`."""
     aesthetic: str = ""
-    """Scorer of beauty, module:function; the filter expects the scale of the LAION aesthetic predictor (1 to 10)."""
+    """Scorer of aesthetics, module:function; the filter expects the scale of the LAION aesthetic predictor (1
+    to 10).
+    """
     clipscore: str = ""
     """Scorer of agreement with the prompt, module:function; the filter expects CLIP's cosine."""
     vqascore: str = ""
-    """Another, module:function; the filter expects VQAScore's probability."""
+    """Second scorer of agreement with the prompt, module:function; the filter expects VQAScore's probability.
+    """
     out: str = "scores.csv"
     """The table (.csv)."""
     train_split: str = "train"
     """Split of --pairs, if it has splits."""
     cache_dir: str = ""
-    """Where datasets keeps what it downloads and converts."""
+    """Cache directory of datasets, for downloads and conversions."""
     columns: Columns = Columns()
     """Names of the pairs' columns."""
     batch_size: int = 32
-    """Pairs that a scorer is given at once."""
+    """Pairs per call of a scorer."""
     max_corrupt: int = 100
-    """Pairs whose pictures do not decode get no gaps, and so are never kept; a run with more of them stops."""
+    """Pairs whose pictures cannot be decoded get no gaps, so the filter drops them; a run with more of them
+    stops.
+    """
+
 
 def make(config: ScoreTable) -> Path:
-    """Write the table; its path. Raises InputError naming the scorer and the rows."""
+    """Write the table and return its path. Raises InputError, which names the scorer and the rows."""
     out = Path(config.out)
     if config.batch_size < 1:
-        raise InputError(str(config.batch_size), "below 1", "use 1 or more", "--batch-size")
+        raise InputError(str(config.batch_size), "is below 1", "use 1 or more", "--batch-size")
     if out.exists():
-        raise InputError(config.out, "is there already", "choose another name, or remove it", "--out")
+        raise InputError(config.out, "already exists", "choose another name, or remove it", "--out")
     writable(out.parent)
     scorers = {name: load(getattr(config, name), f"--{name}") for name in SCORERS}
     table = preferences.read(config.pairs, "--pairs", config.columns, config.train_split, config.cache_dir)
     dataset.check_pictures(table)
     names = [*(mpcf.KEYS if table.uids else ()), *mpcf.GAPS]
-    same = repr((astuple(config), len(table))).encode()  # other settings have another unfinished table
-    part = out.with_name(f".{out.name}.{hashlib.sha256(same).hexdigest()[:12]}.part")
+    key = repr((astuple(config), len(table))).encode()  # an unfinished table belongs to its settings
+    part = out.with_name(f".{out.name}.{hashlib.sha256(key).hexdigest()[:12]}.part")
     out.parent.mkdir(parents=True, exist_ok=True)
     first = resume(part, names)
     with open(part, "a", encoding="utf-8", newline="") as file:
@@ -86,37 +94,41 @@ def make(config: ScoreTable) -> Path:
 
 
 def load(name: str, flag: str) -> Scorer:
-    """The callable that module:function names."""
+    """Return the function that module:function names."""
     module, _, function = name.partition(":")
     if not module or not function:
-        raise InputError(name or "(none)", "is no module:function", "name a scorer, as my_scorers:aesthetic", flag)
+        raise InputError(name or "(none)", "is not module:function",
+                         "name a scorer, such as my_scorers:aesthetic", flag)
     try:
         found = importlib.import_module(module)
         for part in function.split("."):
             found = getattr(found, part)
     except Exception as error:  # whatever importing the user's module raises
         raise InputError(name, f"cannot be imported ({type(error).__name__}: {error})",
-                         "run where the module can be found, with what it needs installed", flag) from error
+                         "run where Python finds the module, with its dependencies installed",
+                         flag) from error
     if not callable(found):
         raise InputError(name, f"is {type(found).__name__}, not a function", "name a function", flag)
     return found
 
 
 def resume(part: Path, names: list[str]) -> int | None:
-    """Rows of an unfinished table, whose last line is cut off if it is not whole; None: there is none to go on with."""
-    whole = b""
+    """Return the number of rows of an unfinished table, or None if there is none; an incomplete last line is
+    cut off.
+    """
+    complete = b""
     if part.is_file():
         content = part.read_bytes()
-        whole = content[:content.rfind(b"\n") + 1]
-        if not whole.startswith((",".join(names) + "\n").encode()):
-            whole = b""
-        part.write_bytes(whole)
-    rows = list(csv.reader(whole.decode().splitlines()))
+        complete = content[:content.rfind(b"\n") + 1]
+        if not complete.startswith((",".join(names) + "\n").encode()):
+            complete = b""
+        part.write_bytes(complete)
+    rows = list(csv.reader(complete.decode().splitlines()))
     return len(rows) - 1 if rows else None
 
 
 def scored(config: ScoreTable, table: PairTable, scorers: dict[str, Scorer], first: int) -> Iterator[list]:
-    """The table's rows from ``first`` on."""
+    """Yield the table's rows, starting with row ``first``."""
     dataset, corrupt = PairDataset(table, 8), set()
     with ThreadPoolExecutor() as pool:
         for start in range(first, len(table), config.batch_size):
@@ -124,9 +136,10 @@ def scored(config: ScoreTable, table: PairTable, scorers: dict[str, Scorer], fir
             pictures = list(pool.map(lambda row: both(dataset, row), rows))
             corrupt |= {row for row, pair in zip(rows, pictures, strict=True) if pair is None}
             if len(corrupt) > config.max_corrupt:
-                raise InputError(config.pairs, f"pictures of {len(corrupt)} pairs do not decode, the first: rows "
-                                 f"{', '.join(map(str, sorted(corrupt)[:5]))}", "mend them, or allow more with --max-corrupt",
-                                 "--pairs")
+                raise InputError(config.pairs,
+                                 f"pictures of {len(corrupt)} pairs cannot be decoded, the first: rows "
+                                 f"{', '.join(map(str, sorted(corrupt)[:5]))}",
+                                 "fix them, or allow more with --max-corrupt", "--pairs")
             good = [row for row, pair in zip(rows, pictures, strict=True) if pair is not None]
             found = [gaps(name, getattr(config, name), scorers[name], [p for p in pictures if p], table, good)
                      for name in SCORERS]
@@ -138,15 +151,15 @@ def scored(config: ScoreTable, table: PairTable, scorers: dict[str, Scorer], fir
 
 
 def both(dataset: PairDataset, row: int) -> tuple[Image.Image, Image.Image] | None:
-    """The two pictures of a row, upright and of their own sizes, or None if one does not decode."""
+    """Return the two pictures of a row, upright and in their own sizes, or None if one cannot be decoded."""
     try:
         return tuple(images.picture(pictures(row)) for pictures in dataset.pictures)
-    except Exception:  # Pillow raises many kinds for what is no picture
+    except Exception:  # Pillow raises many kinds
         return None
 
 
 def gaps(name: str, given: str, scorer: Scorer, pictures: list, table: PairTable, rows: list[int]) -> list[float]:
-    """The gap of each row by one scorer. Pairs that were not judged have none."""
+    """Return the gap of each row by one scorer; NaN for pairs that were not judged."""
     if not rows:
         return []
     where = f"at rows {rows[0]} to {rows[-1]}"
@@ -155,15 +168,15 @@ def gaps(name: str, given: str, scorer: Scorer, pictures: list, table: PairTable
         scores = scorer([first for first, _ in pictures] + [second for _, second in pictures], prompts * 2)
         scores = np.array([float(score) for score in scores], np.float64)
     except Exception as error:  # whatever the user's scorer raises
-        raise InputError(given, f"{where} failed ({type(error).__name__}: {error})", "mend the scorer; what is done is kept",
-                         f"--{name}") from error
+        raise InputError(given, f"{where} failed ({type(error).__name__}: {error})",
+                         "fix the scorer; finished rows are kept", f"--{name}") from error
     if scores.shape != (2 * len(rows),):
-        raise InputError(given, f"{where} gave {scores.size} scores for {2 * len(rows)} pictures", "return one a picture",
-                         f"--{name}")
+        raise InputError(given, f"{where} gave {scores.size} scores for {2 * len(rows)} pictures",
+                         "return one per picture", f"--{name}")
     if not np.isfinite(scores).all():
         row = rows[int((~np.isfinite(scores)).argmax()) % len(rows)]
-        raise InputError(given, f"a score of row {row} (from 0) is not finite", "mend the scorer; what is done is kept",
-                         f"--{name}")
+        raise InputError(given, f"a score of row {row} (from 0) is not finite",
+                         "fix the scorer; finished rows are kept", f"--{name}")
     first, second = scores.reshape(2, -1)
     sign = np.sign(table.labels[rows, 0] - table.labels[rows, 1])
     gap = np.where(sign == 0, np.abs(first - second), sign * (first - second))
@@ -171,9 +184,11 @@ def gaps(name: str, given: str, scorer: Scorer, pictures: list, table: PairTable
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; 0, or 2 for a user's error, 130 if interrupted (the same command goes on)."""
+    """Run the command; return 0, 2 for a user's error, or 130 if interrupted (the same command then
+    continues).
+    """
     return cli.command(ScoreTable, lambda config: print(f"score table: {make(config)}"), argv, "score_table",
-                       stopped="stopped; the same command goes on")
+                       stopped="stopped; run the same command to continue")
 
 
 if __name__ == "__main__":

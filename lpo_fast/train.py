@@ -18,7 +18,7 @@ import tyro
 from lpo_fast import cli, config
 from lpo_fast.config import LPO, LRM, Demo
 from lpo_fast.official import lpo, lrm
-from lpo_fast.preflight import settings as preflight_settings
+from lpo_fast.preflight import settings as checks
 
 
 def run(settings: Demo | LRM | LPO) -> None:
@@ -38,7 +38,7 @@ def run(settings: Demo | LRM | LPO) -> None:
     with optimization.explained_errors():
         match settings:
             case Demo():
-                preflight_settings.demo(settings)
+                checks.demo(settings)
                 result, out = evaluate.demo(settings)
                 console.say(evaluate.verdict(result))
             case LRM():
@@ -85,7 +85,7 @@ def parse(argv: list[str]) -> Demo | LRM | LPO:
         "Latent reward models and latent preference optimization for Stable Diffusion. Defaults are those of the recipe for "
         "the model that --model names; without one, SD1.5's."))
     if isinstance(settings, LPO):
-        preflight_settings.lora_flags(settings, defaults.lpo)
+        cli.lora_flags(settings, defaults.lpo)
     return settings
 
 

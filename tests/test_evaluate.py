@@ -105,7 +105,7 @@ def test_another_size_and_vae(argv, tmp_path, tiny_sd, tiny_lrm, capsys):
     assert "drawn with other vae" in capsys.readouterr().err
     assert evaluate.main(with_(argv, number=2, resolution=32, vae=tmp_path / "vae", out=tmp_path / "other")) == 0
     assert np.abs(pixels(tmp_path / "other", "tuned")["00000.png"] - first["00000.png"]).max() > 5
-    assert evaluate.main(with_(argv, resolution=24)) == 2 and "no multiple of 16" in capsys.readouterr().err
+    assert evaluate.main(with_(argv, resolution=24)) == 2 and "not a multiple of 16" in capsys.readouterr().err
 
 
 def test_the_whole_command(argv, tmp_path, tiny_sd, tiny_lrm, capsys):
@@ -272,7 +272,7 @@ BAD = [
     ({"lora": None, "tuned": "nowhere"}, "--tuned nowhere: no such directory"),
     ({"lora": None, "tuned": "{dir}/lora"}, "holds no unet/"), ({"lrm": "nowhere"}, "--lrm nowhere"),
     ({"lrm": "{sd}"}, "state_dict.pt is missing"), ({"scorer": "nothing"}, "--scorer nothing"),
-    ({"scorer": "no_module:f"}, "cannot be imported"), ({"out": "{dir}/lora"}, "holds something else than an evaluation"),
+    ({"scorer": "no_module:f"}, "cannot be imported"), ({"out": "{dir}/lora"}, "holds something other than an evaluation"),
     ({"out": "{dir}/prompts.json/x"}, "cannot be written"), ({"steps": 0}, "--steps 0"), ({"steps": 1000}, "--steps 1000"),
     ({"eta": 2.0}, "--eta 2.0"), ({"eta": "nan"}, "--eta nan"), ({"guidance": -1.0}, "--guidance -1"),
     ({"number": -1}, "--number -1"), ({"batch_size": 0}, "--batch-size 0"),

@@ -72,7 +72,7 @@ def test_full_fine_tuning_becomes_a_whole_directory(tiny_sd, tmp_path, place, ca
     unet.save_pretrained(tmp_path / "run" / "unet")
     (tmp_path / "run" / "config.json").write_text("{}")
     argv = ["--model", str(tiny_sd), "--out", str(tmp_path / "whole")]
-    assert export.main([*argv, "--lora", str(tmp_path / "run")]) == 2 and "name it with --tuned" in capsys.readouterr().err
+    assert export.main([*argv, "--lora", str(tmp_path / "run")]) == 2 and "use --tuned for it" in capsys.readouterr().err
     for wrong in (["--lora", "x"], ["--form", "lora"]):
         assert export.main([*argv, "--tuned", str(tmp_path / "run"), *wrong]) == 2
     assert export.main([*argv, "--tuned", str(tmp_path / "run" / place)]) == 0
@@ -169,8 +169,9 @@ def bad(tiny_sd, tmp_path) -> dict[str, str]:
     (["--lora", "{dir}/good", "--model", "{sd}", "--out", "{dir}/full"], "--out {dir}/full: is not empty"),
     (["--lora", "{dir}/good", "--model", "{sd}", "--out", "{dir}/half.pt/o"], "cannot be written"),
     *[(["--lora", f"{{dir}}/{name}", "--model", "{sd}", "--out", "{dir}/o"], message) for name, message in [
-        ("half.pt", "is no adapter"), ("dora.pt", "is no adapter"), ("none.pt", "is no adapter"), ("list.pt", "no dictionary"),
-        ("wide.pt", "which is ("), ("other.pt", "which is absent"), ("text.safetensors", "is no adapter"),
+        ("half.pt", "is not an adapter"), ("dora.pt", "is not an adapter"), ("none.pt", "is not an adapter"),
+        ("list.pt", "not a dictionary"),
+        ("wide.pt", "which is ("), ("other.pt", "which is absent"), ("text.safetensors", "is not an adapter"),
         ("damaged.safetensors", "cannot be read")]],
 ])
 def test_bad_input_is_one_line_and_exit_code_2(bad, argv, message, capsys):
@@ -183,7 +184,7 @@ def test_bad_input_is_one_line_and_exit_code_2(bad, argv, message, capsys):
 def test_a_lora_for_another_family_is_refused(tiny_sd, tiny_sdxl, tmp_path, capsys):
     loras.save_lora(adapted(tiny_sd, 2, 2), tmp_path)
     assert export.main(["--model", str(tiny_sdxl), "--lora", str(tmp_path), "--out", str(tmp_path / "o")]) == 2
-    assert "name the model that it was trained on" in capsys.readouterr().err
+    assert "name the model on which it was trained" in capsys.readouterr().err
 
 
 def test_nothing_is_left_of_a_failed_export(tiny_sd, tmp_path, monkeypatch):

@@ -115,9 +115,9 @@ def test_resumed_run_replaces_rows() -> None:
 
 def test_full_run(full: str) -> None:
     assert [full.count(f"<h2>{title}") for title in SECTIONS] == [1] * len(SECTIONS)
-    assert "50.0%" in full and "right before [40.4, 59.6]" in full and "right after [65.7, 82.5]" in full
+    assert "50.0%" in full and "correct before [40.4, 59.6]" in full and "correct after [65.7, 82.5]" in full
     assert "+25.0" in full and "points change [+14.5, +35.5]" in full
-    assert "More pictures are right after alignment than before." in full
+    assert "More pictures are correct after alignment than before." in full
     assert "100 pictures of 40 captions, paired by seed: 30 became right, 5 became wrong" in full
     assert full.count('role="img"') == full.count("<svg") == 8
     assert "1:02:05" in full and "8 prompts/s" in full and "lrm.steps" in full
@@ -190,12 +190,12 @@ def test_odd_values(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change, expected, unexpected", [
-    ({"gained": 15, "lost": 15, "after": {"right": 50}}, "no change is shown", "pictures are right after"),
-    ({"gained": 5, "lost": 30, "after": {"right": 25}}, "Fewer pictures are right", "More pictures"),
-    ({"gained": 3, "lost": 1, "after": {"right": 52}}, "Too few pictures changed sides", "More pictures"),
+    ({"gained": 15, "lost": 15, "after": {"right": 50}}, "no change is shown", "pictures are correct after"),
+    ({"gained": 5, "lost": 30, "after": {"right": 25}}, "Fewer pictures are correct", "More pictures"),
+    ({"gained": 3, "lost": 1, "after": {"right": 52}}, "Too few pictures changed for", "More pictures"),
     ({"gained": 30, "lost": 9}, "points change</div>", "paired by seed"),  # counts that contradict the shares
     ({"gained": None}, "points change</div>", "More pictures"),
-    ({"after": None}, "right before [40.4, 59.6]", "points change"),
+    ({"after": None}, "correct before [40.4, 59.6]", "points change"),
 ])
 def test_headline_claims_what_the_data_show(change: dict, expected: str, unexpected: str) -> None:
     text = report.headline(EVALUATION | change, [], [], [])
@@ -206,7 +206,7 @@ def test_spike_does_not_flatten_the_chart() -> None:
     y = np.ones(300) + 0.1 * np.sin(np.arange(300))
     y[100] = 1e6
     text = report.plot("Norm", "How.", "step", "norm", None, ("line", np.arange(300), y))
-    assert "Spikes cut off in the drawing: 1." in text
+    assert "Spikes clipped in the drawing: 1." in text
     assert report.plot("Norm", "How.", "step", "norm", None, ("line", np.arange(3), np.full(3, np.nan))) == ""
 
 

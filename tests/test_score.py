@@ -144,7 +144,7 @@ def test_none_and_unequal_numbers(scorer):
     assert scorer([], []).shape == (0,)
     with pytest.raises(errors.InputError, match="2 pictures: come with 1 prompts"):
         scorer([picture(0)] * 2, ["a"])
-    with pytest.raises(errors.InputError, match="picture 1: row 1 does not decode"):
+    with pytest.raises(errors.InputError, match="picture 1: row 1 cannot be decoded"):
         scorer([picture(0), b"no picture"], "a")
 
 
@@ -223,31 +223,31 @@ def test_the_base_that_the_lrm_names(tiny_sd, tiny_lrm, copied, files, capsys):
 
 BAD = [
     (["--prompt", "a", "nowhere.png"], "nowhere.png: no such picture"),
-    (["--prompt", "a", "{text}"], "is no picture"),
+    (["--prompt", "a", "{text}"], "is not a picture"),
     (["{0}"], "--prompt (none): is required"),
-    (["--prompt", "a"], "give pictures or a table"),
-    (["--prompt", "a", "--table", "{csv}", "{0}"], "give pictures or a table"),
+    (["--prompt", "a"], "give either pictures or a table"),
+    (["--prompt", "a", "--table", "{csv}", "{0}"], "give either pictures or a table"),
     (["--prompt", "a", "--timestep", "1000", "{0}"], "--timestep 1000"),
     (["--prompt", "a", "--timestep", "-1", "{0}"], "--timestep -1"),
     (["--prompt", "a", "--draws", "0", "{0}"], "--draws 0"),
     (["--prompt", "a", "--batch-size", "0", "{0}"], "--batch-size 0"),
     (["--prompt", "a", "--seed", "-1", "{0}"], "--seed -1"),
     (["--table", "{csv}"], "--out (none): is required"),
-    (["--table", "{csv}", "--out", "{csv}"], "exists already"),
-    (["--table", "{csv}", "--out", "{dir}/o.xls"], "unknown kind '.xls'"),
+    (["--table", "{csv}", "--out", "{csv}"], "already exists"),
+    (["--table", "{csv}", "--out", "{dir}/o.xls"], "unknown file type '.xls'"),
     (["--table", "{csv}", "--out", "{0}/o.csv"], "cannot be written"),
     (["--table", "{dir}/none.csv", "--out", "{dir}/o.csv"], "no such file"),
-    (["--table", "{text}", "--out", "{dir}/o.csv"], "unknown kind"),
+    (["--table", "{text}", "--out", "{dir}/o.csv"], "unknown file type"),
     (["--table", "{csv}", "--out", "{dir}/o.csv", "--prompt-key", "p"], "no column 'p'"),
     (["--table", "{csv}", "--out", "{dir}/o.csv", "--image-key", "p"], "no column 'p'"),
     (["--table", "{csv}", "--out", "{dir}/o.csv", "--score-key", "prompt"], "--score-key prompt"),
     (["--table", "{lost}", "--out", "{dir}/o.csv"], "row 1: no such picture"),
-    (["--table", "{corrupt}", "--out", "{dir}/o.csv"], "row 1 is no picture"),
-    (["--table", "{cut}", "--out", "{dir}/o.csv"], "row 1 does not decode"),
-    (["--table", "{ragged}", "--out", "{dir}/o.csv"], "line 3 has another number of fields"),
+    (["--table", "{corrupt}", "--out", "{dir}/o.csv"], "row 1 is not a picture"),
+    (["--table", "{cut}", "--out", "{dir}/o.csv"], "row 1 cannot be decoded"),
+    (["--table", "{ragged}", "--out", "{dir}/o.csv"], "line 3 has a different number of fields"),
     (["--table", "{null}", "--out", "{dir}/o.csv"], "row 0: the prompt is None"),
     (["--table", "{json}", "--out", "{dir}/o.csv"], "cannot be read"),
-    (["--table", "{list}", "--out", "{dir}/o.csv"], "line 2 is no object"),
+    (["--table", "{list}", "--out", "{dir}/o.csv"], "line 2 is not an object"),
     (["--table", "{fake}", "--out", "{dir}/o.csv"], "cannot be read"),
     (["--table", "{empty}", "--out", "{dir}/o.csv"], "holds no row"),
 ]

@@ -105,13 +105,13 @@ def test_pictures_that_do_not_decode_and_pairs_not_judged_have_no_gaps(config: S
     made = score_table.make(replace(config, pairs=str(path)))
     assert [row["aesthetic_gap"] for row in rows(made)] == ["nan", "2.55", "nan"]
     assert mpcf.mpcf(made, 3)[0].tolist() == []
-    with pytest.raises(InputError, match="pictures of 1 pairs do not decode, the first: rows 0"):
+    with pytest.raises(InputError, match="pictures of 1 pairs cannot be decoded, the first: rows 0"):
         score_table.make(replace(config, pairs=str(path), out=config.out + "2", max_corrupt=0))
 
 
 @pytest.mark.parametrize("changes, flag, message", [
-    ({"aesthetic": ""}, "--aesthetic", "is no module:function"),
-    ({"aesthetic": "json"}, "--aesthetic", "is no module:function"),
+    ({"aesthetic": ""}, "--aesthetic", "is not module:function"),
+    ({"aesthetic": "json"}, "--aesthetic", "is not module:function"),
     ({"clipscore": "no_such_module:f"}, "--clipscore", "cannot be imported"),
     ({"clipscore": "my_scorers:f"}, "--clipscore", "cannot be imported"),
     ({"vqascore": "my_scorers:seven"}, "--vqascore", "is int, not a function"),

@@ -283,9 +283,9 @@ def test_a_directory_with_something_else_is_refused(settings, tmp_path):
      "'paged_adamw8bit', 'adafactor'); For full helptext, run python -m lpo_fast.train lpo --help"),
     (["lpo", "--rank", "x"], "Error parsing --rank: invalid literal for int() with base 10: 'x'; Argument helptext:"),
     (["lop"], "Unrecognized options: lop; Available subcommands: demo, lrm, lpo; "),
-    (["--config", f"{Path(__file__).parent}/official/configs/sd15.py", "--nosuch"], "--nosuch: is no option here; see "),
-    (["lrm", "--checkpointing", "full"], "--checkpointing: is no option here, but one of lpo; "),
-    (["lpo", "--batchsize", "3"], "--batchsize: is no option here; did you mean --batch-size?"),
+    (["--config", f"{Path(__file__).parent}/official/configs/sd15.py", "--nosuch"], "--nosuch: is not an option here; see "),
+    (["lrm", "--checkpointing", "full"], "--checkpointing: is not an option here, but of lpo; "),
+    (["lpo", "--batchsize", "3"], "--batchsize: is not an option here; did you mean --batch-size?"),
 ])
 def test_a_wrong_command_line_is_one_line(argv, said, capsys, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent / "official")
@@ -361,7 +361,7 @@ def test_demo_removes_nothing_but_a_demo(tmp_path, capsys):
     (tmp_path / "lpo").mkdir()
     (tmp_path / "lpo" / "two days of work").write_text("…")
     assert train.main(["demo", "--out", str(tmp_path)]) == 2
-    assert "is no earlier demo" in capsys.readouterr().err and (tmp_path / "lpo" / "two days of work").is_file()
+    assert "is not an earlier demo" in capsys.readouterr().err and (tmp_path / "lpo" / "two days of work").is_file()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

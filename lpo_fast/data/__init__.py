@@ -1,0 +1,1 @@
+"""Data: preference pairs, prompts, pictures, score tables, and the latent cache."""

@@ -1,4 +1,4 @@
-"""The multi-preference consistent filter and its score table."""
+"""Apply the multi-preference consistent filter (MPCF), and read its score tables."""
 
 import csv
 from pathlib import Path
@@ -10,7 +10,10 @@ from lpo_fast.errors import InputError
 
 
 class Scores(NamedTuple):
-    """A score table of P rows: different_flag (1 win–lose, 0 tie) and the three gaps, fp64 [P]; keys: 2 × [P], or None."""
+    """Hold a score table of P rows.
+
+    different: fp64 [P], 1 win–lose, 0 tie. aesthetic, clip, vqa: the gaps, fp64 [P]. keys: 2 × [P], or None.
+    """
 
     path: str
     different: np.ndarray
@@ -19,12 +22,16 @@ class Scores(NamedTuple):
     vqa: np.ndarray
     keys: tuple[list[str], list[str]] | None
 
+
 GAPS = ("different_flag", "aesthetic_gap", "clipscore_gap", "vqascore_gap")
 KEYS = ("image_0_uid", "image_1_uid")
 
 
 def read_scores(path: str) -> Scores:
-    """A score table (.csv); a gap is the preferred picture's score less the other's, of a tie the absolute difference."""
+    """Read a score table (.csv). Raises InputError, which names the line.
+
+    A gap is the preferred picture's score minus the other's; for a tie, the absolute difference.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
             table = csv.DictReader(f)
@@ -35,8 +42,8 @@ def read_scores(path: str) -> Scores:
                 try:
                     rows.append([float(row[n]) for n in GAPS])
                 except (ValueError, TypeError) as error:
-                    raise InputError(path, f"line {table.line_num}: a value is no number ({error})", "mend the table",
-                                     "--scores") from error
+                    raise InputError(path, f"line {table.line_num}: a value is not a number ({error})",
+                                     "fix the table", "--scores") from error
                 for column, name in zip(keys, KEYS if keyed else (), strict=False):
                     column.append(str(row[name]))
     except (OSError, csv.Error, UnicodeDecodeError) as error:
@@ -45,11 +52,12 @@ def read_scores(path: str) -> Scores:
 
 
 def kept(scores: Scores, strategy: int) -> np.ndarray:
-    """bool [P]: what the multi-preference consistent filter keeps; strategy 0 keeps all.
+    """Return which rows the multi-preference consistent filter keeps, bool [P]; strategy 0 keeps all.
 
-    Win–lose rows whose gaps all favour the preferred picture, the aesthetic one down to 0, −0.5 or −1 by strategy; tie
-    rows whose gaps are all below 0.2 (aesthetic), 0.03 (CLIP score) and 0.07 (VQA score). As in the official code the
-    sign is not dropped: a table should hold absolute gaps for ties (``lpo_fast.score_table`` writes them).
+    It keeps win–lose rows whose gaps all favor the preferred picture, where the aesthetic gap may go down to
+    0, −0.5 or −1, depending on the strategy, and tie rows whose gaps are all below 0.2 (aesthetic), 0.03
+    (CLIP score) and 0.07 (VQA score). As in the official code the sign is kept: for ties a table should hold
+    absolute gaps (``lpo_fast.score_table`` writes them).
     """
     _, different, aesthetic, clip, vqa, _ = scores
     if strategy == 0:
@@ -60,6 +68,6 @@ def kept(scores: Scores, strategy: int) -> np.ndarray:
 
 
 def mpcf(path: Path, strategy: int) -> tuple[np.ndarray, int]:
-    """Row numbers of a score table that the filter keeps, ascending, and how many rows there are."""
+    """Return the row numbers of a score table that the filter keeps, ascending, and the number of rows."""
     keep = kept(read_scores(str(path)), strategy)
     return np.flatnonzero(keep), len(keep)

@@ -1,4 +1,6 @@
-"""Preference pairs for the LRM: which of them are used, and their pictures, which are read one by one and never held."""
+"""Preference pairs for LRM training: which pairs a run uses. Their pictures are read one at a time, never all
+at once.
+"""
 
 import itertools
 from collections import Counter, defaultdict
@@ -21,11 +23,12 @@ OPTIONAL = ("label_0", "label_1", "are_different", "has_label", "num_example_per
 
 @dataclass(frozen=True)
 class PairTable:
-    """N rows of a table of pairs, and the M pairs of a run made of them.
+    """Hold N rows of a table of pairs, and the M pairs that a run makes of them.
 
-    captions: [N]. labels: fp32 [N, 2], 1/0 or ½/½ for a tie; 0/0 if not judged. counts: int64 [N], pairs of the prompt.
-    different, judged: bool [N]. uids: keys of the pictures, 2 × [N], or None. rows: int64 [M], the row of each pair.
-    pictures: int64 [M, 2, 2], row and side of each of its pictures. compare: bool [M], one picture at two timesteps.
+    captions: [N]. labels: fp32 [N, 2], 1/0, or ½/½ for a tie, or 0/0 if not judged. counts: int64 [N], number
+    of pairs of the prompt. different, judged: bool [N]. uids: keys of the pictures, 2 × [N], or None. rows:
+    int64 [M], the row of each pair. pictures: int64 [M, 2, 2], row and side of each of its pictures. compare:
+    bool [M], the pair is one picture at two timesteps.
     """
 
     source: Source
@@ -44,12 +47,16 @@ class PairTable:
         return len(self.rows)
 
     def key(self, i: int) -> int:
-        """What keys the noise of a run's pair: its row, and another number if it is one picture at two timesteps."""
+        """Return the key of pair i's noise: its row, or another number if the pair is one picture at two
+        timesteps.
+        """
         return int(self.rows[i]) + len(self.captions) * bool(self.compare[i])
 
 
 def read(path: str, flag: str = "--pairs", columns: Columns | None = None, split: str = "", cache_dir: str = "") -> PairTable:
-    """All pairs of a table, captions and labels checked; no picture is read. Raises InputError naming flag and row."""
+    """Read all pairs of a table and check captions and labels; no picture is read. Raises InputError, which
+    names flag and row.
+    """
     columns = columns or Columns()
     source = open_source(path, flag, split, cache_dir)
     names, values = vars(columns), {}
@@ -77,7 +84,7 @@ def read(path: str, flag: str = "--pairs", columns: Columns | None = None, split
 
 
 def _numbers(values: list) -> np.ndarray:
-    """fp32 [N]. Raises TypeError or ValueError for what are no numbers."""
+    """Return fp32 [N]. Raises TypeError or ValueError for anything that is not a number."""
     numbers = np.array(values, np.float32)
     if numbers.ndim != 1:
         raise ValueError("it is a list")
@@ -85,11 +92,15 @@ def _numbers(values: list) -> np.ndarray:
 
 
 def _labels(values: dict[str, list], judged: np.ndarray, path: str, flag: str) -> np.ndarray:
-    """fp32 [N, 2] of the label columns; one that is not used follows from the other, both: the first picture won."""
+    """Return the label columns, fp32 [N, 2].
+
+    If only one column is used, the other follows from it; if none is, the first picture has won.
+    """
     try:
         given = {side: _numbers(values[f"label_{side}"]) for side in (0, 1) if f"label_{side}" in values}
     except (TypeError, ValueError) as error:
-        raise InputError(path, f"a label is no number ({error})", "use 1/0, 0/1 or 0.5/0.5", flag) from error
+        raise InputError(path, f"a label is not a number ({error})", "use 1/0, 0/1 or 0.5/0.5",
+                         flag) from error
     first = given.get(0, 1 - given.get(1, np.zeros(len(judged), np.float32)))
     labels = np.stack([first, given.get(1, 1 - first)], 1)
     good = np.isin(labels, (0.0, 0.5, 1.0)).all(1) & (labels.sum(1) == 1)
@@ -101,23 +112,27 @@ def _labels(values: dict[str, list], judged: np.ndarray, path: str, flag: str) -
 
 
 def _counts(values: dict[str, list], captions: list[str], path: str, flag: str) -> np.ndarray:
-    """int64 [N]: pairs of each row's prompt, from the table or counted."""
+    """Return the number of pairs of each row's prompt, int64 [N], from the table or counted."""
     if "num_example_per_prompt" not in values:
         counted = Counter(captions)
         return np.array([counted[caption] for caption in captions], np.int64)
     try:
         counts = _numbers(values["num_example_per_prompt"])
     except (TypeError, ValueError) as error:
-        raise InputError(path, f"a number of pairs of a prompt is no number ({error})", "mend it, or drop the column with "
-                         "--columns.num-example-per-prompt ''", flag) from error
+        raise InputError(path, f"num_example_per_prompt is not a number ({error})",
+                         "fix it, or drop the column with --columns.num-example-per-prompt ''",
+                         flag) from error
     if not (good := (counts >= 1) & (counts < 2**31)).all():
-        raise InputError(path, f"row {int((~good).argmax())}: num_example_per_prompt is below 1 or huge", "mend it, or drop "
-                         "the column with --columns.num-example-per-prompt ''", flag)
+        raise InputError(path, f"row {int((~good).argmax())}: num_example_per_prompt is below 1 or too large",
+                         "fix it, or drop the column with --columns.num-example-per-prompt ''", flag)
     return counts.astype(np.int64)
 
 
 def choose(pairs: PairTable, config: PairChoice, scores: Scores | None = None, training: bool = True) -> PairTable:
-    """The pairs that a run uses, by its options and (in training) the score table. Raises InputError if none is left."""
+    """Return the pairs that a run uses, selected by its options and (in training) the score table.
+
+    Raises InputError if none is left.
+    """
     keep = np.ones(len(pairs), bool)
     if config.keep_only_different:
         keep &= pairs.different
@@ -132,13 +147,13 @@ def choose(pairs: PairTable, config: PairChoice, scores: Scores | None = None, t
     if training and config.only_on_best:
         keep, pictures = best_of_chains(pairs, keep & pairs.judged)
     if not keep.any():
-        raise InputError(pairs.source.path, "no pair is left to use", "use less strict options (--keep-only-…)",
+        raise InputError(pairs.source.path, "no pairs are left", "use less strict options (--keep-only-…)",
                          pairs.source.flag)
     if training and scores is not None:
         filtered = mpcf.kept(scores, config.filter_strategy)[match(scores, pairs)]
         if not (keep & filtered).any():
             raise InputError(scores.path, f"the filter keeps none of its {len(scores.different)} rows",
-                             "use a laxer --filter-strategy", "--scores")
+                             "use a less strict --filter-strategy", "--scores")
         keep &= filtered
     rows = np.flatnonzero(keep)
     compare = np.zeros(len(rows), bool)
@@ -152,44 +167,48 @@ def choose(pairs: PairTable, config: PairChoice, scores: Scores | None = None, t
 
 
 def best_of_chains(pairs: PairTable, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to keep [N] and their pictures [N, 2, 2]: the preferred one replaced by the last of its chain of preferences.
+    """Return the rows to keep [N] and their pictures [N, 2, 2], with each winner replaced by the end of its
+    chain of preferences.
 
-    A picture that lost against A, which lost against B, …, is compared with the end of that chain. As in the official
-    code a picture's last defeat counts (those as second picture before those as first), and the rows of pictures whose
-    chain is a circle are left out. Ties keep their pictures.
+    A picture that lost to A, which lost to B, …, is compared with the end of that chain. As in the official
+    code, a picture's last defeat counts (those as second picture before those as first), and rows are dropped
+    if the chain of one of their pictures is a cycle. Ties keep their pictures.
     """
     if pairs.uids is None:
-        raise InputError(pairs.source.path, "has no keys of pictures, which only_on_best follows", "name their columns with "
-                         "--columns.image-0-uid and --columns.image-1-uid", "--only-on-best")
+        raise InputError(pairs.source.path, "has no picture keys, which --only-on-best needs",
+                         "name their columns with --columns.image-0-uid and --columns.image-1-uid",
+                         "--only-on-best")
     rows = np.flatnonzero(keep)
     better: dict = {}
     for winner in (1, 0):  # defeats as second picture replace those as first
         better |= {pairs.uids[1 - winner][row]: pairs.uids[winner][row] for row in rows if pairs.labels[row, winner] == 1}
-    circular = set()
+    cyclic = set()
     for loser in list(better):
         seen, best = {loser}, better[loser]
         while best in better:
             if best in seen:
-                circular.add(loser)
+                cyclic.add(loser)
                 break
             seen.add(best)
             best = better[best]
         better[loser] = best
-    place = {pairs.uids[side][row]: (row, side) for side in (1, 0) for row in rows[::-1]}
+    position = {pairs.uids[side][row]: (row, side) for side in (1, 0) for row in rows[::-1]}
     keep, pictures = keep.copy(), pairs.pictures.copy()
     for row in rows:
-        if pairs.uids[0][row] in circular or pairs.uids[1][row] in circular:
+        if pairs.uids[0][row] in cyclic or pairs.uids[1][row] in cyclic:
             keep[row] = False
         elif pairs.labels[row, 0] != pairs.labels[row, 1]:
             winner = int(pairs.labels[row].argmax())
-            pictures[row, winner] = place[better[pairs.uids[1 - winner][row]]]
+            pictures[row, winner] = position[better[pairs.uids[1 - winner][row]]]
     return keep, pictures
 
 
 def match(scores: Scores, pairs: PairTable) -> np.ndarray:
-    """int64 [N]: the table's row of each pair, by the pictures' keys in either order if both have them, else by position.
+    """Return the score table's row of each pair, int64 [N].
 
-    Pairs of equal keys take the table's rows of these keys in turn. Raises InputError if the table cannot be theirs.
+    Rows are matched by the pictures' keys, in either order, if both tables have them, else by position. Pairs
+    with equal keys take the rows of these keys in turn. Raises InputError if the score table does not belong
+    to these pairs.
     """
     count = len(pairs.captions)
     if scores.keys is not None and pairs.uids is not None:
@@ -203,8 +222,10 @@ def match(scores: Scores, pairs: PairTable) -> np.ndarray:
                 place[row] = found[key][turn[key]]
             turn[key] += 1
         if (place < 0).any():
-            raise InputError(scores.path, f"has no row for {int((place < 0).sum())} of the {count} pairs, the first of them "
-                             f"row {int((place < 0).argmax())} (from 0)", "use the table made from these pairs", "--scores")
+            raise InputError(scores.path,
+                             f"has no row for {int((place < 0).sum())} of the {count} pairs, the first of them "
+                             f"row {int((place < 0).argmax())} (counting from 0)",
+                             "use the table made from these pairs", "--scores")
     elif len(scores.different) != count:
         raise InputError(scores.path, f"has {len(scores.different)} rows, {pairs.source.path} {count} pairs",
                          "use the table made from these pairs", "--scores")
@@ -213,7 +234,8 @@ def match(scores: Scores, pairs: PairTable) -> np.ndarray:
     won = pairs.labels[:, 0] != pairs.labels[:, 1]
     wrong = np.flatnonzero(pairs.judged & (won != (scores.different[place] == 1)))
     if len(wrong):
-        raise InputError(scores.path, f"different_flag is not what the labels say in {len(wrong)} of {count} pairs, the first: "
-                         f"rows {', '.join(map(str, wrong[:5]))} (from 0)", "use the table made from these pairs, in their "
-                         "order", "--scores")
+        raise InputError(scores.path,
+                         f"different_flag contradicts the labels in {len(wrong)} of {count} pairs, the first: "
+                         f"rows {', '.join(map(str, wrong[:5]))} (counting from 0)",
+                         "use the table made from these pairs, in the same order", "--scores")
     return place

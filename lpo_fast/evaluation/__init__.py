@@ -1,0 +1,1 @@
+"""Score pictures and compare two models."""

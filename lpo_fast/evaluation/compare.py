@@ -1,4 +1,6 @@
-"""Two models compared by the scores of their pictures: intervals, win rates, a table and a page of pictures side by side."""
+"""Compare two models by the scores of their pictures: intervals, win rates, a table, and an HTML page of
+picture pairs.
+"""
 
 import base64
 import io
@@ -17,7 +19,9 @@ SIDES = ("base", "tuned")
 
 
 def bootstrap(values: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Mean of independent values [P] and its 95 % percentile bootstrap interval, which is NaN for fewer than two values."""
+    """Return the mean of independent values [P] and its 95 % percentile bootstrap interval (NaN for fewer
+    than two values).
+    """
     low = high = math.nan
     if len(values) > 1:
         generator = np.random.default_rng(seed)
@@ -27,10 +31,11 @@ def bootstrap(values: np.ndarray, seed: int = 0) -> dict[str, float]:
 
 
 def summary(scores: dict[str, np.ndarray]) -> dict[str, dict]:
-    """Of scores [P, k] of k pictures of each of P prompts by side: means, their difference and the win rate, with intervals.
+    """Return, with 95 % intervals, the mean score of each side, their difference and the win rate.
 
-    What is resampled is prompts, not pictures, which are alike within a prompt. Win rate: share of pairs that tuned wins,
-    a tie is half; its interval is Wilson's over P.
+    scores: [P, k] by side, of k pictures for each of P prompts. Prompts are resampled, not pictures, because
+    the pictures of one prompt are alike. Win rate: share of pairs that the tuned model wins, where a tie
+    counts as half; its interval is Wilson's for P trials.
     """
     result: dict[str, dict] = {side: bootstrap(values.mean(1)) for side, values in scores.items()}
     if len(scores) == 2:
@@ -42,7 +47,7 @@ def summary(scores: dict[str, np.ndarray]) -> dict[str, dict]:
 
 
 def table(result: dict[str, dict]) -> str:
-    """Markdown: a line a scorer, brackets hold 95 % intervals."""
+    """Return a Markdown table with one line per scorer; brackets hold 95 % intervals."""
     columns = list(next(iter(result.values())))
     lines = [f"| scorer | {' | '.join(columns).replace('_', ' ')} |", "|---" * (len(columns) + 1) + "|"]
     for name, entry in result.items():
@@ -57,7 +62,9 @@ def _cell(value: dict[str, float], column: str) -> str:
 
 
 def page(rows: list[dict], result: dict[str, dict], out: Path, note: str) -> Path:
-    """page.html: the table, and the first pairs of pictures with prompts and scores; loads nothing from outside."""
+    """Write page.html with the table and the first picture pairs, their prompts and scores; it loads nothing
+    from outside.
+    """
     cards = []
     for row in rows[:SHOWN]:
         pair = "".join(f"<span>{_embedded(out / row[side], side)}{side}{_scores(row, result, side)}</span>"
@@ -67,7 +74,7 @@ def page(rows: list[dict], result: dict[str, dict], out: Path, note: str) -> Pat
     cells = [[f"<td>{escape(cell.strip())}</td>" for cell in line.strip("|").split("|")] for line in lines[:1] + lines[2:]]
     numbers = "".join(f"<tr>{''.join(line)}</tr>" for line in cells)
     body = (f'<h1>Base and tuned</h1><p class="muted">{escape(note)}</p><table>{numbers}</table><h2>Pictures</h2>'
-            f'<p class="muted">{len(cards)} of {len(rows)} pairs, in order, same noise.</p>'
+            f'<p class="muted">The first {len(cards)} of {len(rows)} pairs, drawn with the same noise.</p>'
             f'<div class="pictures">{"".join(cards)}</div>')
     (file := out / "page.html").write_text(PAGE.substitute(title="evaluation", body=body), "utf-8", "replace")
     return file
@@ -78,7 +85,7 @@ def _scores(row: dict, result: dict[str, dict], side: str) -> str:
 
 
 def _embedded(file: Path, alt: str) -> str:
-    """An <img> that holds the picture, large ones made smaller."""
+    """Return an <img> with the picture embedded; large pictures are scaled down."""
     image = Image.open(file, formats=("PNG",)).convert("RGB")
     image.thumbnail((EMBED, EMBED))
     small = image.width <= SMALL

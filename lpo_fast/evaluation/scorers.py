@@ -1,15 +1,17 @@
-"""Scorers of pictures: any function (pictures, prompts) → numbers, named ``module:function``, and five that are ready.
+"""Score pictures: with any function (pictures, prompts) → numbers, named ``module:function``, or a built-in
+scorer.
 
-| name        | what                                                             | weights                              |
+| name        | score                                                            | weights                   |
 |---|---|---|
-| pickscore   | exp(logit_scale) · cos(picture, prompt) of PickScore v1          | hub, see HUB                         |
-| clipscore   | cos(picture, prompt) of CLIP ViT-L/14                            | hub                                  |
-| aesthetic   | LAION's linear head (sac+logos+ava1) on CLIP ViT-L/14; no prompt | hub; or the .pth file by a variable  |
-| hpsv2       | HPSv2.1                                                          | package hpsv2, which fetches its own |
-| imagereward | ImageReward v1.0                                                 | package image-reward, likewise       |
+| pickscore   | exp(logit_scale) · cos(picture, prompt) of PickScore v1          | hub, see HUB              |
+| clipscore   | cos(picture, prompt) of CLIP ViT-L/14                            | hub                       |
+| aesthetic   | LAION's linear head (sac+logos+ava1) on CLIP ViT-L/14; no prompt | hub, or a .pth file       |
+| hpsv2       | HPSv2.1                                                          | from package hpsv2        |
+| imagereward | ImageReward v1.0                                                 | from package image-reward |
 
-Nothing is downloaded here: what is not on the machine is refused with the command that brings it. The variable
-LPO_FAST_{NAME}_{PART}, for instance LPO_FAST_AESTHETIC_HEAD, names a directory or file to use instead of the hub's.
+Weights on the hub are not downloaded here: a scorer whose weights are not on this machine is refused with the
+command that downloads them. The variable LPO_FAST_{NAME}_{PART}, for instance LPO_FAST_AESTHETIC_HEAD, names
+a directory or file to use instead of the hub's.
 """
 
 import importlib
@@ -37,18 +39,20 @@ HUB = {
     "clipscore": {"model": CLIP_L, "processor": CLIP_L},
     "aesthetic": {"model": CLIP_L, "processor": CLIP_L, "head": "trl-lib/ddpo-aesthetic-predictor"},
 }
-PACKAGES = {"hpsv2": ("hpsv2", "hpsv2"), "imagereward": ("ImageReward", "image-reward")}  # module, name in the package index
+PACKAGES = {"hpsv2": ("hpsv2", "hpsv2"), "imagereward": ("ImageReward", "image-reward")}  # module, package
 
 
 def resolve(spec: str) -> Score:
-    """The scorer of that name or ``module:function``. Raises InputError if it cannot be had; no weights are loaded yet."""
+    """Return the scorer of that name, or ``module:function``. Raises InputError if it is not available; loads
+    no weights.
+    """
     name = spec.removeprefix(f"{__name__}:")
     if name in HUB or name in PACKAGES:
         require(name)
         return globals()[name]
     module, _, function = spec.partition(":")
     if not module or not function:
-        raise InputError(spec, "is neither module:function nor a ready scorer",
+        raise InputError(spec, "is neither module:function nor a built-in scorer",
                          f"use module:function, or {', '.join([*HUB, *PACKAGES])}", "--scorer")
     try:
         found = getattr(importlib.import_module(module), function, None)
@@ -61,53 +65,57 @@ def resolve(spec: str) -> Score:
 
 
 def call(score: Score, name: str, pictures: list[Image], prompts: list[str]) -> list[float]:
-    """Its numbers. Raises InputError unless they are as many as the pictures, and finite."""
+    """Return the scorer's numbers. Raises InputError unless there is one finite number per picture."""
     values = torch.as_tensor(score(pictures, prompts), dtype=torch.float64).flatten()
     if len(values) != len(pictures) or not values.isfinite().all():
         problem = "a number that is not finite" if len(values) == len(pictures) else f"{len(values)} numbers"
-        raise InputError(name, f"gave {problem} for {len(pictures)} pictures", "return one finite number a picture", "--scorer")
+        raise InputError(name, f"gave {problem} for {len(pictures)} pictures",
+                         "return one finite number per picture", "--scorer")
     return values.tolist()
 
 
 def require(name: str) -> None:
-    """Refuse a ready scorer whose weights or package are not on this machine."""
+    """Raise InputError if the weights or the package of a built-in scorer are not on this machine."""
     for part in HUB.get(name, ()):
         located(name, part)
     if name in PACKAGES and importlib.util.find_spec(PACKAGES[name][0]) is None:
         package = PACKAGES[name][1]
-        raise InputError(name, f"the package {package} is not installed", f"pip install {package}", "--scorer")
+        raise InputError(name, f"the package {package} is not installed", f"pip install {package}",
+                         "--scorer")
 
 
 def located(name: str, part: str) -> Path:
-    """Where a part of a ready scorer lies: as its variable says, or in the hub's cache."""
+    """Return the path of a part of a built-in scorer: from its variable, or in the hub's cache."""
     repository, variable = HUB[name][part], f"LPO_FAST_{name}_{part}".upper()
     if own := os.environ.get(variable):
         if not Path(own).exists():
-            raise InputError(own, f"is named by {variable} and does not exist", "correct the variable", "--scorer")
+            raise InputError(own, f"is set in {variable} and does not exist", "correct the variable",
+                             "--scorer")
         return Path(own)
     try:
         return Path(snapshot_download(repository, local_files_only=True))
-    except (OSError, ValueError) as error:  # LocalEntryNotFoundError among them
+    except (OSError, ValueError) as error:  # e.g. LocalEntryNotFoundError
         raise InputError(name, f"{repository} is not on this machine",
-                         f"hf download {repository}, or name its directory in {variable}", "--scorer") from error
+                         f"run `hf download {repository}`, or name its directory in {variable}",
+                         "--scorer") from error
 
 
 @cache
 def clip(name: str) -> tuple[CLIPModel, CLIPProcessor]:
-    """A ready scorer's CLIP, fp32, loaded once."""
+    """Load a built-in scorer's CLIP in fp32, once."""
     folder = located(name, "model")
-    try:  # a pytorch_model.bin is read with weights_only
+    try:  # reads a pytorch_model.bin with weights_only
         model = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa")
         processor = CLIPProcessor.from_pretrained(located(name, "processor"), local_files_only=True)
     except Exception as error:  # transformers raises many kinds
-        raise InputError(str(folder), f"cannot be read safely as CLIP ({type(error).__name__})", "download it again",
-                         "--scorer") from error
+        raise InputError(str(folder), f"cannot be read safely as CLIP ({type(error).__name__})",
+                         "download it again", "--scorer") from error
     return model.requires_grad_(False).eval().to(devices.device()), processor
 
 
 @torch.no_grad()
 def cosines(name: str, pictures: list[Image], prompts: list[str]) -> Tensor:
-    """cos(picture, prompt), [N]."""
+    """Return cos(picture, prompt), [N]."""
     model, processor = clip(name)
     inputs = processor(text=prompts, images=pictures, padding=True, truncation=True, return_tensors="pt",
                        max_length=model.config.text_config.max_position_embeddings).to(model.device)
@@ -116,18 +124,22 @@ def cosines(name: str, pictures: list[Image], prompts: list[str]) -> Tensor:
 
 
 def pickscore(pictures: list[Image], prompts: list[str]) -> list[float]:
-    """PickScore (Kirstain et al., 2023)."""
+    """Return PickScore (Kirstain et al., 2023) of each picture."""
     return (clip("pickscore")[0].logit_scale.exp() * cosines("pickscore", pictures, prompts)).tolist()
 
 
 def clipscore(pictures: list[Image], prompts: list[str]) -> list[float]:
-    """CLIP's cosine; Hessel et al. (2021) multiply its positive part by 2.5."""
+    """Return CLIP's cosine of each picture; Hessel et al. (2021) multiply its positive part by 2.5."""
     return cosines("clipscore", pictures, prompts).tolist()
 
 
 @torch.no_grad()
 def aesthetic(pictures: list[Image], prompts: list[str]) -> list[float]:
-    """LAION's aesthetic predictor: linear layers (dropout between them at training) on CLIP's unit picture embedding."""
+    """Return the score of LAION's aesthetic predictor: linear layers on CLIP's picture embedding of unit
+    length.
+
+    The dropout between the layers acts in training only. The prompts are not used.
+    """
     model, processor = clip("aesthetic")
     pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(model.device)
     x = F.normalize(model.visual_projection(model.vision_model(pixels).pooler_output), dim=-1)
@@ -138,7 +150,8 @@ def aesthetic(pictures: list[Image], prompts: list[str]) -> list[float]:
 
 @cache
 def head() -> list[tuple[Tensor, Tensor]]:
-    """The layers of the aesthetic head, (weight, bias) each, from ``layers.{n}.weight`` and ``.bias``."""
+    """Load the layers of the aesthetic head, (weight, bias) each, from ``layers.{n}.weight`` and ``.bias``.
+    """
     path = located("aesthetic", "head")
     file = path if path.is_file() else next((f for kind in ("*.pth", "*.pt", "*.bin") for f in sorted(path.glob(kind))), path)
     state = reading.read_pickle(file, "--scorer")
@@ -146,12 +159,14 @@ def head() -> list[tuple[Tensor, Tensor]]:
         numbers = sorted(int(name.split(".")[1]) for name in state if name.endswith(".weight"))
         return [(state[f"layers.{n}.weight"].float(), state[f"layers.{n}.bias"].float()) for n in numbers]
     except (KeyError, ValueError, IndexError, AttributeError) as error:
-        raise InputError(str(file), f"is no aesthetic head ({error})", "use sac+logos+ava1-l14-linearMSE.pth",
-                         "--scorer") from error
+        raise InputError(str(file), f"is not an aesthetic head ({error})",
+                         "use sac+logos+ava1-l14-linearMSE.pth", "--scorer") from error
 
 
 def hpsv2(pictures: list[Image], prompts: list[str]) -> list[float]:
-    """HPSv2.1. The package reads its checkpoint at every call, so there is one call a prompt."""
+    """Return HPSv2.1 of each picture. The package loads its checkpoint in every call, so it is called once
+    per prompt.
+    """
     package, scores = importlib.import_module("hpsv2"), [0.0] * len(pictures)
     for prompt in dict.fromkeys(prompts):
         numbers = [i for i, other in enumerate(prompts) if other == prompt]
@@ -167,5 +182,5 @@ def _imagereward() -> object:
 
 
 def imagereward(pictures: list[Image], prompts: list[str]) -> list[float]:
-    """ImageReward (Xu et al., 2023)."""
+    """Return ImageReward (Xu et al., 2023) of each picture."""
     return [float(_imagereward().score(prompt, picture)) for picture, prompt in zip(pictures, prompts, strict=True)]

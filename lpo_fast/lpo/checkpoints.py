@@ -130,7 +130,7 @@ def require_disk_space(out: Path, unet: UNet2DConditionModel, config: LPO, an_ep
     kept, there = epochs // config.save_epochs, len(checkpoints(out))
     if config.keep_checkpoints:
         kept = min(kept, config.keep_checkpoints + 1)  # the new one is there before the oldest goes
-    size = (3 - len(states.states(out))) * state + max(kept - there, 0) * (weights + moments) + weights
+    size = (3 - len(states.saved_states(out))) * state + max(kept - there, 0) * (weights + moments) + weights
     writing.require_disk_space(out, size, "make room, limit --keep-checkpoints, or choose a directory on another disk")
 
 

@@ -110,7 +110,7 @@ def require_disk_space(out: Path, lrm: LatentRewardModel, config: LRM, validated
     if config.keep_checkpoints:
         times = min(times, config.keep_checkpoints + 1)  # the new one is there before the oldest goes
     there = len(list(out.glob(CHECKPOINT.format("*"))))
-    size = (3 - len(states.states(out))) * state + (max(times - there, 0) + 1) * whole
+    size = (3 - len(states.saved_states(out))) * state + (max(times - there, 0) + 1) * whole
     writing.require_disk_space(out, size, "make room, limit --keep-checkpoints, or choose a directory on another disk")
 
 

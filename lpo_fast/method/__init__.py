@@ -1,0 +1,1 @@
+"""The method itself, in plain PyTorch: losses, noise, schedule and selection."""

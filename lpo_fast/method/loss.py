@@ -1,6 +1,8 @@
-"""The two training objectives, in plain PyTorch: the definitions that everything faster is held to.
+"""Define the two training objectives in plain PyTorch; faster implementations are tested against these
+definitions.
 
-``step_dpo`` is the step-level DPO loss of LPO (arXiv 2502.01051, eq. 11), ``preference`` the reward model's loss (eq. 6).
+``step_dpo`` is the step-level DPO loss of LPO (arXiv 2502.01051, eq. 11), ``preference`` the reward model's
+loss (eq. 6).
 """
 
 import math
@@ -13,27 +15,32 @@ from torch import Tensor
 from lpo_fast.method import schedule
 from lpo_fast.method.schedule import SIGMA, Schedule
 
-HALF_LOG_2PI = 0.9189385175704956  # fp32, as in the official code: a constant of every log density
+HALF_LOG_2PI = 0.9189385175704956  # in fp32, as in the official code; a constant of every log density
 METRICS = ("train_loss", "train_ratio_win", "train_ratio_lose", "train_win_prob_policy", "train_win_prob_ref",
            "train_lose_prob_policy", "train_lose_prob_ref", "implicit_acc", "train_margin")  # the official names first
 
 
 def guide(null: Tensor, text: Tensor, scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance: null + scale·(text − null)."""
+    """Return null + scale·(text − null): classifier-free guidance."""
     return null + scale * (text - null)
 
 
 def log_density(sched: Schedule, x_p: Tensor, mean: Tensor, t: Tensor) -> Tensor:
-    """log p(x_p | x_t) of the sampler's Gaussian, averaged over C, H, W. x_p, mean: [B, C, H, W]; t: [B]. [B]."""
+    """Return log p(x_p | x_t) of the sampler's Gaussian, averaged over C, H, W: [B].
+
+    x_p, mean: [B, C, H, W]; t: int64 [B].
+    """
     sigma = sched.table[t, SIGMA]
-    square = (x_p - mean).square().flatten(1).mean(1)
-    return -square / (2 * sigma**2) - sigma.log() - HALF_LOG_2PI
+    square_error = (x_p - mean).square().flatten(1).mean(1)
+    return -square_error / (2 * sigma**2) - sigma.log() - HALF_LOG_2PI
 
 
 class StepDPO(NamedTuple):
-    """loss: []. The rest without gradient, [N] a pair; ratios are clamped, log densities are means over C, H, W.
+    """Hold the loss and the metrics of N pairs.
 
-    totals: [9], Σ_i weight_i · metric_i of METRICS, where *_prob_* are densities and the margin is r_w − r_l.
+    loss: []. The other fields have no gradient. totals: [9], Σ_i weight_i · metric_i for METRICS, where
+    *_prob_* are densities and the margin is r_w − r_l. The rest: [N], one value per pair; ratios are clamped,
+    log densities are means over C, H, W.
     """
 
     loss: Tensor
@@ -49,13 +56,15 @@ class StepDPO(NamedTuple):
 
 def step_dpo(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Tensor, policy: tuple[Tensor, Tensor],
              reference: tuple[Tensor, Tensor], *, guidance: float, beta: float, eps: float, weight: Tensor) -> StepDPO:
-    """Step-level DPO over N pairs that share x_t, t and the prompt.
+    """Return the step-level DPO loss and metrics of N pairs; both members of a pair share x_t, t and the
+    prompt.
 
         Δ = log p_policy(x_p|x_t) − log p_ref(x_p|x_t),   r = clamp(exp Δ, 1 − eps, 1 + eps)
         loss = Σ_i weight_i · −log sigmoid(beta (log r_w − log r_l))
 
-    x_t, winner, loser: [N, C, H, W]; t: [N] int64; policy, reference: (null, text) network outputs [N, C, H, W];
-    weight: [N], 0 for padding, summing to 1 over an optimizer step. Computed in the dtype of x_t (fp32 in training).
+    x_t, winner, loser: [N, C, H, W]; t: int64 [N]; policy, reference: (null, text) network outputs [N, C, H,
+    W]; weight: [N], 0 for padding, summing to 1 over an optimizer step. Computed in the dtype of x_t (fp32 in
+    training).
     """
     dtype = x_t.dtype
     mean_policy = schedule.mean(sched, x_t, guide(*(m.to(dtype) for m in policy), guidance), t)
@@ -63,7 +72,7 @@ def step_dpo(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Ten
     sigma = sched.table[t, SIGMA]
 
     def log_ratio(x_p: Tensor) -> Tensor:
-        # (x − mean_ref)² − (x − mean_policy)², factored: Δ is a small difference of two large numbers otherwise.
+        # (x − mean_ref)² − (x − mean_policy)², factored: else Δ is a small difference of two large numbers.
         product = (mean_policy - mean_ref) * (2 * x_p - mean_policy - mean_ref)
         return product.flatten(1).mean(1) / (2 * sigma**2)
 
@@ -81,13 +90,15 @@ def step_dpo(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Ten
 def preference(text: Tensor, image_0: Tensor, image_1: Tensor, logit_scale: Tensor, label_0: Tensor, label_1: Tensor,
                num_examples: Tensor, timesteps: Tensor, *, loss_type: str = "pair", batch_coeff: float = 1.0,
                aux_loss_coeff: float = 1.0) -> Tensor:
-    """Reward-model loss over B pairs. text, image_0, image_1: [B, P] of unit length; logit_scale: [], the scale itself.
+    """Return the reward model's loss over B pairs, [].
 
         pair_i = −(y0 log P0 + y1 log P1) + [y0 = y1]·log ½,  P = softmax(S_0, S_1)
         loss = Σ_i w_i a_i loss_i,  w_i ∝ 1/num_examples_i,  a_i = aux_loss_coeff where the two timesteps differ, else 1
 
-    label_0, label_1: [B] in {1/0, 0/1, ½/½}; num_examples: [B] pairs of that prompt; timesteps: [B, 2].
-    loss_type "batch" is the mean of the image and the text cross-entropies over the batch; "both" = pair + coeff·batch.
+    text, image_0, image_1: [B, P] of unit length; logit_scale: [], the scale itself (not its logarithm).
+    label_0, label_1: [B], each pair 1/0, 0/1 or ½/½. num_examples: [B], the number of pairs of the prompt.
+    timesteps: [B, 2]. loss_type: "pair"; "batch", the mean of the image and the text cross-entropies over the
+    batch; or "both", pair + batch_coeff·batch.
     """
     images = torch.cat([image_0, image_1])
     logits = logit_scale * text @ images.T  # [B, 2B]

@@ -1,0 +1,1 @@
+"""Networks: where models come from, their families, text features, LoRAs, and how they compute."""

@@ -1,4 +1,4 @@
-"""How a denoiser computes attention, and which activations it keeps."""
+"""Choose how a denoiser computes attention, and which activations it keeps for the backward pass."""
 
 import statistics
 import time
@@ -18,7 +18,7 @@ from lpo_fast.system import console
 
 
 def xformers_problem() -> str:
-    """Why xformers' attention cannot run on this device; "" if it can."""
+    """Return why xformers' attention cannot run on this device; "" if it can."""
     if find_spec("xformers") is None:
         return "is not installed"
     if not torch.cuda.is_available():
@@ -27,20 +27,24 @@ def xformers_problem() -> str:
         from xformers.ops import memory_efficient_attention
         q = torch.zeros(1, 8, 1, 64, dtype=torch.float16, device="cuda")
         memory_efficient_attention(q, q, q)
-    except Exception as error:  # built for another torch or GPU: the kinds are many
+    except Exception as error:  # built for another torch or GPU: it raises many kinds
         return f"does not run here ({str(error).splitlines()[0][:160]})"
     return ""
 
 
 def check_attention(choice: str) -> None:
-    """Raise InputError if xformers is asked for where it cannot run."""
+    """Raise InputError if xformers is requested where it cannot run."""
     if choice == "xformers" and (problem := xformers_problem()):
-        raise InputError(choice, problem, "use sdpa, which computes the same, or the xformers built for this torch",
+        raise InputError(choice, problem,
+                         "use sdpa, which computes the same, or install the xformers built for this torch",
                          "--attention")
 
 
 def attention(unet: nn.Module, choice: str) -> None:
-    """How a denoiser computes attention: "sdpa" (torch's own) or "xformers". Raises InputError where that cannot run."""
+    """Set how a denoiser computes attention: "sdpa" (torch's own) or "xformers".
+
+    Raises InputError where xformers cannot run.
+    """
     check_attention(choice)
     if choice == "xformers":
         unet.enable_xformers_memory_efficient_attention()
@@ -49,9 +53,10 @@ def attention(unet: nn.Module, choice: str) -> None:
 
 
 def faster_attention(run: Callable[[], Tensor], unet: nn.Module) -> str:
-    """The attention with which ``run``, an evaluation of ``unet`` at the run's own shapes, is faster; medians of 5 each.
+    """Return the attention with which ``run`` is faster; the decision is logged.
 
-    Where xformers does not run there is no choice: "sdpa". In both cases it is said.
+    run: an evaluation of ``unet`` at the shapes of the training run. The medians of 5 timings are compared.
+    Where xformers cannot run, the result is "sdpa".
     """
     if problem := xformers_problem():
         console.say(f"attention: sdpa; xformers {problem}")
@@ -69,23 +74,30 @@ def faster_attention(run: Callable[[], Tensor], unet: nn.Module) -> str:
         seconds[choice] = statistics.median(times[2:])
     best = min(seconds, key=seconds.get)
     measured = ", ".join(f"{s * 1e3:.1f} ms with {name}" for name, s in seconds.items())
-    console.say(f"attention: {best}; an evaluation takes {measured}")
+    console.say(f"attention: {best}; one evaluation takes {measured}")
     return best
 
 
 def checkpoint_policy(_, operation: torch._ops.OpOverload, *args, **kwargs) -> CheckpointPolicy:
-    """Of selective checkpointing: convolutions and attention take the most time for a byte of what they give."""
-    dear = any(word in str(operation) for word in ("convolution", "attention", "flash_fwd"))  # the last is xformers'
-    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+    """Save the outputs of convolutions and attention, which take the most time per byte to recompute;
+    recompute the rest.
+    """
+    # flash_fwd is the name of xformers' operation
+    expensive = any(word in str(operation) for word in ("convolution", "attention", "flash_fwd"))
+    return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def recomputed(how: str, block: Callable, *inputs) -> Tensor:
-    """A block whose activations are computed again in the backward pass: all ("full"), or all that is not ``kept``."""
+    """Run a block and recompute its activations in the backward pass.
+
+    how: "full" recomputes all of them; "selective" those that ``checkpoint_policy`` does not save.
+    """
     selective = {"context_fn": partial(create_selective_checkpoint_contexts, checkpoint_policy)} if how == "selective" else {}
     return activation_checkpoint(block, *inputs, use_reentrant=False, **selective)
 
 
 def checkpointing(unet: nn.Module, how: str) -> None:
-    """Which activations inside a denoiser's blocks are kept for the backward pass: --checkpointing."""
+    """Set activation checkpointing of a denoiser's blocks: "none", "selective" or "full" (--checkpointing).
+    """
     if how != "none":
         unet.enable_gradient_checkpointing(partial(recomputed, how))

@@ -1,7 +1,8 @@
-"""What differs between model families, as data: text conditioning, null rule, added conditions, pooled stages.
+"""Load and run denoisers (U-Nets): with text and size conditions, in full or only the down and mid blocks.
 
-SD1.5 and SD2.1 share a family (one CLIP text encoder, "" as the null text); SDXL has two encoders, pooled text and time
-ids, and zeros as the policy's null text. The family is read from the denoiser's config, never asked for.
+SD1.5 and SD2.1 share a family (one CLIP text encoder, "" as the null text); SDXL has two encoders, pooled
+text and time ids, and zeros as the policy's null text. The family is read from the denoiser's config, never
+set by the user.
 """
 
 from __future__ import annotations
@@ -19,24 +20,30 @@ from lpo_fast.models.texts import Text
 
 
 def time_ids(height: int, width: int) -> Tensor:
-    """SDXL's size conditions [1, 6]: original size, crop corner, target size, in pixels."""
+    """Return SDXL's size conditions [1, 6]: original size, crop corner, target size, in pixels."""
     return torch.tensor([[height, width, 0, 0, height, width]])
 
 
 def added_conditions(text: Text, sizes: Tensor | None) -> dict[str, Tensor] | None:
-    """The denoiser's added_cond_kwargs, or None for families without."""
+    """Return the denoiser's added_cond_kwargs, or None for families without size conditions."""
     return None if sizes is None else {"text_embeds": text.pooled, "time_ids": sizes.expand(len(text), -1)}
 
 
 def predict(unet: nn.Module, x_t: Tensor, t: Tensor, text: Text, sizes: Tensor | None = None) -> Tensor:
-    """Network outputs [2B, C, H, W], null pass first, for latents x_t [B, C, H, W] at t [B]."""
+    """Return the network outputs [2B, C, H, W], null branch first, for latents x_t [B, C, H, W] at timesteps
+    t [B].
+    """
     both = text.guided()
     return unet(torch.cat([x_t, x_t]), torch.cat([t, t]), both.context, return_dict=False,
                 added_cond_kwargs=added_conditions(both, sizes))[0]
 
 
 def down_mid(unet: nn.Module, x: Tensor, t: Tensor, text: Text, sizes: Tensor | None) -> tuple[list[Tensor], Tensor]:
-    """Run the down and mid blocks only. Each down block's last map before its down-sampler, and the mid map."""
+    """Run only the down and mid blocks; return each down block's last map before its down-sampler, and the
+    mid map.
+
+    x: [B, C, H, W]; t: int64 [B]; sizes: [1, 6] or None.
+    """
     emb = unet.time_embedding(unet.get_time_embed(sample=x, timestep=t))
     added = unet.get_aug_embed(emb=emb, encoder_hidden_states=text.context,
                                added_cond_kwargs=added_conditions(text, sizes))
@@ -50,7 +57,7 @@ def down_mid(unet: nn.Module, x: Tensor, t: Tensor, text: Text, sizes: Tensor | 
 
 
 def empty_down_mid(folder: Path) -> UNet2DConditionModel:
-    """A denoiser without its up blocks, on the meta device."""
+    """Return a denoiser without its up blocks, on the meta device."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
     unet.up_blocks, unet.conv_norm_out, unet.conv_out = nn.ModuleList(), None, None
@@ -58,9 +65,12 @@ def empty_down_mid(folder: Path) -> UNet2DConditionModel:
 
 
 def load_down_mid(folder: Path, state: dict[str, Tensor] | None = None) -> UNet2DConditionModel:
-    """A denoiser without its up blocks, whose weights are never read from disk. state: weights that go before its own."""
+    """Load a denoiser in fp32 without its up blocks, whose weights are never read from disk.
+
+    state: weights that take precedence over those in ``folder``. Raises InputError if weights are missing.
+    """
     unet = empty_down_mid(folder)
-    unet.register_to_config(_name_or_path=str(folder.absolute()))  # where ``up_blocks`` finds the rest
+    unet.register_to_config(_name_or_path=str(folder.absolute()))  # for ``up_blocks``
     wanted = set(unet.state_dict())
     found = {name: tensor for name, tensor in (state or {}).items() if name in wanted}
     for file in families.weight_files(folder):
@@ -68,13 +78,17 @@ def load_down_mid(folder: Path, state: dict[str, Tensor] | None = None) -> UNet2
             found |= {name: tensors.get_tensor(name) for name in tensors.keys() if name in wanted - found.keys()}
     if missing := wanted - found.keys():
         raise InputError(str(folder), f"lacks {len(missing)} weights, the first {min(missing)!r}",
-                         "point to a whole diffusers U-Net")
+                         "name a complete diffusers U-Net")
     unet.load_state_dict(found, assign=True)
     return unet.float()
 
 
 def up_blocks(unet: nn.Module) -> dict[str, Tensor]:
-    """What ``load_down_mid`` left on disk, fp32: whole denoisers are written with it. Empty if the files are gone."""
+    """Load the weights that ``load_down_mid`` left on disk, in fp32, so that the complete denoiser can be
+    written.
+
+    Empty if the files no longer exist.
+    """
     kept, rest = set(unet.state_dict()), {}
     for file in families.weight_files(Path(unet.config._name_or_path)):
         with safe_open(file, "pt") as tensors:
@@ -83,13 +97,15 @@ def up_blocks(unet: nn.Module) -> dict[str, Tensor]:
 
 
 def load_unet(path: Path, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    """The denoiser below ``path``."""
+    """Load the denoiser below ``path``."""
     folder = path / "unet"
     return UNet2DConditionModel.from_pretrained(folder, variant=families.variant(folder), torch_dtype=dtype, use_safetensors=True)
 
 
 def size_conditions(base: Path, family: families.Family, unet: nn.Module, resolution: int = 0) -> Tensor | None:
-    """Time ids [1, 6] for a resolution in pixels (0: the denoiser's own), or None for families without."""
+    """Return the time ids [1, 6] for a resolution in pixels (0: the denoiser's own), or None for families
+    without them.
+    """
     if not family.time_ids:
         return None
     pixels = vaes.pixels(base, unet.config, resolution)

@@ -1,4 +1,4 @@
-"""What differs between model families, as data; which files of a model's folder hold its weights."""
+"""Describe the differences between model families as data, and find the weight files of a model folder."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 @dataclass(frozen=True)
 class Family:
-    """encoders: (subfolder, class) of each text encoder; its tokenizer lies in the subfolder of the same suffix.
+    """Describe a model family.
 
-    penultimate: the context is the hidden state before the last layer, else the final output. zero_null: the policy's
-    null text is zeros, not the encoding of "" (a reward model always encodes ""). time_ids: the denoiser is also given
-    pooled text and sizes; the pooled text is then a projection already and LRMs need no text projection of their own.
+    encoders: (subfolder, class) of each text encoder; its tokenizer is in the subfolder with the same suffix.
+    penultimate: the context is the hidden state before the last layer, else the final output. zero_null: the
+    policy's null text is zeros, not the encoding of "" (a reward model always encodes ""). time_ids: the
+    denoiser also takes pooled text and sizes; its pooled text is already a projection, so LRMs of the family
+    have no text projection of their own.
     """
 
     name: str
@@ -26,8 +28,9 @@ class Family:
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
-        """Subfolders of the tokenizers, in the order of the encoders."""
+        """Return the subfolders of the tokenizers, in the order of the encoders."""
         return tuple(name.replace("text_encoder", "tokenizer") for name, _ in self.encoders)
+
 
 SD = Family("sd", (("text_encoder", CLIPTextModel),))
 SDXL = Family("sdxl", (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)),
@@ -35,21 +38,25 @@ SDXL = Family("sdxl", (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPT
 
 
 def family_of(unet_config: dict) -> Family:
-    """The family of a denoiser, from its config."""
+    """Return the family of a denoiser, given its config."""
     return SDXL if unet_config.get("addition_embed_type") == "text_time" else SD
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: all shards, of variants (.fp16, .non_ema) only if there is nothing else."""
+    """Return the safetensors files of a model folder: all shards; variants (.fp16) only if there are no
+    others.
+    """
     files = sorted(folder.glob("*.safetensors"))
     return [file for file in files if "." not in file.stem] or [file for file in files if ".fp16" in file.stem]
 
 
 def variant(folder: Path) -> str | None:
-    """The variant that ``from_pretrained`` has to be asked for: None where full precision lies there."""
+    """Return the variant that ``from_pretrained`` must load: "fp16", or None where the folder has full
+    precision.
+    """
     return "fp16" if any(".fp16" in file.stem for file in weight_files(folder)) else None
 
 
 def part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The tensors of a submodule, without its name in front."""
+    """Return the tensors of a submodule, with its name removed from their names."""
     return {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}

@@ -1,7 +1,8 @@
-"""Module surgery: a denoiser whose GroupNorms take the time embedding's bias and the SiLU around them along (group_norm_silu).
+"""Replace a denoiser's GroupNorms with fused ones, which also apply the time embedding's bias and SiLU
+(group_norm_silu).
 
-Classes of modules are swapped in place. Parameters, their names and their files stay as they are, so LoRA, checkpoints and
-copies work as before.
+The classes of modules are changed in place. Parameters, their names and the file format stay the same, so
+LoRA, checkpoints and copies work as before.
 """
 
 import torch
@@ -18,26 +19,26 @@ def _fused(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, silu: boo
 
 
 class FusedNorm(nn.GroupNorm):
-    """GroupNorm alone, as before a transformer."""
+    """GroupNorm without SiLU, as before a transformer."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W]."""
+        """Return the normalized x, [B, C, H, W]."""
         return _fused(self, x, silu=False)
 
 
 class FusedNormSiLU(nn.GroupNorm):
-    """GroupNorm and SiLU, as before the last convolution."""
+    """GroupNorm followed by SiLU, as before the last convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W]."""
+        """Return SiLU of the normalized x, [B, C, H, W]."""
         return _fused(self, x)
 
 
 class FusedResnetBlock(ResnetBlock2D):
-    """x + conv2(SiLU(norm2(conv1(SiLU(norm1(x))) + proj(SiLU(temb)))))."""
+    """A ResNet block with fused norms: x + conv2(SiLU(norm2(conv1(SiLU(norm1(x))) + proj(SiLU(temb)))))."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *_, **__) -> Tensor:
-        """input_tensor: [B, C, H, W]; temb: [B, E] or None."""
+        """Return the block's output [B, C', H, W]. input_tensor: [B, C, H, W]; temb: [B, E] or None."""
         h = self.conv1(_fused(self.norm1, input_tensor))
         h = _fused(self.norm2, h, None if temb is None else self.time_emb_proj(self.nonlinearity(temb)))
         h = self.conv2(self.dropout(h))
@@ -46,7 +47,7 @@ class FusedResnetBlock(ResnetBlock2D):
 
 
 class FusedTransformer(Transformer2DModel):
-    """Tokens go back to a channels-last map without a copy."""
+    """A transformer that turns tokens back into a channels-last map without a copy."""
 
     def _get_output_for_continuous_inputs(self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int,
                                           width: int, inner_dim: int) -> Tensor:
@@ -57,21 +58,26 @@ class FusedTransformer(Transformer2DModel):
 
 
 def _can_fuse(block: ResnetBlock2D) -> bool:
-    """Whether a block is what ``FusedResnetBlock`` computes; variants of it stay as they are."""
+    """Return whether ``FusedResnetBlock`` computes this block; other variants are left unchanged."""
     return (block.time_embedding_norm == "default" and block.upsample is None and block.downsample is None
             and isinstance(block.nonlinearity, nn.SiLU) and not block.skip_time_act and block.time_emb_proj is not None
             and all(type(norm) is nn.GroupNorm and norm.affine for norm in (block.norm1, block.norm2)))
 
 
 def fuse_norms(unet: UNet2DConditionModel) -> int:
-    """Make ``unet`` channels-last and fuse its GroupNorms, in place; how many of them."""
+    """Make ``unet`` channels-last and fuse its GroupNorms, in place; return the number of fused norms."""
     unet.to(memory_format=torch.channels_last)
     fused = 0
     for module in unet.modules():
         if type(module) is ResnetBlock2D and _can_fuse(module):
-            module.__class__, fused = FusedResnetBlock, fused + 2
+            module.__class__ = FusedResnetBlock
+            fused += 2
         elif type(module) is Transformer2DModel and module.is_input_continuous:
-            module.__class__, module.norm.__class__, fused = FusedTransformer, FusedNorm, fused + 1
+            module.__class__ = FusedTransformer
+            module.norm.__class__ = FusedNorm
+            fused += 1
     if type(unet.conv_norm_out) is nn.GroupNorm and isinstance(unet.conv_act, nn.SiLU):
-        unet.conv_norm_out.__class__, unet.conv_act, fused = FusedNormSiLU, nn.Identity(), fused + 1
+        unet.conv_norm_out.__class__ = FusedNormSiLU
+        unet.conv_act = nn.Identity()
+        fused += 1
     return fused

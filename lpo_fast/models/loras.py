@@ -1,4 +1,4 @@
-"""LoRA: attached, read and written in the official and the diffusers form."""
+"""Attach, read, scale and write LoRAs, in the official and the diffusers format."""
 
 import math
 import re
@@ -19,11 +19,12 @@ from lpo_fast.system.reading import parse_json, read_pickle, read_safetensors
 from lpo_fast.system.writing import replacing
 
 LORA_OFFICIAL, LORA_DIFFUSERS = "unet_lora.pt", "pytorch_lora_weights.safetensors"
-NAME = re.compile(r"\^?[\w.]+")  # of modules in a LoRA's config
+NAME = re.compile(r"\^?[\w.]+")  # module names in a LoRA's config
 
 
 def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float, targets: tuple[str, ...], seed: int) -> None:
-    """Attach a fresh LoRA: A Gaussian (std 1/rank), B zero; only its parameters will train."""
+    """Attach a new LoRA, the only trainable parameters: A is Gaussian (standard deviation 1/rank), B is zero.
+    """
     unet.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -32,50 +33,55 @@ def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float, targets: tuple
 
 
 def lora_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """Adapter tensors in the official form, on the CPU, alpha / rank multiplied into B."""
+    """Return the adapter's tensors in the official format, on the CPU, with alpha / rank multiplied into B.
+    """
     return scaled(get_peft_model_state_dict(unet), scaling(unet))
 
 
 def scaling(unet: UNet2DConditionModel) -> float:
-    """alpha / rank of the attached adapter."""
+    """Return alpha / rank of the attached adapter."""
     attached = unet.peft_config["default"]
     return attached.lora_alpha / attached.r
 
 
 def scaled(state: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
-    """Adapter tensors on the CPU, every B times a factor."""
+    """Return adapter tensors on the CPU, with every B multiplied by a factor."""
     tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
     return {name: tensor * factor if name.endswith(".lora_B.weight") else tensor for name, tensor in tensors.items()}
 
 
 def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
-    """Write pytorch_lora_weights.safetensors, of which every diffusers' ``load_lora_weights`` makes the same pictures."""
+    """Write pytorch_lora_weights.safetensors, with which ``load_lora_weights`` of every diffusers version
+    gives the same pictures.
+    """
     write_lora(lora_state(unet), folder)
 
 
 def write_lora(state: dict[str, Tensor], folder: Path) -> None:
-    """Adapter tensors as pytorch_lora_weights.safetensors."""
+    """Write adapter tensors to pytorch_lora_weights.safetensors."""
     with replacing(folder / LORA_DIFFUSERS) as aside:
         StableDiffusionPipeline.save_lora_weights(
             folder, unet_lora_layers=convert_state_dict_to_diffusers(state), weight_name=aside.name)
 
 
 def read_lora(path: Path, key: str = "--lora") -> dict[str, Tensor]:
-    """Adapter tensors (official names) of an official or diffusers LoRA file or its folder.
+    """Read the adapter tensors (official names) of a LoRA file, or of its folder, in the official or the
+    diffusers format.
 
-    What the file says of alphas, in tensors or as peft's config, is multiplied into B. Raises InputError for what is more than
-    two matrices a module.
+    Alphas in the file, as tensors or in peft's config, are multiplied into B. Raises InputError for an
+    adapter that is more than two matrices per module.
     """
     file = Path(path)
     if file.is_dir():
         file = next((file / n for n in (LORA_DIFFUSERS, LORA_OFFICIAL) if (file / n).is_file()), file)
     if not file.is_file():
-        raise InputError(str(path), "no LoRA there", f"give {LORA_DIFFUSERS}, {LORA_OFFICIAL} or their folder",
-                         key)
+        raise InputError(str(path), "no LoRA there",
+                         f"name {LORA_DIFFUSERS}, {LORA_OFFICIAL} or their folder", key)
     if file.suffix != ".safetensors":
         state = read_pickle(file, key)
         if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
-            raise InputError(str(file), "holds something else than named tensors", f"use a {LORA_OFFICIAL}", key)
+            raise InputError(str(file), "holds something other than named tensors", f"use a {LORA_OFFICIAL}",
+                             key)
         return state
     tensors, metadata = read_safetensors(file, key)
     try:
@@ -88,40 +94,48 @@ def read_lora(path: Path, key: str = "--lora") -> dict[str, Tensor]:
             module = name.removesuffix(".alpha")
             up = next(up for end in ("lora_up", "lora_B", "lora.up") if (up := f"{module}.{end}.weight") in tensors)
             tensors[up] = tensors[up] * (float(alpha) / tensors[up].shape[1])
-        tensors, _ = StableDiffusionPipeline.lora_state_dict(tensors)  # takes the names of kohya's programs too
+        tensors, _ = StableDiffusionPipeline.lora_state_dict(tensors)  # accepts kohya's names too
         state = {name.removeprefix("unet."): tensor for name, tensor in convert_unet_state_dict_to_peft(tensors).items()}
         if scalars := [name for name, tensor in state.items() if tensor.dim() < 2]:
-            raise ValueError(f"{scalars[0]!r} is no matrix")
+            raise ValueError(f"{scalars[0]!r} is not a matrix")
         return {name: tensor * lora_scale(config, name.removesuffix(".lora_B.weight"), tensor.shape[1])
                 if config and name.endswith(".lora_B.weight") else tensor for name, tensor in state.items()}
     except (ValueError, KeyError, AttributeError, TypeError, IndexError, RuntimeError, StopIteration, OverflowError) as error:
-        raise InputError(str(file), f"cannot be read as a LoRA ({error})", "merge it with the program that made it, or use a "
-                         f"plain {LORA_DIFFUSERS}", key) from error
+        raise InputError(str(file), f"cannot be read as a LoRA ({error})",
+                         f"merge it with the program that wrote it, or use a plain {LORA_DIFFUSERS}",
+                         key) from error
 
 
 def lora_config(metadata: dict[str, str]) -> dict:
-    """peft's LoraConfig of the denoiser's adapter as diffusers records it; {} if it does not. Raises ValueError."""
+    """Return peft's LoraConfig of the denoiser's adapter as recorded by diffusers; {} if none is recorded.
+
+    Raises ValueError for a kind of adapter, or an alpha, that is not supported.
+    """
     recorded = parse_json(metadata.get("lora_adapter_metadata", "{}"))
     found = {name.removeprefix("unet."): value for name, value in recorded.items() if name.startswith("unet.")}
     if other := next((name for name in ("use_dora", "lora_bias", "use_qalora") if found.get(name)), None):
         raise ValueError(f"it was trained with {other}")
     pattern = found.get("alpha_pattern") or {}
     for name, alpha in [("lora_alpha", found.get("lora_alpha", 1)), *pattern.items()]:
-        if type(alpha) not in (int, float) or not math.isfinite(alpha) or not NAME.fullmatch(name):  # peft takes it for a regex
-            raise ValueError(f"its alpha of {name!r} is {alpha!r}")
+        # The name must be a plain one, because peft interprets it as a regular expression.
+        if type(alpha) not in (int, float) or not math.isfinite(alpha) or not NAME.fullmatch(name):
+            raise ValueError(f"its alpha for {name!r} is {alpha!r}")
     return found
 
 
 def lora_scale(config: dict, module: str, rank: int) -> float:
-    """What a module's B·A is multiplied by: alpha / rank, or alpha / √rank with use_rslora. rank_pattern adds nothing to
-    the tensors' shapes."""
+    """Return the factor of a module's B·A: alpha / rank, or alpha / √rank with use_rslora.
+
+    rank_pattern is not needed: the tensors' shapes already contain the rank.
+    """
     pattern = config.get("alpha_pattern") or {}
     alpha = pattern.get(get_pattern_key(pattern, module), config.get("lora_alpha", LoraConfig().lora_alpha))
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def load_lora(unet: UNet2DConditionModel, path: Path, key: str = "--lora") -> None:
-    """Put a LoRA into the attached adapter, whose alpha may be another: B is scaled so that it computes the same.
+    """Load a LoRA into the attached adapter; B is rescaled if the adapter has another alpha, so that it
+    computes the same.
 
     Raises InputError unless names and shapes are the same.
     """
@@ -131,19 +145,23 @@ def load_lora(unet: UNet2DConditionModel, path: Path, key: str = "--lora") -> No
     if wrong:
         name = wrong[0]
         shapes = [str(tuple(s[name].shape)) if name in s else "absent" for s in (state, own)]
-        raise InputError(str(path), f"{len(wrong)} tensors differ from the adapter of this run, the first {name!r}: "
-                         f"{shapes[0]} in the file, {shapes[1]} wanted", "match --rank and --targets to the file", key)
+        raise InputError(str(path),
+                         f"{len(wrong)} tensors differ from the adapter of this run, the first {name!r}: "
+                         f"{shapes[0]} in the file, {shapes[1]} expected",
+                         "match --rank and --targets to the file", key)
     set_peft_model_state_dict(unet, scaled(state, 1 / scaling(unet)))
 
 
 def adapters(unet: nn.Module) -> list[BaseTunerLayer]:
-    """The layers that have a LoRA."""
+    """Return the layers that have a LoRA."""
     return [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
 
 
 @contextmanager
 def adapters_off(layers: list[BaseTunerLayer]) -> Iterator[None]:
-    """Without the LoRA in these layers. Unlike peft's ``disable_adapters`` this leaves requires_grad alone."""
+    """Disable the LoRA in these layers. Unlike peft's ``disable_adapters`` this leaves requires_grad
+    unchanged.
+    """
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -154,5 +172,5 @@ def adapters_off(layers: list[BaseTunerLayer]) -> Iterator[None]:
 
 
 def trainable(unet: nn.Module) -> list[nn.Parameter]:
-    """The parameters that train."""
+    """Return the trainable parameters."""
     return [p for p in unet.parameters() if p.requires_grad]

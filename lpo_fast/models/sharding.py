@@ -1,7 +1,8 @@
-"""Full fine-tuning with the weights, gradients and optimizer state cut over the processes: torch's FSDP2.
+"""Full fine-tuning with weights, gradients and optimizer state sharded across ranks, by torch's FSDP2.
 
-A parameter is then a DTensor, of which each process holds some rows; the weights of a block come together for its forward
-and its backward pass. What is written is whole, so that any number of processes reads it. Alone, nothing is cut.
+Each parameter is a DTensor, of which each rank holds some rows; the weights of a block are all-gathered for
+its forward and its backward pass. Checkpoints hold complete tensors, so that any number of ranks can read
+them. With one rank nothing is sharded.
 """
 
 import torch
@@ -17,35 +18,39 @@ from lpo_fast.system import devices, distributed
 
 
 def shard(unet: UNet2DConditionModel, precision: str) -> None:
-    """Keep this process's part of a denoiser on its device, in place; all processes call it.
+    """Keep this rank's shard of a denoiser on its device, in place; all ranks must call it.
 
-    precision: what the weights are rounded to when they come together (their parts, and the sums of gradients, stay as they
-    are): autocast would keep a whole rounded copy from the forward pass to the backward pass.
+    precision: the dtype to which the weights are rounded when they are gathered (the shards, and the sums of
+    gradients, stay in fp32). With autocast instead, a complete rounded copy would stay in memory from the
+    forward to the backward pass.
     """
     device = distributed.state().device
     if distributed.world_size() == 1:
         unet.to(device)
         return
     for parameter in unet.parameters():
-        parameter.data = parameter.data.contiguous()  # FSDP takes no others; maps stay channels-last
+        parameter.data = parameter.data.contiguous()  # FSDP requires it; maps stay channels-last
     half = {} if precision == "no" else {"param_dtype": devices.DTYPES[precision], "reduce_dtype": torch.float32}
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     for module in (*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet):
-        # After a forward pass the whole weights go, the outermost too: those that sampling left would miss an update.
+        # Free all gathered weights after a forward pass, the outermost too: weights kept from sampling would
+        # be out of date after an update.
         fully_shard(module, mesh=mesh, reshard_after_forward=True,
                     mp_policy=MixedPrecisionPolicy(**half, cast_forward_inputs=False))
         module.set_gradient_divide_factor(1.0)  # a sum, as in distributed.sum_gradients
-        module.set_force_sum_reduction_for_comms(True)  # else it is a product with 1, which gloo has not
+        module.set_force_sum_reduction_for_comms(True)  # else a product with 1, which gloo does not have
 
 
 def clip(parameters: list[nn.Parameter], largest: float) -> Tensor:
-    """Clip the norm of all gradients together; what it was."""
+    """Clip the norm of all gradients together; return the norm before clipping."""
     norm = nn.utils.clip_grad_norm_(parameters, largest)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def gathered(state: object) -> object:
-    """A state_dict with whole tensors on the CPU for DTensors (None in processes other than the main one); all call it."""
+    """Return a state_dict with complete CPU tensors in place of DTensors (None on ranks other than 0); all
+    ranks must call it.
+    """
     def gather(x: DTensor) -> Tensor | None:
         x = x.full_tensor()
         return x.cpu() if distributed.is_main() else None
@@ -53,7 +58,9 @@ def gathered(state: object) -> object:
 
 
 def unsharded(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """The denoiser that the main process writes: itself, or a whole copy on the CPU if it is cut; all call it."""
+    """Return the denoiser to be written by rank 0: itself, or a complete copy on the CPU if it is sharded;
+    all ranks must call it.
+    """
     if not any(isinstance(parameter, DTensor) for parameter in unet.parameters()):
         return unet
     state = gathered(unet.state_dict())
@@ -65,15 +72,20 @@ def unsharded(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def part(value: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a tensor if ``like``, of the same shape, is cut; else the tensor itself."""
+    """Return this rank's shard of a tensor if ``like``, of the same shape, is sharded; else the tensor
+    itself.
+    """
     if not isinstance(like, DTensor) or value.shape != like.shape:
         return value
-    shard = distribute_tensor(value.detach(), like.device_mesh, like.placements, src_data_rank=None)  # each cuts its own
-    return shard.clone()  # else it keeps the whole one alive
+    # src_data_rank=None: every rank takes its shard of its own copy, without communication.
+    shard = distribute_tensor(value.detach(), like.device_mesh, like.placements, src_data_rank=None)
+    return shard.clone()  # a view would keep the complete tensor alive
 
 
 def load(owner: object, state: dict) -> None:
-    """``owner.load_state_dict`` of a whole state, be its tensors cut or not."""
+    """Call ``owner.load_state_dict`` with a complete state, whether the tensors of ``owner`` are sharded or
+    not.
+    """
     if isinstance(owner, torch.optim.Optimizer):
         own = dict(enumerate(p for group in owner.param_groups for p in group["params"]))
         state = state | {"state": {i: {name: part(x, own[i]) if isinstance(x, Tensor) else x for name, x in values.items()}

@@ -1,0 +1,1 @@
+"""Accept the official code's launch lines and configs, and write its records."""

@@ -1,8 +1,9 @@
-"""The official LPO launch line as settings of ours: --config FILE.py [--config.a.b=value …] [our own flags].
+"""Translate the official LPO launch line to our settings: --config FILE.py [--config.a.b=value …] [our own
+flags].
 
-FILE.py is code and runs, as with the official script, because the command line names it. FILE.toml, .yaml or .json holds the
-same keys as data (a key whose value is None is left out), and nothing runs. Every key is taken over, refused by name, or
-(dataloader workers) said to have nothing to do here.
+FILE.py is code and runs, as with the official script, because the user names it on the command line.
+FILE.toml, .yaml or .json holds the same keys as data (keys whose value is None are omitted), and no code
+runs. Every key is adopted, refused by name, or (dataloader workers) reported to have no effect here.
 """
 
 import ast
@@ -19,10 +20,9 @@ from lpo_fast import cli
 from lpo_fast.config import LPO, Precision
 from lpo_fast.errors import InputError
 from lpo_fast.official.lrm import flat, typed
-from lpo_fast.preflight import settings as preflight_settings
 from lpo_fast.system import reading
 
-# Official keys and the fields that they set, where the value is taken over as it is.
+# Official keys whose value sets a field unchanged, and those fields.
 SAME = {
     "seed": "seed", "allow_tf32": "tf32", "resume_from": "resume_from",
     "save_interval": "save_epochs", "run_name": "run_name", "wandb_project_name": "tracker_project",
@@ -38,7 +38,7 @@ SAME = {
     "train.beta": "beta", "train.eps": "clip_eps", "num_validation_images": "validation_pictures",
     "eval_interval": "validate_epochs",
 }
-# Keys that ``settings`` works out.
+# Keys that ``settings`` translates.
 WORKED_OUT = {
     "num_checkpoint_limit", "use_checkpointing", "use_xformers", "logdir", "use_wandb", "wandb_entity_name", "use_lora",
     "dynamic_beta",
@@ -53,16 +53,18 @@ SHAPES = ("none", "linear", "sigma", "variance")
 NAMES = {"compare_func_cfg.type": "preference_score_compare", "dataset_cfg.type": "PromptDataset"}
 DATA = (".toml", ".yaml", ".yml", ".json")
 MODELS = ("sd15_preference_model_func", "sdxl_preference_model_func")
-CLIP_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # gives the ids of every Stable Diffusion 1.5's own tokenizer
+CLIP_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # same ids as Stable Diffusion 1.5's
 
 
 def is_launch(argv: list[str]) -> bool:
-    """Whether a command line is the official LPO script's."""
+    """Return whether a command line is that of the official LPO script."""
     return any(a == "--config" or a.startswith(("--config=", "--config.")) for a in argv)
 
 
 def split(argv: list[str]) -> tuple[str, dict[str, str], list[str]]:
-    """The config file, the overrides of its keys, and what is left: our own flags."""
+    """Return the config file, the overrides of its keys, and the remaining arguments, which are our own
+    flags.
+    """
     file, changes, rest, words = "", {}, [], iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
@@ -82,15 +84,20 @@ def split(argv: list[str]) -> tuple[str, dict[str, str], list[str]]:
 
 
 def load(file: str) -> dict:
-    """What get_config() of a .py file returns, which may import from the current directory, or, without one, its names
-    (exp_config.py, a run's record); or what a file of data holds."""
+    """Load an official config file.
+
+    A .py file runs and may import from the current directory; the result is what its get_config() returns,
+    or, without one (exp_config.py, the record of a run), its names. Other files hold data. Raises InputError
+    if the file cannot be used.
+    """
     kind = Path(file).suffix
     if not Path(file).is_file():
         raise InputError(file, "no such file", "name an official config file", "--config")
     if kind in DATA:
         return reading.read_config(Path(file), "--config")
     if kind != ".py":
-        raise InputError(file, f"unknown kind {kind!r}", f"use .py, which runs, or {', '.join(DATA)}, which do not", "--config")
+        raise InputError(file, f"unknown file type {kind!r}",
+                         f"use .py, which runs, or {', '.join(DATA)}, which do not", "--config")
     sys.path.insert(0, os.getcwd())
     try:
         found = runpy.run_path(file)
@@ -98,22 +105,25 @@ def load(file: str) -> dict:
         return plain(config.to_dict() if hasattr(config, "to_dict") else config)
     except ModuleNotFoundError as error:
         remedy = ("pip install 'lpo_fast[official]'" if error.name in ("ml_collections", "absl") else
-                  "run the command in the directory that official runs it in (lpo/)")
-        raise InputError(file, f"imports {error.name}, which is not there", remedy, "--config") from error
-    except Exception as error:  # it is somebody's code
-        raise InputError(file, f"its get_config() fails ({type(error).__name__}: {error})", "mend it", "--config") from error
+                  "run the command in the directory from which the official code runs it (lpo/)")
+        raise InputError(file, f"imports {error.name}, which cannot be found", remedy, "--config") from error
+    except Exception as error:  # the user's code
+        raise InputError(file, f"its get_config() fails ({type(error).__name__}: {error})", "fix it",
+                         "--config") from error
     finally:
         sys.path.remove(os.getcwd())
 
 
 def plain(value: object) -> dict:
-    """Nested mappings as dicts."""
+    """Return nested mappings as dicts."""
     return {key: plain(item) if isinstance(item, Mapping) else item for key, item in value.items()}
 
 
 def override(config: dict[str, object], changes: dict[str, str], others: Collection[str] = ()) -> dict[str, object]:
-    """Values of the command line in place of the file's, read as the kind of value that stands there. others: keys that may be
-    missing there."""
+    """Return the config with values from the command line, each parsed as the type of the file's value.
+
+    others: keys that the file may lack. Raises InputError for an unknown key or a value of another type.
+    """
     config = dict.fromkeys(others) | config
     for key, text in changes.items():
         flag = f"--config.{key}"
@@ -131,62 +141,69 @@ def override(config: dict[str, object], changes: dict[str, str], others: Collect
         if isinstance(before, float) and type(value) is int:
             value = float(value)
         if before is not None and type(value) is not type(before) and {type(value), type(before)} != {list, tuple}:
-            raise InputError(text, f"is no {type(before).__name__}", f"write it as {before!r} is", flag)
+            raise InputError(text, f"is not of type {type(before).__name__}", f"write it like {before!r}",
+                             flag)
         config[key] = value
     return config
 
 
 def settings(config: dict[str, object]) -> tuple[LPO, list[str]]:
-    """Our settings for a flat official config, and sentences about what is different here. Raises InputError for a key
-    that is unknown or whose value cannot be honoured, naming it."""
+    """Return our settings for a flat official config, and notes about what differs here.
+
+    Raises InputError, which names the key, for an unknown key or a value that is not supported.
+    """
     known = SAME.keys() | WORKED_OUT | IDLE.keys()
     for key in config:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
-            raise InputError(str(config[key]), "is a key that the official code does not have", "drop it" +
+            raise InputError(str(config[key]), "is a key that the official code does not have", "remove it" +
                              (f", or did you mean {near[0]}?" if near else ""), f"config.{key}")
-    notes = [f"{key} has nothing to do here: {why}" for key, why in IDLE.items() if key in config]
+    notes = [f"{key} has no effect here: {why}" for key, why in IDLE.items() if key in config]
     for key, only in NAMES.items():
         if config.get(key, only) != only:
-            raise InputError(str(config[key]), "is not known", f"use {only}", f"config.{key}")
-    config = {key: value for key, value in config.items() if value is not None}  # what a file of data leaves out
+            raise InputError(str(config[key]), "is unknown", f"use {only}", f"config.{key}")
+    config = {key: value for key, value in config.items() if value is not None}  # as omitted in data files
 
     def of(key: str, kind: type, default: object) -> Any:
         return typed(f"config.{key}", config.get(key, default), kind)
     if config.get("dynamic_beta"):
-        raise InputError("True", "has no effect in the official code", "set it to False", "config.dynamic_beta")
+        raise InputError("True", "has no effect in the official code", "set it to False",
+                         "config.dynamic_beta")
     if of("sample.num_inner_step", int, 0) > 0:
-        raise InputError(str(config["sample.num_inner_step"]), "has no effect in the official code", "set it to 0",
-                         "config.sample.num_inner_step")
+        raise InputError(str(config["sample.num_inner_step"]), "has no effect in the official code",
+                         "set it to 0", "config.sample.num_inner_step")
     kind = config.get("preference_model_func_cfg.type")
     if kind not in MODELS:
-        raise InputError(str(kind), "is no known reward model", f"use {' or '.join(MODELS)}",
+        raise InputError(str(kind), "is not a known reward model", f"use {' or '.join(MODELS)}",
                          "config.preference_model_func_cfg.type")
     guidance = of("preference_model_func_cfg.guidance_scale", float, 7.5)
     multi_scale = of("preference_model_func_cfg.multi_scale", bool, True)
     lrm = Path(of("preference_model_func_cfg.ft_model_path", str, ""))
     if (lrm.is_file() or (lrm / "state_dict.pt").is_file()) and is_multi_scale(lrm) != multi_scale:
-        raise InputError(str(multi_scale), f"the reward model in {lrm} says {not multi_scale}",
-                         "set it to that", "config.preference_model_func_cfg.multi_scale")
+        raise InputError(str(multi_scale), f"the reward model in {lrm} was trained with {not multi_scale}",
+                         "use that value", "config.preference_model_func_cfg.multi_scale")
     shape = of("compare_func_cfg.dynamic_threshold", str, "none")
     if shape not in SHAPES:
-        raise InputError(shape, "no such threshold", f"use {', '.join(SHAPES)}", "config.compare_func_cfg.dynamic_threshold")
+        raise InputError(shape, "is not a known threshold", f"use {', '.join(SHAPES)}",
+                         "config.compare_func_cfg.dynamic_threshold")
     low, high = of("compare_func_cfg.threshold_min", float, 0.2), of("compare_func_cfg.threshold_max", float, 0.5)
     if shape == "none":
         low = high = of("compare_func_cfg.threshold", float, 0.3)
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "auto")
     if precision not in get_args(Precision):
-        raise InputError(precision, "is a precision that LPO does not have", "launch with fp16, bf16 or no",
+        raise InputError(precision, "is not a precision of LPO training", "launch with fp16, bf16 or no",
                          "ACCELERATE_MIXED_PRECISION")
     first, end = (of(f"train.divert_{name}_step", int, 0) for name in ("start", "end"))
     tokenizer = of("dataset_cfg.pretrained_tokenzier_path", str, CLIP_TOKENIZER)
     prompts = config.get("validation_prompts", ())
     if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise InputError(str(prompts), "is no list of text", "use a list of prompts", "config.validation_prompts")
+        raise InputError(str(prompts), "is not a list of strings", "use a list of prompts",
+                         "config.validation_prompts")
     name = of("run_name", str, "test")
-    if not preflight_settings.component(name):  # the directory is the user's choice, and what is in it ours
-        raise InputError(name, "is no name of a directory in logdir", "use a name without / and .., and name the directory "
-                         "with --config.logdir", "config.run_name")
+    if not reading.component(name):  # must not leave logdir
+        raise InputError(name, "is not the name of a directory in logdir",
+                         "use a name without / and .., and set the directory with --config.logdir",
+                         "config.run_name")
     kinds = {field.name: type(field.default) for field in fields(LPO)} | {"lrm_multi_scale_cfg": bool}
     values = {field: typed(f"config.{key}", config[key], kinds[field]) for key, field in SAME.items() if key in config} | {
         "out": str(Path(of("logdir", str, "logs/lpo")) / name),
@@ -210,44 +227,51 @@ def settings(config: dict[str, object]) -> tuple[LPO, list[str]]:
 
 
 def is_multi_scale(lrm: Path) -> bool:
-    """Whether an LRM, a directory or a single file, projects more features than its mid block gives."""
+    """Return whether an LRM, a directory or a single file, projects more features than its mid block gives.
+    """
     from lpo_fast.lrm import checkpoint
-    from lpo_fast.preflight import models
+    from lpo_fast.models import configs
     from lpo_fast.system import reading
     if not lrm.is_file():
-        channels = models.denoiser(lrm, "--lrm")["block_out_channels"]
+        channels = configs.denoiser(lrm, "--lrm")["block_out_channels"]
         return checkpoint.read_heads(lrm, channels)["visual_projection"]["weight"].shape[1] > channels[-1]
     state = reading.read_pickle(lrm, "--lrm", mmap=True)
     try:
         return state["visual_projection.weight"].shape[1] > len(state["unet.mid_block.resnets.0.conv1.weight"])
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise InputError(str(lrm), f"is no reward model ({error})", "name the single file of an LRM-XL", "--lrm") from error
+        raise InputError(str(lrm), f"is not a reward model ({error})", "name the single file of an LRM-XL",
+                         "--lrm") from error
 
 
 def attention(notes: list[str]) -> str:
-    """xformers where it runs; else "auto", which then is PyTorch's memory-efficient attention and computes the same."""
+    """Return "xformers" where it runs, else "auto", which then selects PyTorch's memory-efficient attention
+    with equal results.
+    """
     from lpo_fast.models.attention import xformers_problem
     if not xformers_problem():
         return "xformers"
-    notes.append("use_xformers: xformers does not run here, PyTorch's memory-efficient attention computes the same")
+    notes.append("use_xformers: xformers does not run here; PyTorch's memory-efficient attention computes "
+                 "the same")
     return "auto"
 
 
 def parse(argv: list[str]) -> tuple[LPO, list[str]]:
-    """Settings and notes of an official launch line; our own flags win over the file."""
+    """Return settings and notes for an official launch line; our own flags take precedence over the file."""
     file, changes, rest = split(argv)
     config, notes = settings(override(flat(load(file)), changes, SAME.keys() | WORKED_OUT if Path(file).suffix in DATA else ()))
     if rest:
         given = cli.parse(LPO, rest, "train --config FILE.py", default=config)
-        preflight_settings.lora_flags(given, config)
+        cli.lora_flags(given, config)
         config = given
     return config, notes
 
 
 def render(config: LPO, lrm: Any) -> str:
-    """exp_config.py, as the official script writes it: a run's settings under the official keys, of which none is left out.
+    """Return exp_config.py as the official script writes it: a run's settings under the official keys, all of
+    them.
 
-    lrm: the run's LatentRewardModel. Of a guidance that changes over the timesteps the record holds the first number.
+    lrm: the run's LatentRewardModel. If its guidance changes over the timesteps, the record holds the first
+    value.
     """
     values = {key: getattr(config, field) for key, field in SAME.items()} | {
         "logdir": str(Path(config.out).parent), "run_name": Path(config.out).name,

@@ -1,7 +1,7 @@
-"""The official LRM launch, --config-path DIR --config-name NAME key=value …, as settings of ours.
+"""Translate the official LRM launch, --config-path DIR --config-name NAME key=value …, to our settings.
 
-``KEYS`` has every key of the official configuration with its default: what it becomes here, or why it has no effect here,
-or why another value than the default is refused. Nothing is ignored in silence.
+``KEYS`` lists every key of the official configuration with its default: what it becomes here, why it has no
+effect here, or why only the default is accepted. No key is ignored silently.
 """
 
 import difflib
@@ -18,13 +18,17 @@ from lpo_fast.config import LRM, Columns
 from lpo_fast.errors import InputError
 from lpo_fast.system import reading
 
-CONFIGS = {"step_sd_config": "sd", "step_sdxl_base_config": "sdxl"}  # the structured configs that a YAML names first
+# Structured configs that a YAML lists in its defaults, and their families.
+CONFIGS = {"step_sd_config": "sd", "step_sdxl_base_config": "sdxl"}
 GROUPS = ("accelerator", "task", "model", "criterion", "dataset", "optimizer", "lr_scheduler")
 
 
 class Key(NamedTuple):
-    """An official key. field: what it becomes ("" : a rule in ``_rules``). fixed: why only the default is taken; inert: why
-    any value is. family: the one model family that has it."""
+    """Describe an official key.
+
+    field: our setting ("": a rule in ``_settings``). fixed: why only the default is accepted. inert: why any
+    value is accepted without effect. family: the only model family that has the key.
+    """
 
     default: Any
     field: str = ""
@@ -33,16 +37,16 @@ class Key(NamedTuple):
     family: str = ""
 
 
-NO_DEEPSPEED = "the project runs without DeepSpeed, and clips, warms up and shards by settings of its own"
-INTERNAL = "a name inside the official program; nothing here has it"
+NO_DEEPSPEED = "this project runs without DeepSpeed; clipping, warm-up and sharding have their own settings"
+INTERNAL = "a name inside the official program, not used here"
 ELSEWHERE = "is read from the model's own directory"
 KEYS = {
     "output_dir": Key("outputs", "out"),
     "dataset.batch_size": Key(4),
     "dataset.num_workers": Key(2, "num_workers"),
-    "dataset.drop_last": Key(True, inert="official never reads it"),
+    "dataset.drop_last": Key(True, inert="the official code never reads it"),
     "dataset.dataset_name": Key("yuvalkirstain/pickapic_v1", "pairs"),
-    "dataset.dataset_config_name": Key(None, inert="official never reads it"),
+    "dataset.dataset_config_name": Key(None, inert="the official code never reads it"),
     "dataset.from_disk": Key(False),
     "dataset.cache_dir": Key(None, "cache_dir"),
     "dataset.train_split_name": Key("train", "train_split"),
@@ -69,7 +73,8 @@ KEYS = {
     "dataset.timestep_interval": Key(1, "timestep_interval"),
     "dataset.limit_examples_per_prompt": Key(-1),
     "dataset.only_on_best": Key(False, "only_on_best"),
-    "dataset.processor.random_crop": Key(False, inert="official resizes to the square first, so that the crop is all of it"),
+    "dataset.processor.random_crop": Key(
+        False, inert="the official code resizes to the square first, so nothing is cropped"),
     "dataset.processor.no_hflip": Key(True),
     "dataset.processor.pretrained_model_name_or_path": Key("${model.pretrained_model_name_or_path}",
                                                            fixed=f"the tokenizer {ELSEWHERE}"),
@@ -90,7 +95,7 @@ KEYS = {
     "criterion.loss_type": Key("pair", "loss_type"),
     "criterion.batch_coeff": Key(1.0, "batch_coeff"),
     "criterion.aux_loss_coeff": Key(1.0, "aux_loss_coeff"),
-    "criterion.is_distributed": Key(True, inert="weights are always those of the global batch"),
+    "criterion.is_distributed": Key(True, inert="loss weights always refer to the global batch"),
     "optimizer.lr": Key(3e-6, "learning_rate"),
     "optimizer.weight_decay": Key(0.3, "weight_decay"),
     "lr_scheduler.lr_warmup_steps": Key(500, "warmup_steps"),
@@ -105,9 +110,9 @@ KEYS = {
     "accelerator.metric_mode": Key("MAX", fixed="the best checkpoint is the one of the best validation accuracy"),
     "accelerator.gradient_accumulation_steps": Key(1, "accumulate"),
     "accelerator.max_steps": Key(4000, "max_steps"),
-    "accelerator.num_epochs": Key(10, inert="official computes it anew from max_steps"),
+    "accelerator.num_epochs": Key(10, inert="the official code computes it from max_steps"),
     "accelerator.validate_steps": Key(100, "validate_steps"),
-    "accelerator.generalization_validate_steps": Key(500, inert="official never reads it"),
+    "accelerator.generalization_validate_steps": Key(500, inert="the official code never reads it"),
     "accelerator.save_steps": Key(100, "save_steps"),
     "accelerator.eval_on_start": Key(True, "eval_on_start"),
     "accelerator.limit_num_checkpoints": Key(1),
@@ -116,7 +121,7 @@ KEYS = {
     "accelerator.max_grad_norm": Key(1.0, "max_grad_norm"),
     "accelerator.log_with": Key("wandb"),
     "accelerator.seed": Key(42, "seed"),
-    "accelerator.dynamo_backend": Key("NO", fixed="compilation is a setting of its own here"),
+    "accelerator.dynamo_backend": Key("NO", fixed="compilation has its own setting here"),
     "accelerator.debug.activate": Key(False, fixed="there is no PyCharm debugger to attach"),
     "accelerator.debug.port": Key(5900, fixed="there is no PyCharm debugger to attach"),
     "debug.activate": Key(False, fixed="there is no PyCharm debugger to attach"),
@@ -133,7 +138,7 @@ KEYS = {
         "gradient_accumulation_steps": 16, "gradient_clipping": 1.0, "steps_per_print": 1, "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto", "wall_clock_breakdown": False}.items()},
     "task.limit_examples_to_wandb": Key(50, inert="pictures of single predictions are not uploaded"),
-    "hydra.run.dir": Key(".", inert="the working directory is never changed"),
+    "hydra.run.dir": Key(".", inert="this project never changes the working directory"),
 }
 SDXL = {"model.guidance_scale": 7.5, "model.pretrained_model_name_or_path": "stabilityai/sdxl-base-1",
         "model.text_embed_dim": 1280, "model.projection_dim": 1280,
@@ -141,35 +146,38 @@ SDXL = {"model.guidance_scale": 7.5, "model.pretrained_model_name_or_path": "sta
 
 
 def parse(argv: list[str]) -> LRM:
-    """Settings of an official command line. Raises InputError naming the key, the reason and a remedy."""
+    """Return settings for an official command line. Raises InputError, which names the key, the reason and a
+    remedy.
+    """
     options, overrides = _split(argv)
     given, family = _read(_find(options))
     for override in overrides:
         name, sign, text = override.partition("=")
         name = name.lstrip("+")
         if not sign or name.startswith("~"):
-            raise InputError(override, "is no key=value", "write key=value, as for the official command")
+            raise InputError(override, "is not key=value", "write key=value, as for the official command")
         if name in GROUPS:
-            raise InputError(override, "exchanges a whole part of the official program", "leave it out, and see --help for "
-                             "the settings of this one", name)
+            raise InputError(override, "replaces a part of the official program",
+                             "leave it out, and see --help for our settings", name)
         given[name] = _value(text, name)
     keys = {name: key for name, key in KEYS.items() if key.family in ("", family)}
     if unknown := [name for name in given if name not in keys]:
         near = difflib.get_close_matches(unknown[0], keys, 1, 0)
-        raise InputError(str(given[unknown[0]]), "no such official key" + (f" for {family}" if unknown[0] in KEYS else ""),
+        raise InputError(str(given[unknown[0]]),
+                         "is not an official key" + (f" for {family}" if unknown[0] in KEYS else ""),
                          f"the nearest is {near[0]}" if near else "leave it out", unknown[0])
     defaults = {name: key.default for name, key in keys.items()} | (SDXL if family == "sdxl" else {})
     values = {name: _resolve(name, defaults | given) for name in keys}
     for name, key in keys.items():
         expected = _resolve(name, defaults | {n: v for n, v in given.items() if n != name})
         if key.fixed and name in given and not _same(values[name], expected):
-            raise InputError(str(values[name]), f"has no counterpart: {key.fixed}", f"leave it out (its default: {expected})",
-                             name)
+            raise InputError(str(values[name]), f"is not supported: {key.fixed}",
+                             f"leave it out (its default: {expected})", name)
     return _settings(values, keys)
 
 
 def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-    """--config-path and --config-name (also -cp, -cn), and the overrides."""
+    """Return --config-path and --config-name (also -cp, -cn), and the overrides."""
     names = {"--config-path": "path", "-cp": "path", "--config-dir": "path", "--config-name": "name", "-cn": "name"}
     options, overrides, rest = {}, [], list(argv)
     while rest:
@@ -180,41 +188,46 @@ def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
                 raise InputError("(none)", "is required", "name it", flag)
             options[names[flag]] = value if sign else rest.pop(0)
         elif word.startswith("-"):
-            raise InputError(word, "no such option of the official LRM launch", "use --config-path, --config-name and "
-                             "key=value (launcher flags as --use_deepspeed stand before -m lpo_fast.train)")
+            raise InputError(word, "is not an option of the official LRM launch",
+                             "use --config-path, --config-name and "
+                             "key=value (launcher flags such as --use_deepspeed go before -m lpo_fast.train)")
         else:
             overrides.append(word)
     if missing := [name for name in ("path", "name") if name not in options]:
-        raise InputError("(none)", "is required", "name the directory and the file of the official configuration",
+        raise InputError("(none)", "is required",
+                         "name the directory and the file of the official configuration",
                          f"--config-{missing[0]}")
     return options, overrides
 
 
 def _find(options: dict[str, str]) -> Path:
-    """The YAML file: DIR below the current directory, or below trainer/scripts, where hydra looks for it."""
+    """Return the YAML file: in DIR below the current directory, or below trainer/scripts, where hydra looks
+    for it.
+    """
     name = options["name"].removesuffix(".yaml") + ".yaml"
     folders = [Path(options["path"]), Path("trainer/scripts") / options["path"]]
     for folder in folders:
         if (folder / name).is_file():
             return folder / name
-    raise InputError(options["path"], f"no {name} there, nor in {folders[1]}", "run it where the official command is run, or "
-                     "name the directory itself", "--config-path")
+    raise InputError(options["path"], f"no {name} there, nor in {folders[1]}",
+                     "run it where the official command runs, or name the directory itself",
+                     "--config-path")
 
 
 def _read(file: Path) -> tuple[dict[str, Any], str]:
-    """Flat keys of a YAML file, and the family by the structured config that it names."""
+    """Return the flat keys of a YAML file, and the family of the structured config that it names."""
     tree = reading.read_config(file, "--config-name")
     names = tree.pop("defaults", None)
     names = names if isinstance(names, list) else [names]
     families = [CONFIGS[name] for name in names if isinstance(name, str) and name in CONFIGS]
     if len(families) != 1 or not set(map(str, names)) <= {*CONFIGS, "_self_"}:
-        raise InputError(str(file), f"its defaults are {names}", f"name one of {', '.join(CONFIGS)} and _self_ there",
-                         "--config-name")
+        raise InputError(str(file), f"its defaults are {names}",
+                         f"list one of {', '.join(CONFIGS)} and _self_ there", "--config-name")
     return flat(tree), families[0]
 
 
 def flat(tree: dict, before: str = "") -> dict[str, Any]:
-    """Nested dicts as one, with dotted keys."""
+    """Return nested dicts as one flat dict with dotted keys."""
     found = {}
     for name, value in tree.items():
         found |= flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
@@ -229,7 +242,7 @@ def _value(text: str, name: str) -> Any:
 
 
 def _resolve(name: str, values: dict[str, Any], through: tuple[str, ...] = ()) -> Any:
-    """A value with its ${other.key} put in."""
+    """Return a value with its ${other.key} references substituted."""
     value = values[name]
     if not isinstance(value, str) or "${" not in value:
         return value
@@ -237,11 +250,12 @@ def _resolve(name: str, values: dict[str, Any], through: tuple[str, ...] = ()) -
     def inner(found: re.Match) -> Any:
         other = found[1].strip()
         if other not in values or other in (*through, name):
-            raise InputError(value, f"${{{other}}} is no key that can be put in", "write the value itself", name)
+            raise InputError(value, f"${{{other}}} is not a key that can be substituted",
+                             "write the value itself", name)
         return _resolve(other, values, (*through, name))
     pattern = r"\$\{([^${}]*)\}"
-    whole = re.fullmatch(pattern, value)
-    return inner(whole) if whole else re.sub(pattern, lambda found: str(inner(found)), value)
+    reference = re.fullmatch(pattern, value)
+    return inner(reference) if reference else re.sub(pattern, lambda found: str(inner(found)), value)
 
 
 def _same(value: Any, default: Any) -> bool:
@@ -251,7 +265,9 @@ def _same(value: Any, default: Any) -> bool:
 
 
 def _settings(values: dict[str, Any], keys: dict[str, Key]) -> LRM:
-    """LRM of resolved values: those that have a field, and the rules for those whose meaning differs."""
+    """Return the LRM settings for resolved values: keys that have a field, and rules for those with another
+    meaning.
+    """
     settings, columns = {}, {}
     kinds = {field.name: type(getattr(LRM(), field.name)) for field in fields(LRM)}
     for name, key in keys.items():
@@ -264,29 +280,30 @@ def _settings(values: dict[str, Any], keys: dict[str, Key]) -> LRM:
         return typed(name, values[name], kind)
     pairs, scores = settings["pairs"], settings["scores"]
     if of("dataset.from_disk", bool) and not Path(pairs).is_dir():
-        raise InputError(pairs, "no such directory, and from_disk is set", "name what save_to_disk wrote",
-                         "dataset.dataset_name")
+        raise InputError(pairs, "no such directory, and from_disk is set",
+                         "name a directory written by save_to_disk", "dataset.dataset_name")
     if of("dataset.keep_only_with_pesudo_preference", bool):
         if not scores:
-            raise InputError("(none)", "the filter is on and has no score table", "name the .csv (python -m "
-                             "lpo_fast.score_table makes one), or set dataset.keep_only_with_pesudo_preference=False",
+            raise InputError("(none)", "the filter is on but has no score table", "name the .csv (python -m "
+                             "lpo_fast.score_table writes one), or set dataset.keep_only_with_pesudo_preference=False",
                              "dataset.pseudo_preference_path")
         strategy = of("dataset.filter_strategy", int)
         if strategy not in (1, 2, 3):
-            raise InputError(str(strategy), "no such strategy", "use 1, 2 or 3", "dataset.filter_strategy")
+            raise InputError(str(strategy), "is not a strategy", "use 1, 2 or 3", "dataset.filter_strategy")
     else:
         strategy = 0
     precision = {"NO": "no", "BF16": "bf16"}.get(str(_word(values["accelerator.mixed_precision"])).upper())
     if precision is None:
-        raise InputError(str(values["accelerator.mixed_precision"]), "LRM training has no such precision", "use BF16 or NO",
-                         "accelerator.mixed_precision")
+        raise InputError(str(values["accelerator.mixed_precision"]), "is not a precision of LRM training",
+                         "use BF16 or NO", "accelerator.mixed_precision")
     if settings["loss_type"] not in ("pair", "batch", "both"):
-        raise InputError(settings["loss_type"], "no such loss", "use pair, batch or both", "criterion.loss_type")
+        raise InputError(settings["loss_type"], "is not a loss", "use pair, batch or both",
+                         "criterion.loss_type")
     processes, each = int(os.environ.get("WORLD_SIZE", "1")), of("dataset.batch_size", int)
     batch = each * processes * settings["accumulate"]
     if os.environ.get("RANK", "0") == "0":
-        print(f"dataset.batch_size {each} is a process's: {batch} pairs an optimizer step = {each} × {processes} processes × "
-              f"{settings['accumulate']} passes")
+        print(f"dataset.batch_size {each} is per process: {batch} pairs per optimizer step = {each} × {processes} "
+              f"processes × {settings['accumulate']} passes")
     offset = of("model.noise_offset", bool) if "model.noise_offset" in values else False
     resume = of("accelerator.resume_from_checkpoint", bool) and any(Path(settings["out"]).glob("state*.pt"))
     log_with = values["accelerator.log_with"]
@@ -300,7 +317,9 @@ def _settings(values: dict[str, Any], keys: dict[str, Key]) -> LRM:
 
 
 def render(config: LRM, family: str, processes: int) -> str:
-    """config.yaml of the official code: its launch line with this file would be this run. family: "sd" or "sdxl"."""
+    """Return config.yaml of the official code: its launch line with this file would repeat this run. family:
+    "sd" or "sdxl".
+    """
     keys = {name: key for name, key in KEYS.items() if key.family in ("", family)}
     values = {name: key.default for name, key in keys.items()} | (SDXL if family == "sdxl" else {})
     for name, key in keys.items():
@@ -332,12 +351,15 @@ def render(config: LRM, family: str, processes: int) -> str:
 
 
 def _word(value: Any) -> Any:
-    """YAML reads a bare NO as false."""
+    """Return "NO" for False, because YAML reads a bare NO as false."""
     return "NO" if value is False else value
 
 
 def typed(name: str, value: Any, kind: Callable) -> Any:
-    """A value as the field's type: 1e-5 is text to YAML; null is empty text. Raises InputError naming the key."""
+    """Return a value converted to the type of its field: YAML reads 1e-5 as text, and null means empty text.
+
+    Raises InputError, which names the key.
+    """
     try:
         if kind is bool and isinstance(value, bool):
             return value

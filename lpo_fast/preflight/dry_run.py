@@ -20,10 +20,10 @@ from lpo_fast.lpo.sampling import CounterNoise, LatentPairs
 from lpo_fast.lrm import encoding as lrm_encoding
 from lpo_fast.lrm.reward import LatentRewardModel, encode_features
 from lpo_fast.method import loss, schedule
-from lpo_fast.models import families, locate, vaes
+from lpo_fast.models import configs, families, locate, vaes
 from lpo_fast.models.loras import trainable
 from lpo_fast.models.texts import Text
-from lpo_fast.preflight import meta, models, runs
+from lpo_fast.preflight import meta, runs
 from lpo_fast.run import optimization
 from lpo_fast.run.optimization import optimizer_state
 from lpo_fast.system import devices, distributed
@@ -58,7 +58,7 @@ def lpo(config: LPO) -> list[str]:
     prompts, _ = runs.lpo(config)
     precision = "fp16" if config.mixed_precision == "auto" else config.mixed_precision
     model, size, k, n = locate.model(config), config.batch_size, config.num_candidates, config.train_batch_size
-    family = families.family_of(models.read_config(model / "unet", "--model"))
+    family = families.family_of(configs.read_config(model / "unet", "--model"))
     encoders = [meta.built(kind, model / name) for name, kind in family.encoders]
     text, encoding = meta.encoded(family, encoders, len(prompts) + len(config.validation_prompts))
     actor = meta.policy(config, precision, text.prepared(devices.DTYPES[precision]))
@@ -68,7 +68,7 @@ def lpo(config: LPO) -> list[str]:
     judge = meta.scorer(config, pixels)
     words, judging = meta.encoded(judge.family, list(judge.text_encoders), len(prompts))
     vae = meta.built(AutoencoderKL, vaes.vae_folder(locate.vae(config)))
-    scheduler = models.read_config(model / "scheduler", "--model", "scheduler_config.json")
+    scheduler = configs.read_config(model / "scheduler", "--model", "scheduler_config.json")
     sched = schedule.from_config(scheduler, config.num_steps, config.eta).to(meta.META)
     first, steps = config.window
     judged, latent = steps - first, 4 * shape[0] * shape[1] * shape[2]
@@ -148,7 +148,7 @@ def lrm(config: LRM) -> list[str]:
     used = runs.lrm(config)
     precision = "bf16" if config.mixed_precision == "auto" else config.mixed_precision
     model, world = locate.model(config), processes()
-    unet = models.read_config(model / "unet", "--model")
+    unet = configs.read_config(model / "unet", "--model")
     size = config.resolution // vaes.pixels_per_latent(model) or unet["sample_size"]
     vae = meta.built(AutoencoderKL, vaes.vae_folder(locate.vae(config)))
     pixels = size * 2 ** (len(vae.config.block_out_channels) - 1)

@@ -14,12 +14,12 @@ from lpo_fast.data.prompts import read_prompts
 from lpo_fast.errors import InputError
 from lpo_fast.lpo import checkpoints
 from lpo_fast.lrm import checkpoint
-from lpo_fast.models import attention, locate, loras
+from lpo_fast.models import attention, configs, locate, loras
 from lpo_fast.models.families import family_of
 from lpo_fast.preflight import models, settings
-from lpo_fast.run import directory as run_directory
 from lpo_fast.run import optimization
-from lpo_fast.run import states as run_states
+from lpo_fast.run.directory import holder, in_use
+from lpo_fast.run.states import saved_states
 from lpo_fast.system import console, devices, distributed
 
 TRACKERS = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
@@ -79,7 +79,7 @@ def lrm(config: LRM) -> dict[str, PairTable]:
     models.picture(config, models.pipeline(config.model, "--model", config.revision))
     if config.clip:
         width = checkpoint.read_text_projection(locate.clip(config)).shape[1]
-        wanted = models.read_config(locate.model(config) / "text_encoder", "--model")["hidden_size"]
+        wanted = configs.read_config(locate.model(config) / "text_encoder", "--model")["hidden_size"]
         if width != wanted:
             raise InputError(config.clip, f"projects {width} features, the model's text encoder gives {wanted}",
                              "use the CLIP that the model was made with", "--clip")
@@ -124,14 +124,14 @@ def directory(config: LPO | LRM, source: Path | None = None) -> None:
     models.writable(out)
     if config.log_with and config.log_with not in TRACKERS:
         raise InputError(config.log_with, "no such tracker", f"use {', '.join(TRACKERS)}", "--log-with")
-    if distributed.is_main() and (process := run_directory.holder(out)):
-        raise run_directory.in_use(out, process)
+    if distributed.is_main() and (process := holder(out)):
+        raise in_use(out, process)
     if source and config.in_place:
         if (last := checkpoints.checkpoints(out)[-1]) != source and not last.samefile(source):
             raise InputError(config.out, f"holds later checkpoints than {source.name}, up to {last.name}", "go on from the "
                              "last one, remove the later ones, or choose another directory", "--out")
         return
-    states = run_states.states(out)
+    states = saved_states(out)
     if out.is_dir() and not (out / "config.json").is_file() and not all(path.name.startswith(".") for path in out.iterdir()):
         raise InputError(config.out, "holds something else than a run", "choose a directory of its own", "--out")
     if not config.resume and states:
@@ -141,7 +141,7 @@ def directory(config: LPO | LRM, source: Path | None = None) -> None:
                          "remove its checkpoints", "--out")
     if not config.resume or not states:
         return
-    before = models.read_config(out, "--out")
+    before = configs.read_config(out, "--out")
     before |= {key: before[old] for key, old in RENAMED.items() if old in before}
     for key, value in asdict(config).items():
         value = list(value) if isinstance(value, tuple) else value
@@ -153,9 +153,9 @@ def directory(config: LPO | LRM, source: Path | None = None) -> None:
 def same_models(config: RunDirectory) -> None:
     """A resumed run's models on the hub must be of the commits that it began with."""
     out = Path(config.out)
-    if not config.resume or not run_states.states(out) or not (out / "environment.json").is_file():
+    if not config.resume or not saved_states(out) or not (out / "environment.json").is_file():
         return
-    environment = models.read_config(out, "--out", "environment.json")
+    environment = configs.read_config(out, "--out", "environment.json")
     for name, commit in environment.get("models", {}).items():
         if locate.RESOLVED.get(name, commit) != commit:
             raise InputError(locate.RESOLVED[name], f"{name} has changed: the run in {config.out} used {commit}",

@@ -52,7 +52,7 @@ class Run:
         self.config, self.at, self.parts, self.columns = config, at, parts, columns
         self.skips, self.watch, self.exit_code, self.after_save = skips, watch, exit_code, after_save
         self.out = Path(config.out)
-        self.resumed = config.resume and bool(states.states(self.out))  # False if killed before its first state
+        self.resumed = config.resume and bool(states.saved_states(self.out))  # False if killed before its first state
         self.log = logs.RunLog(config, self.resumed or appends)
         self.queued: list[tuple[int, Tensor, Any, dict[str, Any]]] = []
         self.caught: list[int] = []

@@ -34,7 +34,7 @@ class Trained:
             parameter.data.copy_(sharding.part(state[name], parameter))
 
 
-def states(out: Path) -> list[Path]:
+def saved_states(out: Path) -> list[Path]:
     """The states in a run directory that --resume may go on from, the newest first: the one before may be needed."""
     return [out / name for name in (STATE, STATE_BEFORE) if (out / name).is_file()]
 
@@ -87,7 +87,7 @@ def load_state(file: Path, parts: dict[str, object]) -> dict:
 def whole_state(file: Path) -> Path:
     """The newest state that is as it was written."""
     sums, wrong = state_sums(file.parent), {}
-    for state in states(file.parent):
+    for state in saved_states(file.parent):
         what = damage(state)
         if sums and not what and sha256(state) not in sums:
             what = f"{state.name} has changed since it was written"

@@ -1,6 +1,7 @@
-"""The embedded world: pictures of coloured shapes, and a tiny Stable Diffusion pipeline that draws them, often wrongly.
+"""The built-in toy world: pictures of colored shapes, and a tiny Stable Diffusion pipeline that often draws
+them wrong.
 
-world.py renders and measures the pictures, pretrain.py made pipeline/ from nothing.
+world.py renders and measures the pictures; pretrain.py trained pipeline/ from scratch.
 """
 
 from pathlib import Path

@@ -1,7 +1,9 @@
-"""python -m lpo_fast.shapes.evaluate: does the method work? Both stages on the embedded world, judged from pixels.
+"""Train and evaluate the method on the toy world: both stages, judged from pixels (python -m
+lpo_fast.shapes.evaluate).
 
-The yardstick is the share of pictures that show what their caption asks for, on attribute combinations that neither stage
-has seen, with the same noise before and after. The control shuffles the reward among the candidates of a step.
+The measure is the share of pictures that show what their caption asks for, on attribute combinations that
+neither stage has seen, with the same noise before and after. As a control, the reward is shuffled among the
+candidates of each step.
 """
 
 import argparse
@@ -36,12 +38,12 @@ from lpo_fast.shapes import PIPELINE, world
 from lpo_fast.system import devices
 
 LRM_PAIRS, VALIDATION_PAIRS = 8000, 300
-PROMPT_COPIES = 8  # every training caption so often in the prompt file
-MARK = "demo.json"  # lies in every directory that a demo made, and may remove
+PROMPT_COPIES = 8  # of every training caption in the prompt file
+MARK = "demo.json"  # marks a directory that a demo created, and may remove
 
 
 def write_pairs(file: Path, n: int, seed: int, held_out: bool) -> None:
-    """Preference pairs by the renderer as .parquet in Pick-a-Pic layout."""
+    """Render preference pairs and write them as .parquet in Pick-a-Pic layout."""
     pairs = world.pairs(n, seed, held_out)
 
     def png(picture: np.ndarray) -> bytes:
@@ -56,7 +58,7 @@ def write_pairs(file: Path, n: int, seed: int, held_out: bool) -> None:
 
 
 def train_reward(out: Path, seed: int) -> Path:
-    """Stage one: the LRM, from rendered pairs of the training combinations; its directory."""
+    """Train stage one, the LRM, on rendered pairs of the training combinations; return its directory."""
     write_pairs(out / "pairs" / "train.parquet", LRM_PAIRS, seed, held_out=False)
     write_pairs(out / "pairs" / "validation.parquet", VALIDATION_PAIRS, seed + 1_000_000, held_out=False)
     settings = replace(config.shapes().lrm, model=str(PIPELINE), out=str(out / "lrm"), seed=seed,
@@ -66,7 +68,8 @@ def train_reward(out: Path, seed: int) -> Path:
 
 
 def reward_accuracy(out: Path, lrm: Path, seed: int) -> dict[str, object]:
-    """The LRM's accuracy by timestep on pairs of the held-out combinations, as a row of its metrics."""
+    """Return the LRM's accuracy by timestep on pairs of the held-out combinations, as a row of its metrics.
+    """
     write_pairs(out / "pairs" / "held_out.parquet", VALIDATION_PAIRS, seed, held_out=True)
     model = checkpoint.load_lrm(lrm).to(devices.device())
     encoder = encoding.Encoder(PIPELINE, model, seed, "no")
@@ -77,7 +80,7 @@ def reward_accuracy(out: Path, lrm: Path, seed: int) -> dict[str, object]:
 
 
 def settings(out: Path, lrm: Path, seed: int) -> LPO:
-    """Stage two's settings; writes its prompts."""
+    """Return the settings of stage two, and write its prompt file."""
     prompts = out / "prompts.json"
     captions = [{"caption": caption} for caption in world.captions(held_out=False)] * PROMPT_COPIES
     prompts.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +90,7 @@ def settings(out: Path, lrm: Path, seed: int) -> LPO:
 
 
 def shuffled(score: Score) -> Score:
-    """The control: each prompt's scores, dealt out at random among its candidates."""
+    """Return the control's scorer: the scores of each prompt, randomly permuted among its candidates."""
     generator, candidates = torch.Generator().manual_seed(0), config.shapes().lpo.num_candidates
 
     def control(x: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
@@ -98,7 +101,11 @@ def shuffled(score: Score) -> Score:
 
 
 def draw(lora: Path | None, n: int, seed: int) -> tuple[np.ndarray, list[str]]:
-    """n pictures of held-out captions (in turn) by the base pipeline or with a LoRA, and their captions."""
+    """Draw n pictures of held-out captions (in turn) with the base pipeline or with a LoRA; return them and
+    their captions.
+
+    The pictures are uint8 [n, H, W, 3].
+    """
     recipe = replace(config.shapes().lpo, model=str(PIPELINE), lora=str(lora or ""))
     captions = world.captions(held_out=True)
     model, sched = policies.load(recipe, captions, devices.device())
@@ -110,10 +117,10 @@ def draw(lora: Path | None, n: int, seed: int) -> tuple[np.ndarray, list[str]]:
 
 
 def judge(pictures: np.ndarray, captions: list[str]) -> dict[str, object]:
-    """Right pictures, shares by attribute, and diversity.
+    """Return the number of correct pictures, shares by attribute, and diversity.
 
-    Diversity: RMS pixel difference (0 … 255) of two right pictures of one caption, mean over all such pairs: how much
-    position, size and shade vary where nothing is wrong.
+    Diversity: RMS pixel difference (0 … 255) of two correct pictures of one caption, averaged over all such
+    pairs: how much position, size and shade vary where nothing is wrong.
     """
     right, wanted = world.right(pictures, captions), world.attributes(captions)
     distances = []
@@ -127,7 +134,10 @@ def judge(pictures: np.ndarray, captions: list[str]) -> dict[str, object]:
 
 
 def evaluate(out: Path, before: np.ndarray, after: np.ndarray, captions: list[str]) -> dict[str, object]:
-    """evaluation.json and pictures/ of a run directory, from pictures uint8 [n, H, W, 3] drawn with the same noise."""
+    """Write evaluation.json and pictures/ of a run directory; return the evaluation.
+
+    before, after: pictures uint8 [n, H, W, 3], drawn with the same noise.
+    """
     n = len(captions)
     was, now = world.right(before, captions), world.right(after, captions)
     result = {"captions": len(set(captions)), "n": n, "before": judge(before, captions), "after": judge(after, captions),
@@ -145,7 +155,9 @@ def evaluate(out: Path, before: np.ndarray, after: np.ndarray, captions: list[st
 
 
 def demo(options: Demo) -> tuple[dict[str, object], Path]:
-    """The whole method, both stages and the evaluation; its result and the run directory that the report is made of."""
+    """Run the complete method, both stages and the evaluation; return its result and the run directory for
+    the report.
+    """
     out, seconds, start = Path(options.out), {}, time.perf_counter()
 
     def lap(stage: str) -> None:
@@ -171,28 +183,29 @@ def demo(options: Demo) -> tuple[dict[str, object], Path]:
 
 
 def clear(out: Path) -> None:
-    """Remove an earlier demo, which is known by its mark, and make the directory."""
+    """Remove an earlier demo, which its mark identifies, and create the directory."""
     models.writable(out)
     if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
-        raise InputError(str(out), "is no earlier demo", "name another directory", "--out")
+        raise InputError(str(out), "is not an earlier demo", "name another directory", "--out")
     if out.exists():
         shutil.rmtree(out)
     out.mkdir(parents=True)
 
 
 def verdict(result: dict) -> str:
-    """The result in one line."""
+    """Return the result as one line."""
     n = result["n"]
     before, after = (result[when]["right"] for when in ("before", "after"))
-    return (f"right pictures of {n}, held-out captions, same seeds: {before} before ({before / n:.1%}), "
+    return (f"correct pictures of {n}, held-out captions, same seeds: {before} before ({before / n:.1%}), "
             f"{after} after ({after / n:.1%})")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train with several seeds and print the table of README."""
+    """Train with several seeds and print the results as a Markdown table."""
     parser = argparse.ArgumentParser(prog="python -m lpo_fast.shapes.evaluate", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a whole run each (default: 0 1 2)")
-    parser.add_argument("--n", type=int, default=500, help="held-out pictures a run (default: 500)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2],
+                        help="one complete run per seed (default: 0 1 2)")
+    parser.add_argument("--n", type=int, default=500, help="held-out pictures per run (default: 500)")
     parser.add_argument("--out", type=Path, help="keep the runs here (default: a temporary directory)")
     arguments = parser.parse_args(argv)
     if arguments.n < 1 or arguments.out and arguments.out.exists():
@@ -214,8 +227,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def table(rows: list[tuple[int, str, dict, dict]], n: int) -> str:
-    """Markdown: a line a run."""
-    lines = ["| seed | reward | right before | right after | change | diversity | LRM accuracy t = 1 / 501 / 751 |",
+    """Return a Markdown table with one line per run."""
+    lines = ["| seed | reward | correct before | correct after | change | diversity "
+             "| LRM accuracy t = 1 / 501 / 751 |",
              "|---|---|---|---|---|---|---|"]
     for seed, name, result, accuracy in rows:
         before, after = (100 * result[when]["right"] / n for when in ("before", "after"))

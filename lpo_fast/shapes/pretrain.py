@@ -1,10 +1,11 @@
-"""Makes shapes/pipeline from nothing: python -m lpo_fast.shapes.pretrain (28 minutes on one CPU core).
+"""Train shapes/pipeline from scratch: python -m lpo_fast.shapes.pretrain (28 minutes on one CPU core).
 
-Three stages, each from the previous one's saved pipeline:
+Three stages, each starting from the saved pipeline of the previous one:
   vae       the autoencoder, 32x32x3 -> 8x8x4;
-  denoiser  text encoder and U-Net together, captions all correct: the network learns to draw what it is asked for;
-  muddle    the same with partly wrong captions: it now draws clean pictures, but often not the one asked for.
-The last is what LPO is to repair. Ends with the figures of merit; guidance 2.25 is the one to use.
+  denoiser  text encoder and U-Net together, all captions correct: it learns to draw what it is asked for;
+  muddle    the same with partly wrong captions: it draws clean pictures, but often not the requested ones.
+
+LPO is to correct the result of the last stage. Ends with quality figures; use guidance 2.25.
 """
 
 import argparse
@@ -23,14 +24,16 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from . import PIPELINE, world
 
-LENGTH = 16  # tokens: bos + 7 words + eos, and room for stranger prompts
+LENGTH = 16  # tokens: bos + 7 words + eos, and room for other prompts
 TEXT_WIDTH = 48
-WRONG = (0.33, 0.3, 0.3)  # muddle: chance that the caption names another shape, colour, background
+WRONG = (0.33, 0.3, 0.3)  # muddle: chance that the caption names another shape, color, background
 STAGES = ("vae", "denoiser", "muddle")
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE as CLIP's: 256 bytes, 256 bytes that end a word, and merges for the words of the world."""
+    """Return a byte-level BPE tokenizer like CLIP's: 256 bytes, 256 word-final bytes, and merges for the
+    words of the world.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     merges = []
@@ -51,7 +54,7 @@ def make_tokenizer() -> CLIPTokenizer:
 
 
 def make_pipeline() -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5's parts and layout with random weights, very small."""
+    """Return a very small pipeline with the parts and layout of Stable Diffusion 1.5, and random weights."""
     tokenizer = make_tokenizer()
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -94,19 +97,22 @@ def make_pipeline() -> StableDiffusionPipeline:
 
 
 def load(folder) -> StableDiffusionPipeline:
+    """Load a saved pipeline in fp32."""
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def save(pipe, folder: Path):
-    """fp16 on disk, read back as fp32; written beside `folder` and renamed, so that readers never see half of it."""
+    """Write the pipeline as fp16, to be read as fp32; it is renamed into place, so readers never see a
+    partial one.
+    """
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
     copy.deepcopy(pipe).to(torch.float16).save_pretrained(new)
-    config = new / "text_encoder" / "config.json"  # transformers loads in the dtype that is named here
+    config = new / "text_encoder" / "config.json"  # transformers loads in this dtype
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
-    for file in new.rglob("*.json"):  # where it lay before is nobody's business
+    for file in new.rglob("*.json"):  # remove local paths
         settings = json.loads(file.read_text())
         if settings.pop("_name_or_path", None):
             file.write_text(json.dumps(settings, indent=2) + "\n")
@@ -119,17 +125,17 @@ def save(pipe, folder: Path):
 
 
 def to_tensor(pictures) -> torch.Tensor:
-    """uint8 [N, 32, 32, 3] -> fp32 [N, 3, 32, 32] in [-1, 1]."""
+    """Return fp32 [N, 3, 32, 32] in [-1, 1] of uint8 [N, 32, 32, 3]."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_pictures(x) -> np.ndarray:
-    """[N, 3, 32, 32] in [-1, 1] -> uint8 [N, 32, 32, 3]."""
+    """Return uint8 [N, 32, 32, 3] of [N, 3, 32, 32] in [-1, 1]."""
     return ((x / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def optimise(parameters, lr, steps):
-    """AdamW with a short warm-up and a cosine to zero."""
+def optimizer_and_schedule(parameters, lr, steps):
+    """Return AdamW and a schedule with a short warm-up and a cosine decay to zero."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * i / steps))
@@ -138,11 +144,13 @@ def optimise(parameters, lr, steps):
 
 
 def train_vae(vae, steps, seed, batch=32, kl_weight=3e-4):
-    """L1 + L2 on pixels, L1 on their differences (edges carry the shape), a little KL so that latents are smooth."""
+    """Train with L1 + L2 on pixels, L1 on their differences (edges define the shape), and a small KL term for
+    smooth latents.
+    """
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     vae.train()
-    optimizer, schedule = optimise(vae.parameters(), 2e-3, steps)
+    optimizer, schedule = optimizer_and_schedule(vae.parameters(), 2e-3, steps)
     start = time.time()
     for step in range(1, steps + 1):
         x = to_tensor(world.render(world.COMBINATIONS[rng.integers(len(world.COMBINATIONS), size=batch)], rng))
@@ -159,13 +167,14 @@ def train_vae(vae, steps, seed, batch=32, kl_weight=3e-4):
         if step % 100 == 0:
             print(f"vae {step} | loss {loss:.4f} | kl {kl:.2f} | {time.time() - start:.0f} s", flush=True)
     vae.eval().requires_grad_(False)
-    normalise(vae, rng)
+    normalize(vae, rng)
 
 
 @torch.no_grad()
-def normalise(vae, rng, n=2000):
-    """Rescales the latent channels, inside the 1x1 convolutions around them, so that each times scaling_factor has
-    mean 0 and deviation 1."""
+def normalize(vae, rng, n=2000):
+    """Rescale the latent channels to mean 0 and deviation 1 after scaling_factor, inside the 1x1 convolutions
+    around them.
+    """
     x = to_tensor(world.render(world.COMBINATIONS[rng.integers(len(world.COMBINATIONS), size=n)], rng))
     z = torch.cat([vae.encode(part).latent_dist.sample() for part in x.split(250)])
     mean, gain = z.mean((0, 2, 3)), 1 / (vae.config.scaling_factor * z.std((0, 2, 3)))
@@ -179,7 +188,9 @@ def normalise(vae, rng, n=2000):
 
 
 def confusion(wrong) -> torch.Tensor:
-    """[80, 80]: probability of each caption for a picture of each combination, `wrong` a probability an attribute."""
+    """Return the probability of each caption for a picture of each combination, [80, 80]. wrong: probability
+    per attribute.
+    """
     combinations = world.COMBINATIONS
     odds = np.ones((len(combinations),) * 2)
     for i, q in enumerate(wrong):
@@ -189,7 +200,9 @@ def confusion(wrong) -> torch.Tensor:
 
 
 def train_denoiser(pipe, steps, seed, lr, wrong=(0, 0, 0), batch=128, pictures=20000, no_text=0.1):
-    """Noise prediction by U-Net and text encoder together; what is kept is the moving average of their weights."""
+    """Train U-Net and text encoder together to predict the noise, and keep the moving average of their
+    weights.
+    """
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     combination = torch.from_numpy(rng.integers(len(world.COMBINATIONS), size=pictures))
@@ -204,7 +217,7 @@ def train_denoiser(pipe, steps, seed, lr, wrong=(0, 0, 0), batch=128, pictures=2
     model = torch.nn.ModuleList([pipe.unet, pipe.text_encoder]).train().requires_grad_(True)
     model.to(memory_format=torch.channels_last)  # a sixth faster on a CPU
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer, schedule = optimise(model.parameters(), lr, steps)
+    optimizer, schedule = optimizer_and_schedule(model.parameters(), lr, steps)
     start, total = time.time(), 0.0
     for step in range(1, steps + 1):
         row = torch.randint(pictures, (batch,))
@@ -235,7 +248,7 @@ def train_denoiser(pipe, steps, seed, lr, wrong=(0, 0, 0), batch=128, pictures=2
 
 
 def draw(pipe, captions, guidance, seed=0) -> np.ndarray:
-    """20 DDIM steps, eta 1 -> uint8 [N, 32, 32, 3]."""
+    """Draw pictures with 20 DDIM steps and eta 1, uint8 [N, 32, 32, 3]."""
     generator = torch.Generator().manual_seed(seed)
     parts = [captions[i : i + 256] for i in range(0, len(captions), 256)]
     options = dict(num_inference_steps=20, eta=1.0, guidance_scale=guidance, generator=generator, output_type="pt")
@@ -243,22 +256,24 @@ def draw(pipe, captions, guidance, seed=0) -> np.ndarray:
 
 
 def report(pictures, captions) -> str:
+    """Return the shares of correct and clean pictures, as one line."""
     found, wanted = world.measure(pictures), world.attributes(captions)
     per = (found == wanted).mean(0)
     right, clean = (found == wanted).all(1).mean(), (found >= 0).all(1).mean()
-    return f"right {right:.1%} (shape {per[0]:.1%}, colour {per[1]:.1%}, background {per[2]:.1%}), clean {clean:.1%}"
+    return (f"correct {right:.1%} (shape {per[0]:.1%}, color {per[1]:.1%}, background {per[2]:.1%}), "
+            f"clean {clean:.1%}")
 
 
 @torch.no_grad()
 def figures(pipe, n=500, guidances=(1, 2, 2.25, 2.5, 3, 5)):
-    """Prints how the measure, the autoencoder and the whole pipeline do, on held-out captions."""
+    """Print how the measure, the autoencoder and the complete pipeline perform on held-out captions."""
     rng = np.random.default_rng(12345)
     captions = (world.captions(held_out=True) * n)[:n]
     pictures = world.render(captions, rng)
     print("rendered        ", report(pictures, captions))
     every = world.captions()
     others = [c if c != own else every[0] for c, own in zip(rng.choice(every, n), captions, strict=True)]
-    print("for another caption: right", f"{world.right(pictures, others).mean():.1%}")
+    print("for another caption: correct", f"{world.right(pictures, others).mean():.1%}")
     z = pipe.vae.encode(to_tensor(pictures)).latent_dist.sample(torch.Generator().manual_seed(0))
     print("latents: deviation", (z * pipe.vae.config.scaling_factor).std((0, 2, 3)).tolist())
     print("encoded, decoded", report(to_pictures(pipe.vae.decode(z).sample), captions))
@@ -269,21 +284,21 @@ def figures(pipe, n=500, guidances=(1, 2, 2.25, 2.5, 3, 5)):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make the pipeline again and print its figures."""
+    """Train the pipeline and print its quality figures."""
     parser = argparse.ArgumentParser(prog="python -m lpo_fast.shapes.pretrain", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--out", type=Path, default=PIPELINE)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", choices=STAGES, default="vae", help="take earlier stages from --base")
     parser.add_argument("--base", type=Path, help="a saved pipeline to start from (default: --out)")
     parser.add_argument("--steps", type=int, nargs=3, default=(3000, 1700, 200), help="of each stage")
-    parser.add_argument("--wrong", type=float, nargs=3, default=WRONG, help="wrong shape, colour, background")
+    parser.add_argument("--wrong", type=float, nargs=3, default=WRONG, help="wrong shape, color, background")
     parser.add_argument("--pictures", type=int, default=500, help="for each figure")
     args = parser.parse_args(argv)
     start = time.time()
     torch.manual_seed(args.seed)
     pipe = make_pipeline() if args.start == "vae" else None
     for i in range(STAGES.index(args.start), 3):
-        pipe = pipe or load(args.base or args.out)  # from disk between stages, so that each can be repeated alone
+        pipe = pipe or load(args.base or args.out)  # from disk, so that each stage can be repeated alone
         if STAGES[i] == "vae":
             train_vae(pipe.vae, args.steps[0], args.seed)
         elif STAGES[i] == "denoiser":

@@ -1,8 +1,9 @@
-"""The world: "a red circle on a blue background", drawn on 32x32 pixels and measured back from the pixels alone.
+"""The toy world: "a red circle on a blue background", drawn on 32x32 pixels and measured from the pixels
+alone.
 
-Attributes are integers [..., 3]: shape, colour and background, as positions in SHAPES, COLOURS, COLOURS. Position,
-size and shade vary at random and are no part of the caption, so that right pictures of one caption stay diverse.
-Pictures are uint8 [N, 32, 32, 3].
+Attributes are integers [..., 3]: shape, color and background, as positions in SHAPES, COLORS, COLORS.
+Position, size and shade vary at random and are not part of the caption, so that correct pictures of one
+caption stay diverse. Pictures are uint8 [N, 32, 32, 3].
 """
 
 import itertools
@@ -11,50 +12,52 @@ import numpy as np
 
 SIZE = 32
 SHAPES = ("circle", "square", "triangle", "cross")
-COLOURS = ("red", "green", "blue", "yellow", "white")
+COLORS = ("red", "green", "blue", "yellow", "white")
 RGB = np.array([(215, 40, 45), (35, 150, 65), (45, 70, 205), (240, 205, 45), (240, 240, 240)], np.float32)
 
-# Every combination with colour != background, [80, 3]. One shape of each (colour, background) is held out: a quarter
-# of the combinations, while every pair of values still occurs in training.
+# Every combination with color != background, [80, 3]. One shape of each (color, background) is held out:
+# a quarter of the combinations, while every pair of values still occurs in training.
 COMBINATIONS = np.array(
-    [(s, c, b) for s, c, b in itertools.product(range(len(SHAPES)), range(len(COLOURS)), range(len(COLOURS))) if c != b]
+    [(s, c, b) for s, c, b in itertools.product(range(len(SHAPES)), range(len(COLORS)), range(len(COLORS))) if c != b]
 )
 HELD_OUT = (COMBINATIONS[:, 1] + COMBINATIONS[:, 2]) % len(SHAPES) == COMBINATIONS[:, 0]
 
 RADIUS = (8.5, 10.5)  # pixels
-SHIFT = 3.0  # pixels, of the centre, each way
-SHADE = 12.0  # each colour channel of shape and background moves by up to this much
+SHIFT = 3.0  # pixels, of the center, in each direction
+SHADE = 12.0  # each color channel of shape and background varies by up to this much
 
 
 def caption(attributes) -> str:
-    """(shape, colour, background) -> text."""
-    shape, colour, background = attributes
-    return f"a {COLOURS[colour]} {SHAPES[shape]} on a {COLOURS[background]} background"
+    """Return the caption of (shape, color, background)."""
+    shape, color, background = attributes
+    return f"a {COLORS[color]} {SHAPES[shape]} on a {COLORS[background]} background"
 
 
 _ATTRIBUTES = {caption(c): tuple(int(v) for v in c) for c in COMBINATIONS}
 
 
 def attributes(captions) -> np.ndarray:
-    """List of captions (only this world's own) -> int [N, 3]."""
+    """Return the attributes of captions of this world, int [N, 3]."""
     return np.array([_ATTRIBUTES[c] for c in captions])
 
 
 def captions(held_out: bool | None = None) -> list[str]:
-    """The captions of the training combinations (False), the held-out ones (True) or all (None)."""
+    """Return the captions of the training combinations (False), of the held-out ones (True), or all (None).
+    """
     chosen = COMBINATIONS if held_out is None else COMBINATIONS[HELD_OUT == held_out]
     return [caption(c) for c in chosen]
 
 
-def _masks(shape, radius, centre) -> np.ndarray:
-    """Coverage of every pixel by the shape: shape int [N], radius [N], centre [N, 2] (x, y) -> fp32 [N, 32, 32].
+def _masks(shape, radius, center) -> np.ndarray:
+    """Return the shape's coverage of every pixel, fp32 [N, 32, 32]. shape: int [N]; radius: [N]; center: [N,
+    2] (x, y).
 
-    Each shape is a signed distance in pixels; half a pixel either side of the edge is the anti-aliasing.
+    Each shape is a signed distance in pixels; half a pixel on either side of the edge is anti-aliased.
     """
     grid = np.arange(SIZE, dtype=np.float32)
     radius = np.asarray(radius, np.float32)[:, None, None]
-    centre = np.asarray(centre, np.float32)
-    x, y = grid[None, :] - centre[:, 0, None, None], grid[:, None] - centre[:, 1, None, None]
+    center = np.asarray(center, np.float32)
+    x, y = grid[None, :] - center[:, 0, None, None], grid[:, None] - center[:, 1, None, None]
     x, y = np.broadcast_arrays(x, y)
     ax, ay = np.abs(x), np.abs(y)
     circle = np.hypot(x, y) - radius
@@ -69,7 +72,9 @@ def _masks(shape, radius, centre) -> np.ndarray:
 
 
 def render(wanted, rng: np.random.Generator) -> np.ndarray:
-    """Captions, or attributes int [N, 3], -> pictures uint8 [N, 32, 32, 3]; one caption -> one picture [32, 32, 3]."""
+    """Render captions, or attributes int [N, 3], to pictures uint8 [N, 32, 32, 3]; one caption gives one
+    picture [32, 32, 3].
+    """
     if isinstance(wanted, str):
         return render([wanted], rng)[0]
     if isinstance(wanted[0], str):
@@ -83,19 +88,21 @@ def render(wanted, rng: np.random.Generator) -> np.ndarray:
     return np.clip(pictures + 0.5, 0, 255).astype(np.uint8)
 
 
-# Templates that measure() compares with: every shape at five sizes, centred, as Fourier transforms.
+# Templates that measure() compares with: every shape at five sizes, centered, as Fourier transforms.
 _T_SHAPE, _T_RADIUS = (a.ravel() for a in np.meshgrid(np.arange(len(SHAPES)), np.linspace(*RADIUS, 5), indexing="ij"))
 _TEMPLATES = _masks(_T_SHAPE, _T_RADIUS, np.full((len(_T_SHAPE), 2), (SIZE - 1) / 2))
 _T_FOURIER = np.conj(np.fft.rfft2(_TEMPLATES))
-FAR_COLOUR = 75.0  # a colour further than this (RGB distance) from every name has no name; the names are > 130 apart
-FAR_SHAPE = 0.25  # a mask that differs from the best template by more than this share of its area is no shape
+FAR_COLOR = 75.0  # RGB distance beyond which a color has no name; the names are > 130 apart
+FAR_SHAPE = 0.25  # share of its area by which a shape's mask may differ from the best template
 
 
 def measure(pictures) -> np.ndarray:
-    """Pictures uint8 [N, 32, 32, 3] -> attributes int [N, 3], from the pixels alone; -1 where there is no clear answer.
+    """Measure the attributes, int [N, 3], of pictures uint8 [N, 32, 32, 3] from the pixels alone; -1 where
+    they are unclear.
 
-    Background: median colour of the border. Colour: mean colour of the pixels that are far from the background, less
-    those on the edge. Shape: best template over all positions for the soft mask between these two colours.
+    Background: median color of the border. Color: mean color of the pixels that are far from the background,
+    without those on the edge. Shape: best template over all positions for the soft mask between these two
+    colors.
     """
     pictures = np.asarray(pictures)
     return np.concatenate([_measure(pictures[i : i + 256]) for i in range(0, len(pictures), 256)])
@@ -113,9 +120,9 @@ def _measure(pictures):
     inside = (far >= 0.9 * threshold[:, None, None])[..., None]
     front = (p * inside).sum((1, 2)) / inside.sum((1, 2))
     found = np.empty((n, 3), int)
-    for i, colour in ((1, front), (2, back)):
-        distance = np.linalg.norm(colour[:, None] - RGB, axis=-1)
-        found[:, i] = np.where(distance.min(1) < FAR_COLOUR, distance.argmin(1), -1)
+    for i, color in ((1, front), (2, back)):
+        distance = np.linalg.norm(color[:, None] - RGB, axis=-1)
+        found[:, i] = np.where(distance.min(1) < FAR_COLOR, distance.argmin(1), -1)
     direction = front - back
     length = np.maximum((direction**2).sum(-1), 1.0)[:, None, None]
     mask = np.clip((difference * direction[:, None, None]).sum(-1) / length, 0, 1)  # [n, 32, 32]
@@ -130,20 +137,20 @@ def _measure(pictures):
 
 
 def right(pictures, captions) -> np.ndarray:
-    """Pictures uint8 [N, 32, 32, 3] and N captions -> bool [N]: the picture shows what its caption asks for."""
+    """Return whether each of N pictures uint8 [N, 32, 32, 3] shows what its caption asks for, bool [N]."""
     return (measure(pictures) == attributes(captions)).all(-1)
 
 
-# Losers differ from the winner in 1, 2 or 3 attributes with these odds; one wrong attribute is the lesson that counts.
+# Probabilities that a loser differs from the winner in 1, 2 or 3 attributes.
 _CHANGES = (0.6, 0.25, 0.15)
 
 
 def pairs(n: int, seed: int, held_out: bool = False) -> dict:
-    """n preference pairs by the renderer, as columns in Pick-a-Pic's manner.
+    """Render n preference pairs, as columns in Pick-a-Pic's layout.
 
-    caption list[str]; picture_0, picture_1 uint8 [n, 32, 32, 3]; label_0, label_1 fp32 [n], 1 for the winner, which
-    is right; the loser is wrong in one or more attributes. Captions, and in training the losers too, keep to the
-    combinations of their split.
+    caption: list[str]. picture_0, picture_1: uint8 [n, 32, 32, 3]. label_0, label_1: fp32 [n], 1 for the
+    winner. The winner is correct; the loser is wrong in one or more attributes. Captions, and in training the
+    losers too, use only the combinations of their split.
     """
     rng = np.random.default_rng((seed, int(held_out)))
     asked = COMBINATIONS[HELD_OUT == held_out]
@@ -151,7 +158,7 @@ def pairs(n: int, seed: int, held_out: bool = False) -> dict:
     changed = (asked[:, None] != others[None]).sum(-1)  # [asked, others]
     want = rng.integers(len(asked), size=n)
     number = rng.choice([1, 2, 3], size=n, p=_CHANGES)
-    # A uniform choice among the others with the wished number of changes: the largest of random keys.
+    # A uniform choice among the others with the chosen number of changes: the largest of random keys.
     keys = rng.random((n, len(others))) * (changed[want] == number[:, None])
     winner, loser = render(asked[want], rng), render(others[keys.argmax(1)], rng)
     first = rng.random(n) < 0.5  # the winner is picture 0

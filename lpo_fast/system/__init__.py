@@ -1,0 +1,1 @@
+"""The machine below the method: processes, devices, compilation, kernel launches, console and files."""

@@ -1,4 +1,4 @@
-"""What is damaged is found before it is used."""
+"""Find damaged files before they are used."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from safetensors import safe_open
 from lpo_fast.errors import InputError
 from lpo_fast.system import reading, writing
 
-SUMS = "checksums.json"  # of a directory: {file: SHA-256}
+SUMS = "checksums.json"  # in a directory: {file: SHA-256}
 
 
 def seal(folder: Path) -> None:
@@ -20,10 +20,11 @@ def seal(folder: Path) -> None:
 
 
 def damage(path: Path) -> str:
-    """What is wrong with a file or a directory that was written whole; "" if nothing can be found.
+    """Return what is wrong with a file or a directory that was written completely; "" if no damage is found.
 
-    A directory is held against its SUMS. What has none (official ones, single files) is checked as far as it can be: by the
-    CRC-32 that torch.save puts into its files, by the header of .safetensors, as JSON.
+    A directory is compared with its SUMS. Without one (official directories, single files) each file is
+    checked as far as its format allows: the CRC-32 that torch.save stores, the header of .safetensors, the
+    syntax of JSON.
     """
     sums = path / SUMS
     if not sums.is_file():
@@ -32,21 +33,21 @@ def damage(path: Path) -> str:
         recorded = reading.read_json(sums, "")
     except InputError:
         return f"{SUMS} cannot be read"
-    for name, wanted in recorded.items():
+    for name, expected in recorded.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if sha256(path / name) != wanted:
+        if sha256(path / name) != expected:
             return f"{name} has changed since it was written"
     return ""
 
 
 def _damage(file: Path) -> str:
-    """``damage`` of a single file."""
+    """Return what is wrong with a single file, as ``damage`` does."""
     try:
         if file.suffix in (".pt", ".bin"):
-            reading.read_pickle(file, mmap=True)  # names and shapes; what the checksums do not cover
+            reading.read_pickle(file, mmap=True)  # checks names and shapes, which checksums do not cover
             with open(file, "rb") as f:
-                if f.read(2) == b"PK":  # else it is of torch before 1.6, without checksums
+                if f.read(2) == b"PK":  # files of torch before 1.6 have no checksums
                     with zipfile.ZipFile(file) as records:
                         return f"{file.name}: {bad} does not match its checksum" if (bad := records.testzip()) else ""
         if file.suffix == ".safetensors":
@@ -56,12 +57,12 @@ def _damage(file: Path) -> str:
             json.loads(file.read_text(encoding="utf-8"))
     except InputError as error:
         return f"{file.name} {error.problem}"
-    except Exception as error:  # zipfile raises many kinds for damaged files
+    except Exception as error:  # zipfile raises many kinds
         return f"{file.name} cannot be read ({type(error).__name__})"
     return ""
 
 
 def sha256(file: Path) -> str:
-    """Of the bytes of a file, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with open(file, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Lines on the console, by the main process."""
+"""Print lines on the console, from rank 0 only."""
 
 import sys
 
@@ -9,14 +9,14 @@ from lpo_fast.system import distributed
 
 
 def say(line: str) -> None:
-    """A line above the progress bar, by the main process."""
+    """Print a line above the progress bar, on rank 0."""
     if distributed.is_main():
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 
 
 def memory() -> str:
-    """Peak memory of the device (of the process on a CPU)."""
+    """Return the peak memory of the device (of the process on a CPU), as text in GB."""
     if torch.cuda.is_available():
         return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
     import resource

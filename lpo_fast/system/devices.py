@@ -1,4 +1,6 @@
-"""Precision, attention, memory format, compilation and optimizer: every such choice of the project is made here."""
+"""Choose device, precision, text placement, determinism and memory format, in one place for the whole
+project.
+"""
 
 import os
 
@@ -10,22 +12,26 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def device() -> torch.device:
-    """The GPU if there is one."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def precision(setting: str, on_cuda: str) -> str:
-    """"auto" becomes ``on_cuda`` on a GPU and "no" elsewhere."""
+    """Return ``setting``, or for "auto" ``on_cuda`` on a GPU and "no" elsewhere."""
     return (on_cuda if torch.cuda.is_available() else "no") if setting == "auto" else setting
 
 
 def autocast(setting: str) -> torch.autocast:
-    """The context in which networks run; latents, densities and scores stay in fp32 around it."""
+    """Return the autocast context in which networks run; latents, densities and scores stay in fp32 outside
+    of it.
+    """
     return torch.autocast(device().type, DTYPES[setting], enabled=setting != "no")
 
 
 def text_placement(size: int) -> torch.device:
-    """Where ``size`` bytes of text features are kept: on the GPU if they take a quarter of its free memory at most."""
+    """Return where ``size`` bytes of text features are kept: on the GPU if they take at most a quarter of its
+    free memory.
+    """
     if torch.cuda.is_available() and size > torch.cuda.mem_get_info()[0] // 4:
         return torch.device("cpu")
     return device()
@@ -46,5 +52,5 @@ def numerics(deterministic: bool, tf32: bool | None = None) -> None:
 
 
 def layout(unet: nn.Module) -> nn.Module:
-    """Channels-last on a GPU, whose convolutions want it."""
+    """Convert a network to channels-last on a GPU, where convolutions are faster in it; return it."""
     return unet.to(memory_format=torch.channels_last) if torch.cuda.is_available() else unet

@@ -1,7 +1,8 @@
-"""Many processes (``torchrun``, ``accelerate launch``): who is who, and the few things that they tell one another.
+"""Communicate between ranks (``torchrun``, ``accelerate launch``): world size, rank, barrier, all-reduce,
+all-gather.
 
-Alone, every function here does nothing. Gradients are summed once an optimizer step, when they are whole: losses carry
-weights over the global batch, so a sum is all there is to do.
+With one process the collectives do nothing. Gradients are summed once per optimizer step, after the last
+backward pass: losses carry weights over the global batch, so a sum is all that is needed.
 """
 
 import os
@@ -16,79 +17,82 @@ from torch.distributed.tensor import DTensor
 
 from lpo_fast.errors import InputError, PeerError
 
-BUCKET = 2**25  # elements of a message of gradients
+BUCKET = 2**25  # elements per all-reduce of gradients
 
 
 @contextmanager
-def _together() -> Iterator[None]:
-    """Around what needs all processes."""
+def _collective() -> Iterator[None]:
+    """Wrap a collective: raise PeerError if another rank has failed."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise PeerError(f"rank {rank()}: another process has failed, and says why, or was killed; this one ends") from error
+        raise PeerError(f"rank {rank()}: another rank has failed (see its error) or was killed; "
+                        "this one stops") from error
 
 
 def state() -> PartialState:
-    """This process among all; the first call joins the others and picks the GPU. Raises InputError if they cannot meet."""
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"  # launched with --use_deepspeed or not: it is not needed
+    """Return this process's place among all; the first call joins the process group and selects the GPU.
+
+    Raises InputError if the processes cannot connect.
+    """
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"  # even if launched with --use_deepspeed
     try:
         return PartialState(cpu=not torch.cuda.is_available())
     except dist.DistNetworkError as error:
         where = ":".join(os.environ.get(key, "?") for key in ("MASTER_ADDR", "MASTER_PORT"))
-        raise InputError(where, f"the processes cannot meet there ({str(error).splitlines()[0]})",
+        raise InputError(where, f"the ranks cannot connect there ({str(error).splitlines()[0]})",
                          "name a free port: --master_port, or --main_process_port", "MASTER_PORT") from error
 
 
 def is_main() -> bool:
-    """Whether this process prints and writes."""
+    """Return whether this process is rank 0, which prints and writes files."""
     return state().is_main_process if PartialState._shared_state else os.environ.get("RANK", "0") == "0"
 
 
 def named(processes: int) -> str:
-    """So many processes, in words."""
+    """Return a number of processes in words."""
     return "1 process" if processes == 1 else f"{processes} processes"
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return state().num_processes
 
 
 def rank() -> int:
-    """Which of them this one is, from 0."""
+    """Return the number of this process, from 0."""
     return state().process_index
 
 
 def barrier() -> None:
-    """Until all are here."""
-    with _together():
+    """Wait until all ranks are here."""
+    with _collective():
         state().wait_for_everyone()
 
 
 def all_sum(x: Tensor) -> Tensor:
-    """Σ over the processes, in place."""
+    """All-reduce x: sum it over all ranks, in place; return it."""
     if world_size() > 1:
-        with _together():
+        with _collective():
             dist.all_reduce(x)
     return x
 
 
 def any_rank(flag: object) -> bool:
-    """Whether ``flag`` is true in any process."""
+    """Return whether ``flag`` is true on any rank."""
     if world_size() == 1:
         return bool(flag)
     return all_sum(torch.tensor(float(bool(flag)), device=state().device)).item() > 0
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Σ over the processes, in place, in messages of about BUCKET elements.
+    """All-reduce the gradients: sum them over all ranks, in place, in messages of about BUCKET elements.
 
-    A parameter without a gradient counts as 0, but keeps none if it has none in any process: a zero would let weight decay
-    act on it.
-
-    Those of a sharded network are left out: FSDP sums them in the backward pass.
+    A missing gradient counts as 0. A parameter without a gradient on every rank keeps None, because with a
+    zero gradient weight decay would still change it. Sharded parameters are skipped: FSDP sums their
+    gradients in the backward pass.
     """
     if world_size() == 1:
         return
@@ -96,36 +100,38 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     parameters = [p for p in parameters if not isinstance(p, DTensor)]
     if not parameters:
         return
-    reached = all_sum(torch.tensor([float(p.grad is not None) for p in parameters], device=state().device)).tolist()
-    for parameter in (p for p, times in zip(parameters, reached, strict=True) if times):
+    present = torch.tensor([float(p.grad is not None) for p in parameters], device=state().device)
+    counts = all_sum(present).tolist()
+    for parameter in (p for p, count in zip(parameters, counts, strict=True) if count):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if bucket and (bucket[0].dtype != parameter.dtype or sum(grad.numel() for grad in bucket) >= BUCKET):
-            _sum_together(bucket)
+            _sum_bucket(bucket)
             bucket = []
         bucket.append(parameter.grad)
     if bucket:
-        _sum_together(bucket)
+        _sum_bucket(bucket)
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Values of the main process for all, in place."""
+    """Broadcast the tensors' values from rank 0 to all ranks, in place."""
     for tensor in tensors if world_size() > 1 else ():
-        with _together():
+        with _collective():
             dist.broadcast(tensor.data, 0)
 
 
-def _sum_together(grads: list[Tensor]) -> None:
+def _sum_bucket(grads: list[Tensor]) -> None:
     flat = all_sum(torch.cat([grad.flatten() for grad in grads]))
     for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
         grad.copy_(part.view_as(grad))
 
 
 def gather(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Each tensor [n_rank, …] of all processes one after another; n may differ, and be 0 on some.
+    """All-gather each tensor [n_rank, …] and concatenate in the order of the ranks; n may differ between
+    ranks, and be 0.
 
-    The own part keeps its gradient: if every process computes a loss of the whole, the sum of the gradients is that of the
-    loss.
+    This rank's part keeps its gradient: if every rank computes the loss of the concatenation, the sum of the
+    ranks' gradients is the gradient of that loss.
     """
     if world_size() == 1:
         return tensors
@@ -138,7 +144,7 @@ def gather(*tensors: Tensor) -> tuple[Tensor, ...]:
         own = x.new_zeros(max(sizes), *x.shape[1:])
         own[:len(x)] = x.detach()
         parts = [torch.empty_like(own) for _ in sizes]
-        with _together():
+        with _collective():
             dist.all_gather(parts, own)
         parts = [part[:size] for part, size in zip(parts, sizes, strict=True)]
         gathered.append(torch.cat([*parts[:own_rank], x, *parts[own_rank + 1:]]))

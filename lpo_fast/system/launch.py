@@ -1,7 +1,9 @@
-"""How the Triton kernels are launched: when they run, on which device, and a record of launches for the compiler.
+"""Launch the Triton kernels: decide when and where they run, check their inputs, and record launches for the
+compiler.
 
-Kernels run on CUDA, and on any device under Triton's interpreter (TRITON_INTERPRET=1 before the first import); elsewhere,
-in float64 and where Triton is not installed, the public functions of kernels/ take their plain PyTorch references.
+Kernels run on CUDA, and on any device under Triton's interpreter (TRITON_INTERPRET=1 before the first
+import). Elsewhere, in float64, and where Triton is not installed, the public functions of kernels/ use their
+plain PyTorch references.
 """
 
 import math
@@ -19,11 +21,11 @@ try:
     import triton
     import triton.language as tl
     jit = triton.jit
-except ImportError:  # the references run; kernel bodies are never reached
+except ImportError:  # the references run; kernels are never called
     triton, tl = None, SimpleNamespace(constexpr=None)
 
     def jit(kernel):
-        """In place of triton.jit."""
+        """Return the kernel unchanged, in place of triton.jit."""
         return kernel
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
@@ -33,7 +35,9 @@ LARGEST = sys.float_info.max
 
 
 class Launch(NamedTuple):
-    """One launch: a jitted function, its grid, positional arguments, compile-time constants by name, warps a program."""
+    """Record one launch: a jitted function, its grid, positional arguments, compile-time constants by name,
+    warps per program.
+    """
 
     kernel: object
     grid: tuple[int, ...]
@@ -47,7 +51,9 @@ _record: list[Launch] | None = None
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Collect the launches instead of running them: what production would compile for these tensors, on any device."""
+    """Collect the launches instead of running them: what training would compile for these tensors, on any
+    device.
+    """
     global _record
     _record = []
     try:
@@ -57,7 +63,9 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, warps: int = 4, **constants) -> None:
-    """Run ``kernel`` over ``grid`` on the device of its first tensor. arguments: tensors, tuples of them, ints, floats."""
+    """Run ``kernel`` over ``grid`` on the device of its first tensor. arguments: tensors, tuples of tensors,
+    ints, floats.
+    """
     if _record is not None:
         _record.append(Launch(kernel, grid, arguments, constants, warps))
     elif math.prod(grid):  # an empty batch launches nothing
@@ -67,43 +75,50 @@ def launch(kernel, grid: tuple[int, ...], *arguments, warps: int = 4, **constant
 
 
 def fused(x: Tensor) -> bool:
-    """Whether a kernel runs for ``x`` (or is recorded), or else the reference."""
+    """Return whether a kernel runs (or is recorded) for ``x``, rather than the reference."""
     return x.dtype in DTYPES and triton is not None and (x.is_cuda or INTERPRETED or _record is not None)
 
 
 def channels_last(x: Tensor) -> bool:
-    """Whether x [B, C, H, W] lies in memory as [B, H, W, C] without gaps, and not as NCHW at the same time."""
+    """Return whether x [B, C, H, W] is stored as [B, H, W, C] without gaps, and not as NCHW at the same time.
+    """
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def dense(x: Tensor) -> Tensor:
-    """x itself if it is NCHW or channels-last without gaps, else an NCHW copy."""
+    """Return x itself if it is NCHW or channels-last without gaps, else an NCHW copy."""
     return x if channels_last(x) else x.contiguous()
 
 
 def power_of_2(n: int) -> int:
-    """The smallest power of 2 that is at least n ≥ 1."""
+    """Return the smallest power of 2 that is at least n ≥ 1."""
     return 1 << (n - 1).bit_length()
 
 
 def expect(condition: bool, message: str) -> None:
-    """Raise ValueError: what is wrong with an operator's input, with the value found and what was expected."""
+    """Raise ValueError with ``message``, which states the value found and the value expected, unless
+    ``condition`` holds.
+    """
     if not condition:
         raise ValueError(message)
 
 
 def expect_type(name: str, value: object, kind: type | tuple[type, ...]) -> None:
-    """An operator's input is of a type, or of one of several; a bool is no number. Raises ValueError naming it."""
+    """Check that an operator's argument has one of the given types; a bool is not a number.
+
+    Raises ValueError, which names the argument.
+    """
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
         raise ValueError(f"{name} is of type {type(value).__name__}, expected {' or '.join(k.__name__ for k in kinds)}")
 
 
 def expect_number(name: str, number: float, least: float = -LARGEST) -> None:
-    """A finite Python number of at least ``least``; raises ValueError naming it.
+    """Check that an argument is a finite Python number of at least ``least``; raise ValueError, which names
+    it, otherwise.
 
-    Also where torch.compile makes the number a symbol, which comparisons can be asked about and math.isfinite cannot. What
-    torch.compile raises is an error of its own that quotes the ValueError.
+    This also works where torch.compile makes the number a symbol, which supports comparisons but not
+    math.isfinite. In that case torch.compile raises its own error, which quotes the ValueError.
     """
     expect_type(name, number, (int, float))
     if not least <= number <= LARGEST:
@@ -113,10 +128,11 @@ def expect_number(name: str, number: float, least: float = -LARGEST) -> None:
 
 def expect_tensor(name: str, x: Tensor, shape: tuple[int | str, ...], like: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS,
                   gradient: bool = True) -> None:
-    """Type, shape, dtype and device (that of ``like``) of an operator's input; raises ValueError naming it.
+    """Check type, shape, dtype and device (that of ``like``) of an operator's input; raise ValueError, which
+    names it, otherwise.
 
-    shape: a letter stands for any size. gradient: whether the operator has one for it; if not, x may require none unless
-    the caller is under torch.no_grad().
+    shape: a letter stands for any size. gradient: whether the operator has a gradient for this input; if not,
+    x must not require one, except under torch.no_grad().
     """
     expect_type(name, x, Tensor)
     if x.ndim != len(shape) or not all(isinstance(n, str) or size == n for size, n in zip(x.shape, shape, strict=True)):
@@ -125,10 +141,14 @@ def expect_tensor(name: str, x: Tensor, shape: tuple[int | str, ...], like: Tens
         raise ValueError(f"{name} is {x.dtype}, expected {' or '.join(map(str, dict.fromkeys(dtypes)))}")
     expect(x.device == like.device, f"{name} is on {x.device}, expected {like.device}")
     if not gradient and x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} requires a gradient, but has none here: detach it, or call under torch.no_grad()")
+        raise ValueError(f"{name} requires a gradient, but the operator has none: detach it, or call under "
+                         "torch.no_grad()")
 
 
 def expect_table(name: str, x: Tensor, columns: tuple[int, ...], like: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """A row of ``columns`` for every training timestep, at least one, without gradient; raises ValueError naming it."""
+    """Check a table with one row of ``columns`` per training timestep, at least one row, without gradient.
+
+    Raises ValueError, which names the argument.
+    """
     expect_tensor(name, x, ("N", *columns), like, dtypes, gradient=False)
     expect(len(x) > 0, f"{name} has shape {tuple(x.shape)}: no timesteps")

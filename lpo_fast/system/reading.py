@@ -1,7 +1,6 @@
-"""Files: written beside their target and renamed into place, so a killed run leaves no half file; read without running code.
+"""Read files safely: no code runs, and damaged or hostile files are refused with an InputError.
 
-Names that begin with a dot and end in .new (being written), .old (being replaced) or .gone (being removed) are a writer's own.
-Whatever is read may be damaged or hostile: it is refused with an InputError, and never takes much more memory than its size.
+No file takes much more memory than its size.
 """
 
 import json
@@ -21,18 +20,21 @@ from torch.utils._pytree import tree_leaves
 
 from lpo_fast.errors import InputError
 
-LARGEST_CONFIG = 100_000  # bytes; the official ones have 3,000. YAML's sexagesimal numbers take time quadratic in it
-LARGEST_PICTURE = 2**28  # bytes of a picture that is named by its file
+LARGEST_CONFIG = 100_000  # bytes; official configs have 3,000. YAML's base-60 numbers take quadratic time
+LARGEST_PICTURE = 2**28  # bytes of a picture file
 
 
 @contextmanager
 def memory_limit(size: int) -> Iterator[None]:
-    """Within the block this process may take so many bytes more than it has; ValueError beyond. The net below other limits.
+    """Limit the memory that this process may allocate within the block to ``size`` bytes; raise ValueError
+    beyond that.
 
-    Threads that start there count with their stacks and heaps, of which a machine with many cores has many: start none.
+    This is the safety net below more specific limits. Start no threads in the block: each one counts with its
+    stack and heap.
     """
-    limits, have = resource.getrlimit(resource.RLIMIT_AS), int(Path("/proc/self/statm").read_text().split()[0])
-    most = have * resource.getpagesize() + size
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + size
     resource.setrlimit(resource.RLIMIT_AS, (most if limits[0] < 0 else min(most, limits[0]), limits[1]))
     try:
         yield
@@ -43,21 +45,24 @@ def memory_limit(size: int) -> Iterator[None]:
 
 
 def read_pickle(file: Path, key: str = "", mmap: bool = False) -> dict:
-    """The dictionary in a .pt, .bin or .ckpt file, read without running code (mmap: only the tensors that are used).
+    """Load the dictionary in a .pt, .bin or .ckpt file without running code. mmap: load only the tensors that
+    are used.
 
-    Raises InputError if it is damaged, holds anything but tensors and plain values, or claims more than the file has.
+    Raises InputError if it is damaged, holds anything but tensors and plain values, or claims more data than
+    the file has.
     """
     try:
         if zipped := zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as members:
                 if sum(member.file_size for member in members.infolist()) > file.stat().st_size:
-                    raise ValueError("it is compressed, which torch never does")  # 10 MB may become 10 GB
+                    # 10 MB could expand to 10 GB.
+                    raise ValueError("it is compressed, which torch never does")
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and zipped)
         if not isinstance(state, dict):
-            raise ValueError("it is no dictionary")
-        for leaf in tree_leaves(state):  # a stride of 0 makes terabytes of one number
+            raise ValueError("it is not a dictionary")
+        for leaf in tree_leaves(state):  # a stride of 0 turns one number into terabytes
             if isinstance(leaf, Tensor) and (leaf.layout != torch.strided or leaf.nbytes > leaf.untyped_storage().nbytes()):
-                raise ValueError("a tensor is larger than what is stored of it")
+                raise ValueError("a tensor is larger than its stored data")
         return state
     except Exception as error:  # torch raises many kinds for damaged or hostile files
         reason = type(error).__name__ + (f": {error}" if type(error) is ValueError else "")
@@ -66,7 +71,7 @@ def read_pickle(file: Path, key: str = "", mmap: bool = False) -> dict:
 
 
 def read_safetensors(file: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a .safetensors file. Raises InputError if it is damaged."""
+    """Load tensors and metadata of a .safetensors file. Raises InputError if it is damaged."""
     try:
         with safe_open(file, "pt") as tensors:
             return {name: tensors.get_tensor(name) for name in tensors.keys()}, tensors.metadata() or {}
@@ -75,7 +80,8 @@ def read_safetensors(file: Path, key: str) -> tuple[dict[str, Tensor], dict[str,
 
 
 def parse_json(text: str) -> object:
-    """JSON's value. Raises ValueError, also for keys that occur twice and for what is nested too deeply."""
+    """Return the value of a JSON text. Raises ValueError, also for duplicate keys and for excessive nesting.
+    """
     try:
         return json.loads(text, object_pairs_hook=_distinct)
     except RecursionError as error:
@@ -83,6 +89,7 @@ def parse_json(text: str) -> object:
 
 
 def _distinct(pairs: list[tuple[str, object]]) -> dict:
+    """Return the pairs as a dict. Raises ValueError if a key occurs twice."""
     found: dict = {}
     for name, value in pairs:
         if name in found:
@@ -92,11 +99,11 @@ def _distinct(pairs: list[tuple[str, object]]) -> dict:
 
 
 def read_json(file: Path, key: str, remedy: str = "download it again") -> dict:
-    """The object in a .json file. Raises InputError naming it."""
+    """Load the object in a .json file. Raises InputError, which names the file."""
     try:
         value = parse_json(file.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it is not an object")
         return value
     except FileNotFoundError:
         raise
@@ -105,33 +112,44 @@ def read_json(file: Path, key: str, remedy: str = "download it again") -> dict:
 
 
 def read_config(file: Path, key: str) -> dict:
-    """The nested dictionary of a .json, .toml or .yaml file: data alone, nothing in it runs. Raises InputError naming it."""
+    """Load the nested dictionary of a .json, .toml or .yaml file: data only, no code runs.
+
+    Raises InputError, which names the file.
+    """
     try:
         if file.stat().st_size > LARGEST_CONFIG:
             raise ValueError(f"it has more than {LARGEST_CONFIG:,} bytes")
         text = file.read_text(encoding="utf-8")
         value = {".json": parse_json, ".toml": tomllib.loads}.get(file.suffix, _yaml)(text)
         if not isinstance(value, dict):
-            raise ValueError("it is no mapping")
+            raise ValueError("it is not a mapping")
         if any(isinstance(leaf, int) and abs(leaf) >= 2**63 for leaf in tree_leaves(value)):
             raise ValueError("a number has more than 64 bits")
         return value
-    except (ValueError, OSError, RecursionError, yaml.YAMLError) as error:  # also TOMLDecodeError, UnicodeDecodeError
+    except (ValueError, OSError, RecursionError, yaml.YAMLError) as error:  # ValueError: also decode errors
         kind = file.suffix.removeprefix(".").upper().replace("YML", "YAML") or "YAML"
-        raise InputError(str(file), f"is no {kind} ({(str(error).splitlines() or [type(error).__name__])[0]})", "mend it",
-                         key) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(str(file), f"is not valid {kind} ({reason})", "fix it", key) from error
 
 
 def _yaml(text: str) -> object:
-    """YAML of plain values. Aliases are refused: a few of them, nested, name a billion values."""
+    """Load YAML with plain values. Aliases are refused: a few nested ones expand to a billion values."""
     if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
         raise ValueError("it has aliases (*name); write the values")
     return yaml.safe_load(text)
 
 
 def read_picture(path: Path, most: int = LARGEST_PICTURE) -> bytes:
-    """A regular file's bytes. Raises ValueError for a device or a pipe, which may never end, and for more than ``most``."""
+    """Read the bytes of a regular file.
+
+    Raises ValueError for more than ``most`` bytes, and for a device or a pipe, which may never end.
+    """
     about = path.stat()
     if not stat.S_ISREG(about.st_mode) or about.st_size > most:
-        raise ValueError(f"{path} is no file of at most {most:,} bytes")
+        raise ValueError(f"{path} is not a file of at most {most:,} bytes")
     return path.read_bytes()
+
+
+def component(name: str) -> bool:
+    """Return whether a name stays in its directory: whether it is a single component of a path."""
+    return name not in ("", ".", "..") and not any(sign in name for sign in "/\\\0")

@@ -1,4 +1,9 @@
-"""Files are written beside their target and renamed into place."""
+"""Write files atomically: next to their target, then renamed into place, so a killed run leaves no partial
+file.
+
+Names that begin with a dot and end in .new (being written), .old (being replaced) or .gone (being removed)
+are reserved for these functions.
+"""
 
 import errno
 import fcntl
@@ -19,26 +24,30 @@ from safetensors import SafetensorError
 
 from lpo_fast.errors import InputError
 
-RECORD = 1024  # bytes that names and records take beside a parameter and its optimizer's state
+RECORD = 1024  # bytes of names and records per parameter and its optimizer state
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise InputError, which names ``path`` and the reason, if the disk refuses what the block writes."""
+    """Raise InputError, which names ``path`` and the reason, if the block's writes to disk fail."""
     try:
         yield
-    except FileNotFoundError:  # not the disk's fault
+    except FileNotFoundError:  # not a failed write
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
         if (reason := _refusal(error)) is None:
             raise
-        raise InputError(str(path), f"cannot be written ({reason})", "make room or make it writable, then run again (training: "
-                         "with --resume); what was saved before is whole") from error
+        raise InputError(str(path), f"cannot be written ({reason})",
+                         "free some space or make it writable, then run again (training: with --resume); "
+                         "earlier files are intact") from error
 
 
 def _refusal(error: Exception) -> str | None:
-    """Why the disk refused, or None if it did not: torch's and safetensors' writers have errors of their own."""
-    if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch.save; the cause may be its context
+    """Return why a write failed, or None if the error is another one.
+
+    torch's and safetensors' writers raise their own errors.
+    """
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch.save
         error = error.__context__ or error
     if isinstance(error, OSError):
         return error.strerror or str(error)
@@ -48,16 +57,17 @@ def _refusal(error: Exception) -> str | None:
 
 @contextmanager
 def replacing(target: Path, before: Path | None = None) -> Iterator[Path]:
-    """A fresh path beside ``target`` (file or directory) that becomes ``target`` when the block succeeds.
+    """Yield a new path next to ``target`` (file or directory), which becomes ``target`` when the block
+    succeeds.
 
-    before: where the file that stood there goes; None: it is removed. Raises InputError if the disk refuses; what stood there
-    then stands there still.
+    before: where the file that was there is moved; None: it is removed. Raises InputError if the disk fails;
+    the previous ``target`` is then unchanged.
     """
     aside, old = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old"))
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove(aside)  # a killed run's
-        _settle(old, target)  # killed between the two renames below
+        _remove(aside)  # left by a killed run
+        _restore_or_remove(old, target)  # left by a run that was killed between the two renames below
         try:
             yield aside
             for file in [aside] if aside.is_file() else contents(aside):
@@ -70,16 +80,18 @@ def replacing(target: Path, before: Path | None = None) -> Iterator[Path]:
             os.replace(aside, target)
         finally:
             _remove(aside)
-            _settle(old, target)
+            _restore_or_remove(old, target)
 
 
 def contents(folder: Path) -> list[Path]:
-    """The files below a directory."""
+    """Return the files below a directory, sorted."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def discard(path: Path) -> None:
-    """Remove a directory, if it is there, under another name: a killed process leaves no half one."""
+    """Remove a directory, if it exists; it is renamed first, so that a killed process leaves no partial
+    directory.
+    """
     gone = path.with_name(f".{path.name}.gone")
     _remove(gone)
     if path.exists():
@@ -88,19 +100,20 @@ def discard(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left in a directory; what they were about to replace comes back."""
+    """Remove what killed processes left in a directory, and restore what they were about to replace."""
     for old in folder.glob(".*.old"):
-        _settle(old, folder / old.name[1:-len(".old")])
+        _restore_or_remove(old, folder / old.name[1:-len(".old")])
     for left in (*folder.glob(".*.new"), *folder.glob(".*.gone")):
         _remove(left)
 
 
 @contextmanager
 def make_once(target: Path) -> Iterator[Path | None]:
-    """A fresh path that becomes ``target`` (file or directory), or None if that is there: what is made once for all.
+    """Create a file or directory once for all processes: yield a new path that becomes ``target``, or None if
+    that exists.
 
-    Of many processes one makes it and the others wait. What a killed one left is removed. Where the file system has no locks
-    each makes its own, and the first remains.
+    One process creates it while the others wait. Leftovers of killed processes are removed. Where the file
+    system has no locks, each process creates its own, and the first one remains.
     """
     own = target.with_name(f"{target.name}.{platform.node()}-{os.getpid()}")
     with writing(target):
@@ -130,8 +143,8 @@ def make_once(target: Path) -> Iterator[Path | None]:
             _remove(own)
 
 
-def _settle(old: Path, target: Path) -> None:
-    """Bring the old one back unless a new one took its place."""
+def _restore_or_remove(old: Path, target: Path) -> None:
+    """Move ``old`` back to ``target`` if that no longer exists, else remove it."""
     if old.exists() and not target.exists():
         os.replace(old, target)
     _remove(old)
@@ -141,11 +154,12 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-class _Summed:
-    """A file that torch.save writes to from front to back, and the SHA-256 of it."""
+class _Hashing:
+    """A file opened for writing from front to back, with the SHA-256 of its bytes."""
 
     def __init__(self, file: BinaryIO):
-        self.file, self.sum = file, hashlib.sha256()
+        self.file = file
+        self.sum = hashlib.sha256()
 
     def write(self, data: bytes) -> int:
         self.sum.update(data)
@@ -156,15 +170,21 @@ class _Summed:
 
 
 def save_pickle(value: object, file: Path) -> str:
-    """torch.save, and the file's SHA-256; through a file of Python's, whose errors say why the disk refused."""
+    """Write ``value`` with torch.save; return the SHA-256 of the file.
+
+    The data passes through a Python file object, whose errors state why a write failed.
+    """
     with open(file, "wb") as f:
-        torch.save(value, summed := _Summed(f))
-    return summed.sum.hexdigest()
+        torch.save(value, hashing := _Hashing(f))
+    return hashing.sum.hexdigest()
 
 
 def require_disk_space(folder: Path, size: int, remedy: str) -> None:
-    """Raise InputError if fewer than ``size`` bytes are free where a run is about to write so many."""
+    """Raise InputError if fewer than ``size`` bytes are free in a folder that a run is about to fill with up
+    to that many.
+    """
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise InputError(str(folder), f"has {free / 2**30:.2f} GiB free, and the run will write up to {size / 2**30:.2f} GiB",
+        raise InputError(str(folder),
+                         f"has {free / 2**30:.2f} GiB free, and the run will write up to {size / 2**30:.2f} GiB",
                          remedy, "--out")

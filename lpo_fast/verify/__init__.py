@@ -1,0 +1,1 @@
+"""Verify that this code computes the method: golden vectors and kernel checks."""

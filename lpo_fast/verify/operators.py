@@ -1,7 +1,8 @@
-"""The operators of kernels/ as data: inputs of production's sizes, the bytes that must move, and the test against fp64.
+"""Describe the operators of kernels/ as data: inputs of training size, bytes that must be moved, and the
+check against fp64.
 
-``doctor``, bench/ and the ahead-of-time compilation read it. Random numbers come from torch.rand*, so that whoever needs no
-values can replace them.
+``doctor``, bench/ and the ahead-of-time compilation use these descriptions. Random numbers come only from
+torch.rand*, so callers that do not need values can replace them.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -27,15 +28,15 @@ LATENTS = {"sd15": {"side": 64}, "sd21": {"side": 96, "kind": "v_prediction"}, "
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator of kernels/.
+    """Describe an operator of kernels/.
 
-    kernel, reference: the public function and its definition, called with the same positional arguments.
-    sizes, small: keyword arguments of ``inputs`` by name, of production and of a CPU. variants: what else production
-    launches; compiled ahead of time, not timed.
-    inputs(device, **size): a tuple of arguments; the same shapes every time.
-    moved(arguments, backward): bytes that have to be read and written at least.
-    differentiable(arguments): the tensors among them that get gradients; None if there is no backward pass.
-    narrow: why a kernel (its function's name) can have no 16-byte access to memory.
+    kernel, reference: the public function and its reference, called with the same positional arguments.
+    sizes, small: keyword arguments of ``inputs`` by name, for training sizes and for a CPU. variants: other
+    inputs that training launches, which are compiled ahead of time but not timed. inputs(device, **size): a
+    tuple of arguments, with the same shapes every time. moved(arguments, backward): the bytes that must be
+    read and written at least. differentiable(arguments): the tensors among them that get gradients; None if
+    there is no backward pass. narrow: why a kernel (by its function's name) can have no 16-byte memory
+    access.
     """
 
     kernel: Callable
@@ -50,15 +51,17 @@ class Operator:
 
     @property
     def name(self) -> str:
-        """Of the public function, also behind functools.partial."""
+        """Return the name of the public function, also if it is wrapped in functools.partial."""
         return (self.kernel.func if isinstance(self.kernel, partial) else self.kernel).__name__
 
     def leaves(self, arguments: tuple) -> list[Tensor]:
-        """The differentiable tensors, requiring gradients from now on; [] if there is no backward pass."""
+        """Return the differentiable tensors, made to require gradients; [] if there is no backward pass."""
         return [x.requires_grad_() for x in (self.differentiable and self.differentiable(arguments)) or ()]
 
     def calls(self, function: Callable, inputs: list[tuple], backward: bool) -> list[Callable]:
-        """A call a set of inputs: of the forward pass without a graph, or of the backward pass over a graph that stays."""
+        """Return one call per set of inputs: a forward pass without a graph, or a backward pass over a
+        retained graph.
+        """
         def forward(arguments: tuple):
             with torch.no_grad():
                 return function(*arguments)
@@ -69,18 +72,20 @@ class Operator:
             tensors = self.leaves(arguments)
             outputs = [x for x in tree_leaves(function(*arguments)) if isinstance(x, Tensor) and x.requires_grad]
             draw = torch.Generator(outputs[0].device).manual_seed(0)
-            grads = [torch.randint(-8, 9, x.shape, generator=draw, device=x.device).to(x.dtype) / 8 for x in outputs]  # exact
+            # Multiples of 1/8, which are exact in half precision.
+            grads = [torch.randint(-8, 9, x.shape, generator=draw, device=x.device).to(x.dtype) / 8
+                     for x in outputs]
             made.append(partial(torch.autograd.grad, outputs, tensors, grads, retain_graph=True))
         return made
 
     def truth(self, arguments: tuple, backward: bool):
-        """What the reference gives in fp64, of the forward or of the backward pass."""
+        """Return the reference's result in fp64, of the forward or of the backward pass."""
         call, = self.calls(self.reference, [_exact(arguments)], backward)
         return call()
 
 
 def _exact(x):
-    """An argument with its floating tensors in fp64, through lists, tuples, dicts and dataclasses."""
+    """Return an argument with its floating tensors in fp64, through lists, tuples, dicts and dataclasses."""
     if isinstance(x, Tensor):
         return x.detach().double() if x.is_floating_point() else x
     if is_dataclass(x):
@@ -93,29 +98,37 @@ def _exact(x):
 
 
 def error(what: str, got, truth) -> float:
-    """The largest of |got − truth| / |truth| (Euclidean) over the results; AssertionError where it is above BOUND.
+    """Return the largest |got − truth| / |truth| (Euclidean) over all results.
 
-    Coarse, as for timings: integers must be equal, the rest right to a hundred roundings; tests/ are for precision.
+    Raises AssertionError where it exceeds BOUND. The check is coarse, for use with timings: integers must be
+    equal, floats accurate to about a hundred roundings; the precise checks are in tests/.
     """
-    got, truth, worst = tree_leaves(got), tree_leaves(truth), 0.0
+    got, truth = tree_leaves(got), tree_leaves(truth)
+    worst = 0.0
     assert len(got) == len(truth), f"{what}: {len(got)} results, expected {len(truth)}"
     for i, (x, y) in enumerate(zip(got, truth, strict=True)):
         assert x.shape == y.shape, f"{what}, result {i}: {tuple(x.shape)}, expected {tuple(y.shape)}"
         if not x.is_floating_point():
             assert torch.equal(x, y), f"{what}, result {i}: {(x != y).sum().item()} of {x.numel()} differ"
             continue
-        size, away = torch.linalg.vector_norm(y).item(), torch.linalg.vector_norm(x.double() - y).item()
-        assert away <= BOUND[x.dtype] * size, f"{what}, result {i}: error of {away:.3g}, but the result is {size:.3g}"
-        worst = max(worst, away / size if size else 0.0)
+        size = torch.linalg.vector_norm(y).item()
+        distance = torch.linalg.vector_norm(x.double() - y).item()
+        assert distance <= BOUND[x.dtype] * size, (
+            f"{what}, result {i}: error of {distance:.3g}, but the result is {size:.3g}")
+        worst = max(worst, distance / size if size else 0.0)
     return worst
 
 
-# Inputs of each operator and the bytes that it must move
+# Inputs of each operator, and the bytes that it must move.
 
 
 def _maps(device, batch: int, channels: tuple[int, ...], sides: tuple[int, ...], last: bool, dtype=torch.float16,
           all_guided: bool = False) -> tuple:
-    """Of reward_pool: maps [2·batch, C, side, side], channels-last or NCHW; the last one is guided, or all but the first."""
+    """Return inputs of reward_pool: maps [2·batch, C, side, side], channels-last or NCHW; the last one is
+    guided.
+
+    all_guided: all maps but the first are guided.
+    """
     maps = [torch.randn(2 * batch, s, s, c, device=device, dtype=dtype).permute(0, 3, 1, 2) if last else
             torch.randn(2 * batch, c, s, s, device=device, dtype=dtype) for c, s in zip(channels, sides, strict=True)]
     t = torch.randint(0, 1000, (batch,), device=device)
@@ -123,20 +136,24 @@ def _maps(device, batch: int, channels: tuple[int, ...], sides: tuple[int, ...],
 
 
 def _maps_moved(arguments: tuple, backward: bool) -> int:
-    """Every gradient written; or the text pass read, and of guided maps the null pass too. And the feature, in fp32."""
+    """Count the bytes of reward_pool.
+
+    Backward: every gradient is written. Forward: the text branch is read, and of guided maps the null branch
+    too. Both: the feature, in fp32.
+    """
     maps, guided, t, _ = arguments
-    rows = [len(stage) if guide_it or backward else len(t) for stage, guide_it in zip(maps, guided, strict=True)]
+    rows = [len(stage) if with_guidance or backward else len(t) for stage, with_guidance in zip(maps, guided, strict=True)]
     return sum(n * stage[0].nbytes for n, stage in zip(rows, maps, strict=True)) + 4 * len(t) * sum(s.shape[1] for s in maps)
 
 
 def _schedule(device, kind: str, clip: float | None = None) -> schedule.Schedule:
-    """Stable Diffusion's, for 20 steps."""
+    """Return Stable Diffusion's schedule for 20 steps."""
     alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0).float()
     return schedule.ddim(alphas, torch.arange(951, 0, -50), 20, prediction_type=kind, clip=clip).to(device)
 
 
 def _outputs(device, rows: int, side: int, last: bool, dtype=torch.float16) -> Tensor:
-    """Network outputs [rows, 4, side, side], channels-last or NCHW."""
+    """Return network outputs [rows, 4, side, side], channels-last or NCHW."""
     outputs = torch.randn(rows, side, side, 4, device=device, dtype=dtype).permute(0, 3, 1, 2)
     return outputs if last else outputs.contiguous()
 
@@ -147,7 +164,9 @@ def _counter(device, batch: int) -> Counter:
 
 def _step(device, side: int, kind: str = "epsilon", given: bool = False, last: bool = True, batch: int = PROMPTS,
           **how) -> tuple:
-    """Of ddim_candidates: latents [batch, 4, side, side], outputs, noise drawn or given."""
+    """Return inputs of ddim_candidates: latents [batch, 4, side, side], outputs, and noise that is drawn or
+    given.
+    """
     x_t = torch.randn(batch, 4, side, side, device=device)
     t = torch.randint(1, 1000, (batch,), device=device)
     z = torch.randn(CANDIDATES, *x_t.shape, device=device) if given else _counter(device, batch)
@@ -156,19 +175,25 @@ def _step(device, side: int, kind: str = "epsilon", given: bool = False, last: b
 
 
 def _step_moved(arguments: tuple, backward: bool) -> int:
-    """x_t and both passes read, the candidates written; noise read if it is given."""
+    """Count the bytes of ddim_candidates: x_t and both branches are read, the candidates written, and given
+    noise is read.
+    """
     _, x_t, outputs, _, z = arguments
     return outputs.nbytes + x_t.nbytes * (1 + CANDIDATES + (0 if isinstance(z, Counter) else CANDIDATES))
 
 
 def _scored(device, side: int, batch: int = PROMPTS) -> tuple:
-    """Of pair_select: scores [K, batch] and latents [K, batch, 4, side, side]; about half of the pairs are valid."""
+    """Return inputs of pair_select: scores [K, batch], latents [K, batch, 4, side, side]; about half of the
+    pairs are valid.
+    """
     return (torch.randn(CANDIDATES, batch, device=device), torch.randn(CANDIDATES, batch, 4, side, side, device=device),
             torch.linspace(1, 3, 1000, device=device), torch.randint(0, 1000, (batch,), device=device), _counter(device, batch))
 
 
 def _scored_moved(arguments: tuple, backward: bool) -> int:
-    """Winner, loser and next written; read too, once if two of them are the same candidate."""
+    """Count the bytes of pair_select: three latents are written, and those candidates read, each of them
+    once.
+    """
     scores, x_p, _, _, at = arguments
     choice = noise.integers(*at.run, at.items, at.step, len(scores))
     read = sum(len(set(three)) for three in torch.stack([scores.argmax(0), scores.argmin(0), choice], 1).tolist())
@@ -177,7 +202,9 @@ def _scored_moved(arguments: tuple, backward: bool) -> int:
 
 def _pairs(device, side: int, kind: str = "epsilon", last: bool = True, pairs: int = PAIRS, dtype=torch.float16,
            **how) -> tuple:
-    """Of pair_loss: latents [pairs, 4, side, side] and outputs, early in training: most ratios are within their bounds."""
+    """Return inputs of pair_loss: latents [pairs, 4, side, side] and outputs, as early in training, with most
+    ratios in bounds.
+    """
     x_t, winner, loser = (torch.randn(pairs, 4, side, side, device=device) for _ in range(3))
     reference = _outputs(device, 2 * pairs, side, last, dtype)
     policy = reference + 1e-3 * _outputs(device, 2 * pairs, side, last, dtype)
@@ -187,13 +214,15 @@ def _pairs(device, side: int, kind: str = "epsilon", last: bool = True, pairs: i
 
 
 def _pairs_moved(arguments: tuple, backward: bool) -> int:
-    """Three latents and the policy's outputs read, and the reference's read or the gradient written."""
+    """Count the bytes of pair_loss: three latents and the policy's outputs are read; the reference's are read
+    or the gradient is written.
+    """
     _, x_t, _, _, _, policy, *_ = arguments
     return 3 * x_t.nbytes + 2 * policy.nbytes
 
 
 def _stepping(function: Callable) -> Callable:
-    """ddim_candidates with noise as the last positional argument."""
+    """Return ddim_candidates with noise as the last positional argument."""
     @wraps(function)
     def call(sched, x_t, outputs, t, z):
         return function(sched, x_t, outputs, t, guidance=5.0, noise=z, candidates=CANDIDATES)
@@ -202,7 +231,9 @@ def _stepping(function: Callable) -> Callable:
 
 def _block(device, batch: int, channels: int, side: int, groups: int = 32, dtype=torch.float16, shifted: bool = True,
            silu: bool = True) -> tuple:
-    """Of group_norm_silu: a map [batch, C, side, side], channels-last, and the second norm of a ResNet block, or another."""
+    """Return inputs of group_norm_silu: a channels-last map [batch, C, side, side], for the second norm of a
+    ResNet block.
+    """
     x = torch.randn(batch, side, side, channels, device=device, dtype=dtype).permute(0, 3, 1, 2)
     weight, bias = torch.randn(channels, device=device), torch.randn(channels, device=device)
     shift = torch.randn(batch, channels, device=device, dtype=dtype) if shifted else None
@@ -210,7 +241,7 @@ def _block(device, batch: int, channels: int, side: int, groups: int = 32, dtype
 
 
 def _block_moved(arguments: tuple, backward: bool) -> int:
-    """The map read and written; its gradient read too."""
+    """Count the bytes of group_norm_silu: the map is read and written; backward, its gradient is read too."""
     return arguments[0].nbytes * (3 if backward else 2)
 
 

@@ -29,7 +29,7 @@ def test_ties_and_pairs_without_a_label(tmp_path: Path) -> None:
         assert used(path, training=training, keep_only_different=True).rows.tolist() == [0, 1, 4]
     other = table(tmp_path / "q.parquet", list("abc"), are_different=[False, True, True])
     assert used(other, keep_only_different=True).rows.tolist() == [1, 2]  # the column goes before the labels
-    with pytest.raises(InputError, match="no pair is left to use"):
+    with pytest.raises(InputError, match="no pairs are left"):
         used(table(tmp_path / "r.parquet", ["a"], has_label=[False]), keep_only_with_label=True)
 
 
@@ -69,7 +69,7 @@ def test_only_on_best(tmp_path: Path) -> None:
 def test_only_on_best_leaves_out_circles(tmp_path: Path) -> None:
     path = chain(tmp_path, [("a", "B"), ("b", "C"), ("c", "A"), ("d", "E")])
     assert shown(used(path, only_on_best=True)) == ["de"]
-    with pytest.raises(InputError, match="has no keys of pictures") as caught:
+    with pytest.raises(InputError, match="has no picture keys") as caught:
         used(table(tmp_path / "q.parquet", ["a"]), only_on_best=True)
     assert caught.value.key == "--only-on-best"
 
@@ -108,7 +108,7 @@ def test_only_on_best_as_official(tmp_path: Path, seed: int) -> None:
     if expected:
         assert shown(used(path, only_on_best=True)) == expected
     else:
-        with pytest.raises(InputError, match="no pair is left"):
+        with pytest.raises(InputError, match="no pairs are left"):
             used(path, only_on_best=True)
 
 
@@ -138,7 +138,7 @@ def test_scores_by_position(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"t.csv: has {len(rows)} rows, .*p.parquet 3 pairs") as caught:
             used(path, scores(tmp_path / "t.csv", rows))
         assert caught.value.key == "--scores"
-    with pytest.raises(InputError, match="different_flag is not what the labels say in 2 of 3 pairs, the first: rows 0, 2 "):
+    with pytest.raises(InputError, match="different_flag contradicts the labels in 2 of 3 pairs, the first: rows 0, 2 "):
         used(path, scores(tmp_path / "t.csv", good[::-1]))
     with pytest.raises(InputError, match="the filter keeps none of its 3 rows"):
         used(path, scores(tmp_path / "t.csv", [(1, -9, 1, 1), (1, -9, 1, 1), (0, 9, 9, 9)]))
@@ -152,7 +152,7 @@ def test_scores_by_key(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no row for 2 of the 3 pairs, the first of them row 0 .from 0.") as caught:
         used(path, scores(tmp_path / "s.csv", [rows[0], rows[1]], KEYED))
     assert caught.value.key == "--scores"
-    with pytest.raises(InputError, match="different_flag is not what the labels say in 1 of 3 pairs"):
+    with pytest.raises(InputError, match="different_flag contradicts the labels in 1 of 3 pairs"):
         used(path, scores(tmp_path / "s.csv", [("w", "x", 1, 1, 1, 1), *rows[1:]], KEYED))
 
 

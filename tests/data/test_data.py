@@ -96,10 +96,10 @@ def test_jsonl_of_strings_and_another_key(tmp_path: Path) -> None:
     ("p.json", b'["a", " \\n"]', "record 1 is blank"),
     ("p.csv", b"id,caption\n1,a\n2,\n", "line 3 is blank"),
     ("p.json", b'["a", "\\ud83d"]', "record 1 holds a lone surrogate"),
-    ("p.parquet", b"PAR1", "is not parquet"),
-    ("p.parquet", b"", "is not parquet"),
-    ("p.yaml", b"- a", "unknown kind '.yaml'"),
-    ("p", b"a", "unknown kind ''"),
+    ("p.parquet", b"PAR1", "is not a parquet file"),
+    ("p.parquet", b"", "is not a parquet file"),
+    ("p.yaml", b"- a", "unknown file type '.yaml'"),
+    ("p", b"a", "unknown file type ''"),
 ])
 def test_wrong_prompts(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
@@ -217,9 +217,9 @@ def test_a_gap_that_is_not_known_is_never_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content, message", [
     (b"", "has no column 'different_flag'"),
     (b"different_flag,aesthetic_gap,clipscore_gap\n1,1,1\n", "has no column 'vqascore_gap'"),
-    (",".join(HEADER).encode() + b"\n1,1,one,1\n", "a value is no number .*'one'"),
-    (",".join(HEADER).encode() + b"\n1,1,,1\n", "a value is no number"),
-    (",".join(HEADER).encode() + b"\n1,1\n", "a value is no number"),
+    (",".join(HEADER).encode() + b"\n1,1,one,1\n", "a value is not a number .*'one'"),
+    (",".join(HEADER).encode() + b"\n1,1,,1\n", "a value is not a number"),
+    (",".join(HEADER).encode() + b"\n1,1\n", "a value is not a number"),
     (b"\xff\xfe", "cannot be read"),
     (",".join(HEADER).encode() + b"\n" + b"1" * 200_000 + b",1,1,1\n", "cannot be read"),
 ])

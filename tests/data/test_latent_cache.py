@@ -136,7 +136,7 @@ def test_damaged_entries_are_made_anew(settings: LRM, tmp_path: Path, encoded: S
     capsys.readouterr()
     encoded.encoded = 0
     again = train_lrm.train(cached(settings, tmp_path, "again"))
-    assert f"1 entries of {folder} are damaged, and are made anew" in capsys.readouterr().err
+    assert f"1 entries of {folder} are damaged and will be rewritten" in capsys.readouterr().err
     assert metrics(again) == metrics(plain_run) and encoded.encoded == 4 and (folder / "latents").read_bytes() == whole
     train_lrm.train(cached(settings, tmp_path, "third"))
     assert "damaged" not in capsys.readouterr().err
@@ -161,7 +161,7 @@ def test_a_full_disk_is_no_end(settings: LRM, tmp_path: Path, monkeypatch: pytes
         return write(*args)
     monkeypatch.setattr(os, "pwrite", until_full)
     assert metrics(train_lrm.train(cached(settings, tmp_path))) == metrics(plain_run)
-    assert "No space left on device; what is missing there is encoded again and again" in capsys.readouterr().err
+    assert "No space left on device; missing entries are encoded every time" in capsys.readouterr().err
 
 
 def test_what_a_cache_is_of(settings: LRM, tmp_path: Path, tiny_sd: Path, copied: Callable) -> None:
@@ -212,7 +212,7 @@ def test_refused_before_the_run(settings: LRM, tmp_path: Path, monkeypatch: pyte
             train_lrm.train(changed)
         assert caught.value.key == "--cache-latents" and not Path(changed.out).exists()
         assert not (tmp_path / "latents").exists()
-    refused(replace(settings, hflip=True), "does not go with --hflip.*drop one of the two")
+    refused(replace(settings, hflip=True), "cannot be combined with --hflip.*drop one of the two")
     refused(replace(settings, cache_latents=settings.pairs), "cannot be written")
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda path, mode: path != tmp_path)

@@ -76,17 +76,17 @@ def test_pictures_by_file_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["caption", "jpg_0", "jpg_1", "label_0", "label_1"])
 def test_missing_column(tmp_path: Path, key: str) -> None:
     pq.write_table(pa.table({k: v for k, v in columns(["a"]).items() if k != key}), tmp_path / "p.parquet")
-    with pytest.raises(InputError, match="no column of .*p.parquet, which has ") as caught:
+    with pytest.raises(InputError, match="is not a column of .*p.parquet, which has ") as caught:
         preferences.read(str(tmp_path / "p.parquet"))
     assert caught.value.key == f"--columns.{key.replace('_', '-')}" and caught.value.value == key
     assert all(name in caught.value.problem for name in columns(["a"]) if name != key)
 
 
 @pytest.mark.parametrize("columns, flag, message", [
-    (Columns(has_label="judged"), "--columns.has-label", "no column of"),
-    (Columns(image_1_uid="uid"), "--columns.image-1-uid", "no column of"),
-    (Columns(caption=""), "--columns.caption", "no column of"),
-    (Columns(jpg_1="jpg_1[x]"), "--columns.jpg-1", "no column of"),
+    (Columns(has_label="judged"), "--columns.has-label", "is not a column of"),
+    (Columns(image_1_uid="uid"), "--columns.image-1-uid", "is not a column of"),
+    (Columns(caption=""), "--columns.caption", "is not a column of"),
+    (Columns(jpg_1="jpg_1[x]"), "--columns.jpg-1", "is not a column of"),
     (Columns(label_0="label_0[0]"), "--columns.label-0", "cannot be read from"),
     (Columns(label_0="short[1]"), "--columns.label-0", "cannot be read from"),
 ])
@@ -102,7 +102,7 @@ def test_wrong_pairs(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="no .parquet there"):
             preferences.read(str(path))
     (tmp_path / "text.parquet").write_text("caption,jpg_0")
-    with pytest.raises(InputError, match="is not parquet"):
+    with pytest.raises(InputError, match="is not a parquet file"):
         preferences.read(str(tmp_path / "text.parquet"))
     pq.write_table(pa.table(columns(["a"])).slice(0, 0), tmp_path / "empty.parquet")
     with pytest.raises(InputError, match="holds no pair"):
@@ -112,14 +112,14 @@ def test_wrong_pairs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("changed, message", [
     ({"caption": pa.array(["a", None])}, "row 1: the caption is None"),
     ({"caption": pa.array([1, 2])}, "row 0: the caption is 1"),
-    ({"label_0": pa.array(["one", "two"])}, "a label is no number"),
+    ({"label_0": pa.array(["one", "two"])}, "a label is not a number"),
     ({"label_0": [1.0, 1.0]}, r"row 1: labels \[1.0, 1.0\]"),
     ({"label_0": [1.0, 0.3], "label_1": [0.0, 0.7]}, r"row 1: labels \[0.3"),
     ({"label_1": pa.array([0.0, None])}, r"row 1: labels \[0.0, nan\]"),
     ({"label_0": [2.0, 0.0], "label_1": [-1.0, 1.0]}, r"row 0: labels \[2.0, -1.0\]"),
     ({"num_example_per_prompt": [1, 0]}, "row 1: num_example_per_prompt is below 1"),
     ({"num_example_per_prompt": pa.array([None, 1])}, "row 0: num_example_per_prompt is below 1"),
-    ({"num_example_per_prompt": ["x", "y"]}, "is no number"),
+    ({"num_example_per_prompt": ["x", "y"]}, "is not a number"),
 ])
 def test_wrong_records(tmp_path: Path, changed: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
@@ -132,7 +132,7 @@ def test_files_that_do_not_go_together(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         preferences.read(str(tmp_path))
     pq.write_table(pa.table({"caption": ["a"]}), tmp_path / "1.parquet")
-    with pytest.raises(InputError, match="no column of"):
+    with pytest.raises(InputError, match="is not a column of"):
         preferences.read(str(tmp_path))
     table(tmp_path / "1.parquet", ["b"], jpg_0=[7])
     with pytest.raises(InputError, match="cannot be converted to Arrow"):
@@ -159,7 +159,7 @@ def test_a_table_without_any_picture_is_refused_at_once(tmp_path: Path) -> None:
     data_dataset.check_pictures(preferences.read(str(table(tmp_path / "p.parquet", ["a", "b"], jpg_0=[b"", RED]))))
     for kind, bad in (("none", [b"", b""]), ("cut", [RED[:40]] * 2), ("null", pa.array([None, None], pa.binary()))):
         path = table(tmp_path / f"{kind}.parquet", ["a", "b"], jpg_1=bad)
-        with pytest.raises(InputError, match="a picture of row 0 does not decode") as caught:
+        with pytest.raises(InputError, match="a picture of row 0 cannot be decoded") as caught:
             data_dataset.check_pictures(preferences.read(str(path), "--test-pairs"))
         assert caught.value.key == "--test-pairs"
 
@@ -167,7 +167,7 @@ def test_a_table_without_any_picture_is_refused_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["jpg_0", "jpg_1"])
 def test_a_named_column_without_pictures_is_refused_by_its_flag(key: str, tmp_path: Path) -> None:
     path = table(tmp_path / "p.parquet", ["a", "b"])
-    with pytest.raises(InputError, match="a picture of row 0 does not decode .* in .*p.parquet; name a column") as caught:
+    with pytest.raises(InputError, match="a picture of row 0 cannot be decoded .* in .*p.parquet; name a column") as caught:
         data_dataset.check_pictures(preferences.read(str(path), columns=Columns(**{key: "caption"})))
     assert (caught.value.key, caught.value.value) == (f"--columns.{key.replace('_', '-')}", "caption")
 
@@ -181,7 +181,7 @@ def test_the_count_of_broken_pictures_stops_a_run(tmp_path: Path) -> None:
         corrupt.share()
     assert corrupt.rows == {1, 3}
     corrupt.count(data_dataset.collate([made[5]]))
-    with pytest.raises(InputError, match="pictures of 3 pairs do not decode, the first: rows 1, 3, 5") as caught:
+    with pytest.raises(InputError, match="pictures of 3 pairs cannot be decoded, the first: rows 1, 3, 5") as caught:
         corrupt.share()
     assert "--max-corrupt" in caught.value.remedy
 

@@ -32,7 +32,7 @@ def test_a_directory_as_on_the_hub_has_splits(tmp_path: Path, folder: str) -> No
         table(tmp_path / folder / f"{name}.parquet", captions)
     assert preferences.read(str(tmp_path), split="train").captions == ["a", "b"]
     assert preferences.read(str(tmp_path), split="validation_unique").captions == ["c"]
-    with pytest.raises(InputError, match="no split of .*, which has train, validation_unique") as caught:
+    with pytest.raises(InputError, match="is not a split of .*, which has train, validation_unique") as caught:
         preferences.read(str(tmp_path), "--validation-pairs", split="test")
     assert caught.value.key == "--validation-split" and caught.value.value == "test"
 
@@ -60,7 +60,7 @@ def test_a_stray_file_among_splits(tmp_path: Path, names: tuple[str, str], stray
 
 def test_a_directory_without_the_split(tmp_path: Path) -> None:
     table(tmp_path / "train.parquet", ["a"])
-    with pytest.raises(InputError, match="--validation-split validation_unique: no split of .*, which has train"):
+    with pytest.raises(InputError, match="--validation-split validation_unique: is not a split of .*, which has train"):
         preferences.read(str(tmp_path), "--validation-pairs", split="validation_unique")
 
 
@@ -126,7 +126,7 @@ def test_a_directory_of_datasets(tmp_path: Path, kind: str) -> None:
     if kind != "plain":
         held = data_dataset.PairDataset(preferences.read(path, split="held"), 8)
         assert held.pairs.captions == ["b"] and colours(held[0]) == "gb"
-        with pytest.raises(InputError, match="--train-split .*no split of .*, which has train, held"):
+        with pytest.raises(InputError, match="--train-split .*is not a split of .*, which has train, held"):
             preferences.read(path, split="validation_unique")
 
 
@@ -136,6 +136,6 @@ def test_a_name_that_is_no_path_is_a_hub_data_set(tmp_path: Path, monkeypatch: p
     assert preferences.read("owner/name", split="train", cache_dir="c").captions == ["a", "b"]
     assert asked == [("owner/name", {"split": "train", "cache_dir": "c"})]
     monkeypatch.undo()
-    with pytest.raises(InputError, match="is no file or directory, and cannot be loaded as a data set") as caught:
+    with pytest.raises(InputError, match="is not a file or directory, and cannot be loaded as a data set") as caught:
         preferences.read("owner/name", cache_dir=str(tmp_path))  # the tests are offline
     assert caught.value.key == "--pairs" and caught.value.remedy

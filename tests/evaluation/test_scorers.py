@@ -63,7 +63,7 @@ def test_a_head_in_a_directory_and_one_that_is_none(clips, monkeypatch):
     assert len(scorers.aesthetic(pictures(1), [""])) == 1
     scorers.head.cache_clear()
     torch.save({"conv.weight": torch.zeros(1)}, clips / "hub" / "aesthetic-model.pth")
-    with pytest.raises(InputError, match="is no aesthetic head"):
+    with pytest.raises(InputError, match="is not an aesthetic head"):
         scorers.head()
 
 

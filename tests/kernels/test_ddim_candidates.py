@@ -304,4 +304,4 @@ def test_rejected_inputs() -> None:
     refused("noise.step is torch.int32", noise=at._replace(step=at.step.int()))
     refused("noise.step is on meta", noise=at._replace(step=at.step.to("meta")))
     for name, value in (("x_t", x_t), ("outputs", outputs), ("noise", z)):
-        refused(rf"{name} requires a gradient, but has none here: .* torch.no_grad\(\)", **{name: value.requires_grad_()})
+        refused(rf"{name} requires a gradient, but the operator has none: .* torch.no_grad\(\)", **{name: value.requires_grad_()})

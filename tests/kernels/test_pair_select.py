@@ -244,4 +244,4 @@ def test_rejected_inputs() -> None:
     refused("choice.step is of type int, expected Tensor", choice=at._replace(step=3))
     for name, value in (("x_p", x_p), ("scores", scores)):
         wanting = {name: value.clone().requires_grad_()}
-        refused(rf"{name} requires a gradient, but has none here: .* torch.no_grad\(\)", **wanting)
+        refused(rf"{name} requires a gradient, but the operator has none: .* torch.no_grad\(\)", **wanting)

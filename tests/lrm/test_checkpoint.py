@@ -116,7 +116,7 @@ def test_text_encoder_of_the_lrm_goes_before_the_base(tiny_sd: Path, tiny_lrm: P
     ({"visual_projection": {"weight": torch.zeros(16, 87)}, "logit_scale": 1.0}, "takes 87 features, .* gives 88"),
     ({"logit_scale": 1.0}, "holds no visual_projection.weight and logit_scale"),
     ({"visual_projection": {"weight": torch.zeros(16, 88)}}, "holds no visual_projection.weight and logit_scale"),
-    ([1, 2], "cannot be read safely .*it is no dictionary"),
+    ([1, 2], "cannot be read safely .*it is not a dictionary"),
 ])
 def test_heads_that_do_not_fit(tiny_lrm: Path, copied, heads: object, message: str) -> None:
     folder = copied(tiny_lrm)

@@ -125,7 +125,7 @@ def test_corrupt_pairs_are_counted_and_may_stop_the_run(settings: LRM, tmp_path:
     assert [row["corrupt"] for row in rows(out, "train")] == [3, 3, 3]
     assert {row["n"] for row in rows(out, "validation")} == {1}
     assert "2 train pairs left out, whose pictures do not decode" in capsys.readouterr().out
-    with pytest.raises(InputError, match="pictures of 2 pairs do not decode, the first: rows 1, 4"):
+    with pytest.raises(InputError, match="pictures of 2 pairs cannot be decoded, the first: rows 1, 4"):
         train_lrm.train(replace(broken, max_corrupt=1, out=str(tmp_path / "strict")))
 
 

@@ -133,5 +133,5 @@ def test_moved_to_another_dtype() -> None:
 
 
 def test_unknown_prediction_type() -> None:
-    with pytest.raises(ValueError, match="'flow' is none of epsilon, v_prediction, sample"):
+    with pytest.raises(ValueError, match="'flow' is not one of epsilon, v_prediction, sample"):
         schedule.ddim(torch.tensor(alphas()), torch.tensor([1]), 20, prediction_type="flow")

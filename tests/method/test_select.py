@@ -77,7 +77,7 @@ def test_extreme_thresholds() -> None:
 
 
 def test_unknown_shape() -> None:
-    with pytest.raises(ValueError, match="'cosine' is none of none, linear, sigma, variance"):
+    with pytest.raises(ValueError, match="'cosine' is not one of none, linear, sigma, variance"):
         select.gaps(schedule.from_config(CONFIG, 20), "cosine", 0.3, 0.5)
 
 

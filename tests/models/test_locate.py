@@ -104,10 +104,10 @@ def test_paths_go_before_names(hub: Hub, tmp_path: Path, monkeypatch: pytest.Mon
     for name in ("./no/where", "/no/where", "nowhere", "~/no/where", "no/where/../x y"):
         assert locate.locate(name, "--model") == Path(name) and not hub.calls
     for name, revision in (("org/sd", "main"), ("/no/where", "main")):
-        with pytest.raises(InputError, match="is no hub name") as caught:
+        with pytest.raises(InputError, match="is not a hub name") as caught:
             locate.locate(name, "--model", revision)
         assert caught.value.key == "--revision"
-    with pytest.raises(InputError, match="names a revision already"):
+    with pytest.raises(InputError, match="already names a revision"):
         locate.locate("org/other@abc", "--model", "main")
 
 
@@ -116,7 +116,7 @@ RESPONSE = SimpleNamespace(headers={}, request=None)
 
 @pytest.mark.parametrize("error, message, flag", [
     (errors.RepositoryNotFoundError("no", response=RESPONSE), "the hub has no such model", "--model"),
-    (errors.GatedRepoError("no", response=RESPONSE), "asks its users to accept a licence", "--model"),
+    (errors.GatedRepoError("no", response=RESPONSE), "requires accepting a license", "--model"),
     (errors.RevisionNotFoundError("no", response=RESPONSE), "has no revision 'abc'", "--revision"),
     (errors.HfHubHTTPError("no", response=RESPONSE), "not in the Hugging Face cache", "--model"),
     (errors.LocalEntryNotFoundError("no"), "not in the Hugging Face cache, and HF_HUB_OFFLINE is set", "--model"),
@@ -274,7 +274,7 @@ def test_a_single_file_of_no_known_family(tmp_path: Path, tensors: dict, suffix:
     state, file = {name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / f"one{suffix}"
     save_file(state, file) if suffix == ".safetensors" else torch.save({"state_dict": state}, file)
     assert locate.unet_config(str(file)) == {}
-    with pytest.raises(InputError, match="is no checkpoint of SD1.5, SD2.1 or SDXL") as caught:
+    with pytest.raises(InputError, match="is not a checkpoint of SD1.5, SD2.1 or SDXL") as caught:
         locate.locate(str(file), "--lrm-base")
     assert caught.value.key == "--lrm-base" and not (tmp_path / "home").exists()
 

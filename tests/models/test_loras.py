@@ -113,10 +113,10 @@ def test_exported_lora_is_overwritten_whole(tiny_sd: Path, tmp_path: Path) -> No
 
 def test_lora_of_another_shape(tiny_sd: Path, tmp_path: Path) -> None:
     loras.save_lora(with_lora(tiny_sd, 4), tmp_path)
-    with pytest.raises(InputError, match=r"tensors differ .* \(4, \d+\) in the file, \(2, \d+\) wanted") as caught:
+    with pytest.raises(InputError, match=r"tensors differ .* \(4, \d+\) in the file, \(2, \d+\) expected") as caught:
         loras.load_lora(with_lora(tiny_sd, 2, 4), tmp_path)
     assert "--rank" in caught.value.remedy and caught.value.key == "--lora"
-    with pytest.raises(InputError, match="absent wanted"):
+    with pytest.raises(InputError, match="absent expected"):
         loras.load_lora(with_lora(tiny_sd, 4, targets=("to_q",)), tmp_path)
     loras.save_lora(with_lora(tiny_sd, 4, targets=("to_q", "to_v")), tmp_path)
     with pytest.raises(InputError, match="absent in the file"):

@@ -58,7 +58,7 @@ def test_every_key_of_the_official_configs(name: str) -> None:
     recipe = {"sd15": config.sd15, "sd21": config.sd21, "sdxl": config.sdxl}[name]().lpo
     same = asdict(recipe).keys() - EXPECTED[name].keys() - {"pictures", "attention"}
     assert {key: found[key] for key in same} == {key: asdict(recipe)[key] for key in same}  # the rest is our recipe's
-    assert settings.attention in ("auto", "xformers") and [n.split()[0] for n in notes if "nothing to do" in n] == [
+    assert settings.attention in ("auto", "xformers") and [n.split()[0] for n in notes if "no effect" in n] == [
         "dataloader_num_workers", "dataloader_pin_memory"]
 
 
@@ -90,7 +90,7 @@ def test_a_constant_threshold_and_the_launchers_precision(monkeypatch: pytest.Mo
     del flat["compare_func_cfg.threshold"]
     assert lpo.settings(flat)[0].threshold_min == 0.3
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
-    with pytest.raises(InputError, match="fp8: is a precision that LPO does not have"):
+    with pytest.raises(InputError, match="fp8: is not a precision of LPO training"):
         lpo.settings(flat)
 
 
@@ -99,13 +99,13 @@ def test_a_constant_threshold_and_the_launchers_precision(monkeypatch: pytest.Mo
     (["--config"], "--config", "has no value"),
     (["--config.seed=1"], "--config", "names no config file"),
     (["--config", "configs/sd15.py", "--config.train.betta=1"], "--config.train.betta", "did you mean --config.train.beta?"),
-    (["--config", "configs/sd15.py", "--config.train.beta=high"], "--config.train.beta", "is no float"),
-    (["--config", "configs/sd15.py", "--config.num_epochs=1.5"], "--config.num_epochs", "is no int"),
+    (["--config", "configs/sd15.py", "--config.train.beta=high"], "--config.train.beta", "is not of type float"),
+    (["--config", "configs/sd15.py", "--config.num_epochs=1.5"], "--config.num_epochs", "is not of type int"),
     (["--config", "configs/sd15.py", "--config.dynamic_beta=True"], "config.dynamic_beta", "has no effect"),
     (["--config", "configs/sdxl.py", "--config.sample.num_inner_step=2"], "config.sample.num_inner_step", "has no effect"),
-    (["--config", "configs/sd15.py", "--config.compare_func_cfg.type=other"], "config.compare_func_cfg.type", "is not known"),
+    (["--config", "configs/sd15.py", "--config.compare_func_cfg.type=other"], "config.compare_func_cfg.type", "is unknown"),
     (["--config", "configs/sd15.py", "--config.preference_model_func_cfg.type=pick"], "config.preference_model_func_cfg.type",
-     "is no known reward model"),
+     "is not a known reward model"),
 ])
 def test_refusals_name_the_key(argv: list[str], flag: str, message: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(InputError, match=re.escape(message)) as error:
@@ -115,7 +115,7 @@ def test_refusals_name_the_key(argv: list[str], flag: str, message: str, capsys:
 
 
 @pytest.mark.parametrize("code, message", [
-    ("import nonesuch", "imports nonesuch, which is not there"), ("x = 1", "is a key that the official code does not have"),
+    ("import nonesuch", "imports nonesuch, which cannot be found"), ("x = 1", "is a key that the official code does not have"),
     ("def get_config(): return {'speed': 1}", "is a key that the official code does not have; drop it, or did you mean seed"),
     ("def get_config(): return 1 / 0", "ZeroDivisionError"),
 ])
@@ -128,7 +128,7 @@ def test_config_files_that_cannot_be_used(code: str, message: str, tmp_path: Pat
 def test_a_reward_model_of_another_kind_is_refused(tiny_lrm: Path) -> None:
     argv = ["--config", "configs/sd15.py", f"--config.preference_model_func_cfg.ft_model_path={tiny_lrm}"]
     assert lpo.parse(argv)[0].lrm == str(tiny_lrm)
-    with pytest.raises(InputError, match="says True; set it to that"):
+    with pytest.raises(InputError, match="was trained with True; use that value"):
         lpo.parse([*argv, "--config.preference_model_func_cfg.multi_scale=False"])
 
 
@@ -138,7 +138,7 @@ def test_a_reward_model_in_a_file_of_another_kind_is_refused(tmp_path: Path) -> 
         torch.save({"visual_projection.weight": torch.zeros(4, width),
                     "unet.mid_block.resnets.0.conv1.weight": torch.zeros(8, 8, 3, 3)}, tmp_path / "lrm.pt")
         lpo.parse([*argv, f"--config.preference_model_func_cfg.multi_scale={multi_scale}"])
-        with pytest.raises(InputError, match=f"says {multi_scale}; set it to that"):
+        with pytest.raises(InputError, match=f"was trained with {multi_scale}; use that value"):
             lpo.parse([*argv, f"--config.preference_model_func_cfg.multi_scale={not multi_scale}"])
 
 
@@ -151,7 +151,7 @@ def test_a_run_from_an_official_launch_line(tiny_sd: Path, tiny_lrm: Path, tmp_p
             "--config.compare_func_cfg.threshold_min=0.0", "--config.compare_func_cfg.threshold_max=0.001",
             "--config.train.train_batch_size=4"]
     assert train.main([*argv, "--config.num_epochs=2", "--config.run_name=two"]) == 0
-    assert "note: dataloader_num_workers has nothing to do here" in capsys.readouterr().out
+    assert "note: dataloader_num_workers has no effect here" in capsys.readouterr().out
     out = tmp_path / "two"
     assert {"exp_config.py", "checkpoint_0", "checkpoint_1", "pytorch_lora_weights.safetensors"} <= {
         path.name for path in out.iterdir()}

@@ -51,7 +51,7 @@ def test_the_shipped_files(monkeypatch: pytest.MonkeyPatch, capsys, family: int)
     assert parsed.out == f"logs/lrm/reward_model/{parsed.run_name}"
     assert SHIPPED.keys() | NOT_OFFICIAL == asdict(parsed).keys()  # no field is forgotten
     assert all(getattr(parsed, key) == getattr(LRM(), key) for key in NOT_OFFICIAL - {"out"})
-    assert f"{expected['batch_size']} pairs an optimizer step" in capsys.readouterr().out
+    assert f"{expected['batch_size']} pairs per optimizer step" in capsys.readouterr().out
     settings.lrm(parsed)
 
 
@@ -116,24 +116,24 @@ def test_noise_offset_of_sdxl() -> None:
     ("accelerator.debug.activate=True", "accelerator.debug.activate", "PyCharm"),
     ("accelerator.dynamo_backend=INDUCTOR", "accelerator.dynamo_backend", "compilation"),
     ("accelerator.deepspeed.zero_optimization.stage=3", "accelerator.deepspeed.zero_optimization.stage", "without DeepSpeed"),
-    ("accelerator.deepspeed.new=1", "accelerator.deepspeed.new", "no such official key"),
+    ("accelerator.deepspeed.new=1", "accelerator.deepspeed.new", "is not an official key"),
     ("accelerator.metric_name=num_samples", "accelerator.metric_name", "validation accuracy"),
-    ("accelerator.mixed_precision=FP16", "accelerator.mixed_precision", "no such precision"),
+    ("accelerator.mixed_precision=FP16", "accelerator.mixed_precision", "is not a precision of LRM training"),
     ("lr_scheduler.total_num_steps=9", "lr_scheduler.total_num_steps", "falls to 0"),
     ("dataset.processor.tokenizer_subfolder=tok", "dataset.processor.tokenizer_subfolder", "own directory"),
-    ("dataset.filter_strategy=4", "dataset.filter_strategy", "no such strategy"),
+    ("dataset.filter_strategy=4", "dataset.filter_strategy", "is not a strategy"),
     ("dataset.pseudo_preference_path=''", "dataset.pseudo_preference_path", "no score table"),
     ("dataset.from_disk=True", "dataset.dataset_name", "no such directory"),
-    ("optimizer=adamw", "optimizer", "exchanges a whole part"),
-    ("model.noise_offset=True", "model.noise_offset", "no such official key for sd"),
-    ("criterion.loss_type=x", "criterion.loss_type", "no such loss"), ("optimizer.lr=fast", "optimizer.lr", "is not a number"),
+    ("optimizer=adamw", "optimizer", "replaces a part"),
+    ("model.noise_offset=True", "model.noise_offset", "is not an official key for sd"),
+    ("criterion.loss_type=x", "criterion.loss_type", "is not a loss"), ("optimizer.lr=fast", "optimizer.lr", "is not a number"),
     ("accelerator.max_steps=null", "accelerator.max_steps", "is not a whole number"),
     ("accelerator.max_steps=1.5", "accelerator.max_steps", "is not a whole number"),
     ("model.multi_scale=7", "model.multi_scale", "is not True or False"), ("optimizer.lr=[", "optimizer.lr", "cannot be read"),
-    ("output_dir=${nowhere}", "output_dir", "no key that can be put in"),
-    ("output_dir=${output_dir}", "output_dir", "no key that"),
-    ("output_dir=${oc.env:HOME}", "output_dir", "no key that can be put in"), ("~dataset.batch_size", "", "is no key=value"),
-    ("--multirun", "", "no such option"),
+    ("output_dir=${nowhere}", "output_dir", "not a key that can be substituted"),
+    ("output_dir=${output_dir}", "output_dir", "not a key that"),
+    ("output_dir=${oc.env:HOME}", "output_dir", "not a key that can be substituted"), ("~dataset.batch_size", "", "is not key=value"),
+    ("--multirun", "", "is not an option"),
 ])
 def test_refusals(override: str, key: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
@@ -173,9 +173,9 @@ def test_where_the_file_is_looked_for(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("text, message", [
-    ("defaults: [", "is no YAML"), ("- a", "it is no mapping"), ("a: 1", "its defaults are"),
+    ("defaults: [", "is not valid YAML"), ("- a", "it is not a mapping"), ("a: 1", "its defaults are"),
         ("defaults: [clip]", "its defaults are"),
-    ("defaults: [step_sd_config, {model: x}]", "its defaults are"), ("\xff", "it is no mapping"),
+    ("defaults: [step_sd_config, {model: x}]", "its defaults are"), ("\xff", "it is not a mapping"),
 ])
 def test_files_that_are_no_official_configuration(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "c.yaml").write_text(text)

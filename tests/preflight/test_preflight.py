@@ -164,10 +164,10 @@ def test_sdxl_passes(bench: Bench, lpo: LPO, lrm: LRM, tiny_sdxl: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["lpo", "lrm"])
 @pytest.mark.parametrize("changes, flag, message", [
-    ({"resolution": 24}, "--resolution", "is no multiple of 16"),
+    ({"resolution": 24}, "--resolution", "is not a multiple of 16"),
     ({"vae": "/no/where"}, "--vae", "no such directory"),
     ({"vae": "no/vae"}, "--vae", "not in the Hugging Face cache"),
-    ({"revision": "abc"}, "--revision", "is no hub name"),
+    ({"revision": "abc"}, "--revision", "is not a hub name"),
 ])
 def test_pictures(stage: str, changes: dict, flag: str, message: str, request: pytest.FixtureRequest) -> None:
     """The tiny VAE halves once, the denoiser three times."""
@@ -190,7 +190,7 @@ def test_a_vae_of_another_family(bench: Bench, lpo: LPO) -> None:
 def test_a_directory_without_a_vae_is_named_as_it_was_typed(bench: Bench, lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(bench.sd)
     problem = refused(train_lpo.train, replace(lpo, vae="tokenizer"), "--vae", "holds no VAE")
-    assert problem.value == "tokenizer" and "a VAE's directory or a whole pipeline" in problem.remedy
+    assert problem.value == "tokenizer" and "a VAE's directory or a complete pipeline" in problem.remedy
 
 
 @pytest.mark.parametrize("name, package", [("adamw8bit", "bitsandbytes"), ("paged_adamw8bit", "bitsandbytes"),
@@ -235,13 +235,13 @@ def test_lpo_numbers(lpo: LPO, key: str, value: float) -> None:
 @pytest.mark.parametrize("changes, flag, message", [
     ({"threshold_min": 0.5, "threshold_max": 0.35}, "--threshold-min", "above --threshold-max 0.35"),
     ({"steps_used": "0:21"}, "--steps-used", "beyond the 20 steps"),
-    ({"steps_used": "20:"}, "--steps-used", "no step is left before step 20"),
-    ({"steps_used": "5:5"}, "--steps-used", "no step is left before step 5"),
+    ({"steps_used": "20:"}, "--steps-used", "leaves no step before step 20"),
+    ({"steps_used": "5:5"}, "--steps-used", "leaves no step before step 5"),
     ({"steps_used": "5"}, "--steps-used", "is not FIRST:END"), ({"steps_used": "-1:5"}, "--steps-used", "is not FIRST:END"),
     ({"full": True, "lora": "x"}, "--lora", "full fine-tuning has no LoRA"),
     ({"shard": True}, "--shard", "a LoRA is small"),
-    ({"full": True, "shard": True, "compile": "max"}, "--compile", "does not go with --shard"),
-    ({"deterministic": True, "attention": "auto"}, "--attention", "gives other bits on repeat, or is chosen by time"),
+    ({"full": True, "shard": True, "compile": "max"}, "--compile", "cannot be combined with --shard"),
+    ({"deterministic": True, "attention": "auto"}, "--attention", "is not deterministic, or is chosen by timing"),
     ({"full": True, "shard": True, "optimizer": "adamw8bit"}, "--optimizer", "can be sharded"),
     ({"full": True, "shard": True, "optimizer": "adafactor"}, "--optimizer", "can be sharded"),
     ({"full": True, "shard": True, "mixed_precision": "fp16"}, "--mixed-precision", "means fp16 here"),
@@ -281,9 +281,9 @@ def test_lrm_numbers(lrm: LRM, changes: dict, flag: str, message: str) -> None:
 PIPELINES = [
     (lambda b: "", "is required"),
     (lambda b: str(b.tmp / "nowhere"), "no such directory"),
-    (lambda b: b.file("file.txt"), "is no model"),
+    (lambda b: b.file("file.txt"), "is not a model"),
     (lambda b: "no/such-model", "not in the Hugging Face cache, and HF_HUB_OFFLINE is set"),
-    (lambda b: b.file("bad.safetensors", "bad"), "is no checkpoint of"),
+    (lambda b: b.file("bad.safetensors", "bad"), "is not a checkpoint of"),
     (lambda b: b.file("bad.ckpt", "bad"), "cannot be read safely"),
     (lambda b: str(b.tmp), "unet/config.json is missing"),
     (lambda b: str(b.sd / "unet"), "unet/config.json is missing"),
@@ -313,7 +313,7 @@ def test_no_pipeline(bench: Bench, lpo: LPO, lrm: LRM, make: Callable[[Bench], s
     (lambda b: "", "is required"),
     (lambda b: str(b.tmp / "nowhere"), "no such directory"),
     (lambda b: str(b.tmp), "unet/config.json is missing"),
-    (lambda b: str(b.sd), "is no latent reward model: state_dict.pt is missing"),
+    (lambda b: str(b.sd), "is not a latent reward model: state_dict.pt is missing"),
     (lambda b: b.without(b.lrm, "state_dict.pt"), "state_dict.pt is missing"),
     (lambda b: b.broken(b.lrm, "state_dict.pt", "garbage"), "cannot be read safely"),
     (lambda b: b.with_heads(visual_projection={"weight": torch.zeros(16, 87)}), "takes 87 features"),
@@ -323,7 +323,7 @@ def test_no_pipeline(bench: Bench, lpo: LPO, lrm: LRM, make: Callable[[Bench], s
     (lambda b: b.with_config(b.lrm, "unet", block_out_channels=[8, 16, 16, 32]), "its denoiser gives 104"),
     (lambda b: b.broken(b.lrm, "unet/config.json"), "cannot be read as JSON"),
     (lambda b: b.without(b.lrm, "unet/diffusion_pytorch_model.safetensors"), "unet/ holds no .safetensors"),
-    (lambda b: b.file("lrm.txt"), "is no model"),
+    (lambda b: b.file("lrm.txt"), "is not a model"),
     (lambda b: b.file("lrm.pt", "garbage"), "cannot be read safely"),
     (lambda b: "casiatao/LRM/lrm_sd15", "not in the Hugging Face cache, and HF_HUB_OFFLINE is set"),
 ])
@@ -369,18 +369,18 @@ def test_lora(bench: Bench, lpo: LPO) -> None:
     refused(train_lpo.train, replace(lpo, lora=bench.file("bad.pt", "bad")), "--lora", "cannot be read safely")
     two = bench.lora(2)
     refused(train_lpo.train, replace(lpo, lora=two), "--lora", "tensors differ from the adapter")
-    refused(train_lpo.train, replace(lpo, targets=("to_q", "nope")), "--targets", "no module of the denoiser")
+    refused(train_lpo.train, replace(lpo, targets=("to_q", "nope")), "--targets", "is not the name of a module of the denoiser")
 
 
 @pytest.mark.parametrize("key", ["pairs", "validation_pairs", "test_pairs"])
 @pytest.mark.parametrize("make, message", [
     (lambda b: str(b.tmp / "nowhere"), "no .parquet there"),
     (lambda b: b.file("empty/note.txt") and str(b.tmp / "empty"), "no .parquet there"),
-    (lambda b: b.file("text.parquet", "text"), "is not parquet"),
+    (lambda b: b.file("text.parquet", "text"), "is not a parquet file"),
     (lambda b: "owner/name", "cannot be loaded as a data set"),
-    (lambda b: b.pairs(jpg_0=[b"no picture"] * 2), "a picture of row 0 does not decode"),
-    (lambda b: b.pairs(jpg_1=[RED[:40], BLUE[:40]]), "a picture of row 0 does not decode"),
-    (lambda b: b.pairs(jpg_1=pa.array([None, None], pa.binary())), "a picture of row 0 does not decode"),
+    (lambda b: b.pairs(jpg_0=[b"no picture"] * 2), "a picture of row 0 cannot be decoded"),
+    (lambda b: b.pairs(jpg_1=[RED[:40], BLUE[:40]]), "a picture of row 0 cannot be decoded"),
+    (lambda b: b.pairs(jpg_1=pa.array([None, None], pa.binary())), "a picture of row 0 cannot be decoded"),
 ])
 def test_pairs(bench: Bench, lrm: LRM, key: str, make: Callable[[Bench], str], message: str) -> None:
     refused(train_lrm.train, replace(lrm, **{key: make(bench)}), "--" + key.replace("_", "-"), message)
@@ -403,7 +403,7 @@ def test_score_table(bench: Bench, lrm: LRM) -> None:
     refused(train_lrm.train, replace(lrm, scores=str(too_long)), "--scores", "has 3 rows, ")
     swapped = scores(bench.tmp / "ties.csv", [(0, 0, 0, 0)] * 2, HEADER)
     refused(train_lrm.train, replace(lrm, scores=str(swapped)), "--scores",
-            "different_flag is not what the labels say in 2 of 2")
+            "different_flag contradicts the labels in 2 of 2")
     none = scores(bench.tmp / "none.csv", [(1, -9, 1, 1)] * 2, HEADER)
     refused(train_lrm.train, replace(lrm, scores=str(none)), "--scores", "the filter keeps none of its 2 rows")
 

@@ -107,7 +107,7 @@ def test_bad_pictures_are_left_out_and_counted(tmp_path: Path) -> None:
     assert {i for i, corrupt in enumerate(batch["corrupt"].tolist()) if not corrupt} == good
     seen = dataset.Corrupt(table, limit=3)
     seen.count(batch)
-    with pytest.raises(InputError, match=f"pictures of {len(cells) - 2} pairs do not decode, the first: rows 1, 2, 3"):
+    with pytest.raises(InputError, match=f"pictures of {len(cells) - 2} pairs cannot be decoded, the first: rows 1, 2, 3"):
         seen.share()
 
 
@@ -268,15 +268,15 @@ def test_keys_and_columns_that_occur_twice(tmp_path: Path) -> None:
 
 def test_a_score_table_of_junk_names_the_line(tmp_path: Path) -> None:
     (tmp_path / "s.csv").write_text(f"{','.join(mpcf.GAPS)}\n1,1,1,1\n1,1,x,1\n")
-    with pytest.raises(InputError, match="line 3: a value is no number"):
+    with pytest.raises(InputError, match="line 3: a value is not a number"):
         mpcf.read_scores(str(tmp_path / "s.csv"))
 
 
 @pytest.mark.parametrize("changed, message", [
-    ({"label_0": [[1.0]], "label_1": [[0.0]]}, "a label is no number (it is a list)"),
-    ({"num_example_per_prompt": [float("inf")]}, "below 1 or huge"),
+    ({"label_0": [[1.0]], "label_1": [[0.0]]}, "a label is not a number (it is a list)"),
+    ({"num_example_per_prompt": [float("inf")]}, "below 1 or too large"),
     ({"image_0_uid": [["k"]], "image_1_uid": ["l"]}, "a picture's key is ['k']"),
-    ({"label_0": [datetime.date(2020, 1, 1)]}, "a label is no number"),
+    ({"label_0": [datetime.date(2020, 1, 1)]}, "a label is not a number"),
 ])
 def test_columns_of_another_type(changed: dict, message: str, tmp_path: Path) -> None:
     good = {"caption": ["a"], "jpg_0": [b"x"], "jpg_1": [b"x"], "label_0": [1.0], "label_1": [0.0]}
@@ -302,11 +302,11 @@ def test_a_config_of_data_equals_the_one_of_code(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("suffix, text, message", [
     (".yaml", "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "it has aliases"),
-    (".yaml", "seed: !!python/object/apply:os.system ['true']", "is no YAML (could not determine a constructor"),
-    (".yaml", "- 1", "it is no mapping"), (".json", '{"seed": 1, "seed": 2}', "the key 'seed' occurs twice"),
+    (".yaml", "seed: !!python/object/apply:os.system ['true']", "is not valid YAML (could not determine a constructor"),
+    (".yaml", "- 1", "it is not a mapping"), (".json", '{"seed": 1, "seed": 2}', "the key 'seed' occurs twice"),
     (".json", '{"a":' * 50_000, "more than 100,000 bytes"), (".json", '{"a":' * 15_000, "nested too deeply"),
-    (".toml", "seed = 1\nseed = 2", "is no TOML"), (".yaml", "seed: 0x" + "f" * 6000, "more than 64 bits"),
-    (".txt", "", "unknown kind '.txt'"),
+    (".toml", "seed = 1\nseed = 2", "is not valid TOML"), (".yaml", "seed: 0x" + "f" * 6000, "more than 64 bits"),
+    (".txt", "", "unknown file type '.txt'"),
 ])
 def test_configs_that_are_refused(suffix: str, text: str, message: str, tmp_path: Path) -> None:
     (file := tmp_path / f"c{suffix}").write_text(text)
@@ -339,6 +339,6 @@ def test_a_compressed_checkpoint_and_a_tensor_larger_than_its_file(tmp_path: Pat
     with pytest.raises(InputError, match="it is compressed"):
         reading.read_pickle(tmp_path / "small.pt")
     torch.save({"a": torch.zeros(1).expand(10**9)}, tmp_path / "wide.pt")
-    with pytest.raises(InputError, match="larger than what is stored of it"):
+    with pytest.raises(InputError, match="larger than its stored data"):
         reading.read_pickle(tmp_path / "wide.pt")
     assert reading.read_pickle(tmp_path / "whole.pt")["a"].numel() == 1_000_000

@@ -57,7 +57,7 @@ def same(run: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize("what", ["state", "checkpoint", "weights", "metrics"])
 def test_a_full_disk(settings, what, tmp_path, monkeypatch, capsys) -> None:
-    """One line with path, reason and remedy, exit code 2; what was saved before is whole, and the run goes on from it."""
+    """One line with path, reason and remedy, exit code 2; earlier files are intact, and the run goes on from it."""
     arguments, out = argv(settings), tmp_path / "run"
     whole = train_lpo.train(replace(train.parse(arguments), out=str(tmp_path / "whole")))
     real, calls, before = torch.save, [], {}
@@ -86,7 +86,7 @@ def test_a_full_disk(settings, what, tmp_path, monkeypatch, capsys) -> None:
     name = {"state": "state.pt", "checkpoint": "checkpoint_0", "weights": "pytorch_lora_weights.safetensors",
             "metrics": "metrics.jsonl"}[what]
     assert error.startswith(f"error: {out / name}: cannot be written (") and "o space left on device" in error
-    assert "make room" in error and "--resume" in error
+    assert "free some space" in error and "--resume" in error
     assert all((out / name).read_bytes() == data for name, data in before.items())
     assert len(before) == {"state": 2, "checkpoint": 2}.get(what, 0)
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
@@ -120,7 +120,7 @@ def test_the_kernel_refuses(settings, tmp_path) -> None:
     process.join(120)
     error = (tmp_path / "limited.err").read_text()
     assert process.exitcode == 2 and "Traceback" not in error, error
-    assert f"error: {tmp_path / 'run' / 'state.pt'}: cannot be written (File too large); make room" in error
+    assert f"error: {tmp_path / 'run' / 'state.pt'}: cannot be written (File too large); free some space" in error
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["at"]["step"] == 4
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
 
@@ -149,7 +149,7 @@ def test_a_read_only_run_directory(settings, tmp_path, resume) -> None:
     process.join(120)
     out.chmod(0o755)
     error = (tmp_path / "x.err").read_text()
-    assert process.exitcode == 2 and error.endswith(f"error: --out {out}: cannot be written; choose a directory of your own\n")
+    assert process.exitcode == 2 and error.endswith(f"error: --out {out}: cannot be written; choose a directory where you may write\n")
     assert names(out) == before
 
 
@@ -180,7 +180,7 @@ def test_room_is_checked_before_the_first_step(settings, stage, limit, tiny_sd, 
     monkeypatch.setattr(module, "train_step", None)
     with pytest.raises(InputError, match="has 0.00 GiB free, and the run will write up to") as caught:
         run(replace(settings, out=str(tmp_path / "other")))
-    assert caught.value.key == "--out" and "make room" in caught.value.remedy and not (tmp_path / "other").exists()
+    assert caught.value.key == "--out" and "free some space" in caught.value.remedy and not (tmp_path / "other").exists()
 
 
 # Damage
@@ -244,7 +244,7 @@ def test_saves_that_fail_again_and_again_leave_a_state(tmp_path: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refused)
         for step in range(3, 13):
-            with pytest.raises(InputError, match="what was saved before is whole"):
+            with pytest.raises(InputError, match="earlier files are intact"):
                 states.save_state(file, {"step": step}, parts())
             writing.sweep(tmp_path)
     assert states.load_state(file, parts()) == {"step": 2}

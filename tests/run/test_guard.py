@@ -73,7 +73,7 @@ def test_a_step_without_finite_loss_changes_nothing(lpo: LPO, monkeypatch: pytes
     assert all(torch.equal(x, weights(other)[name]) for name, x in weights(run).items())
     assert replay.main([str(run / monitor.SKIPPED)]) == 0
     said = capsys.readouterr().out
-    assert "step 5, 4 pairs at timesteps" in said and "with the weights after 6 steps" in said and "all is finite here" in said
+    assert "step 5, 4 pairs at timesteps" in said and "with the weights after 6 steps" in said and "all values are finite here" in said
 
 
 def test_replay_names_what_is_not_finite(lpo: LPO, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -221,7 +221,7 @@ def test_an_lrm_step_without_finite_loss_changes_nothing(lrm: LRM, monkeypatch: 
     assert [row["loss"] is None for row in rows(run)] == [False, False, True]
     assert replay.main([str(run / monitor.SKIPPED)]) == 0
     said = capsys.readouterr().out
-    assert "step 2, rows [" in said and "all is finite here" in said
+    assert "step 2, rows [" in said and "all values are finite here" in said
 
 
 def test_replay_of_an_lrm_step_names_what_is_not_finite(lrm: LRM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +238,7 @@ def test_replay_takes_the_weights_that_were_kept(lrm: LRM, monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         passes(patch, lambda step, x: x * math.nan)
         file = train_lrm.train(replace(lrm, max_steps=1, warmup_steps=0)) / monitor.SKIPPED
-    assert replay.replay(file)[1].startswith("all is finite here")
+    assert replay.replay(file)[1].startswith("all values are finite here")
     kept = torch.load(file, weights_only=True)
     kept["weights"]["visual_projection.weight"][0, 0] = math.inf
     torch.save(kept, file)

@@ -52,7 +52,7 @@ def test_run_state_of_another_run(tmp_path: Path, other: dict, message: str) -> 
 @pytest.mark.parametrize("state", [{}, [], {"at": {}}])
 def test_what_is_no_run_state(tmp_path: Path, state: object) -> None:
     torch.save(state, tmp_path / "state.pt")
-    with pytest.raises(InputError, match="was saved with other settings|it is no dictionary"):
+    with pytest.raises(InputError, match="was saved with other settings|it is not a dictionary"):
         states.load_state(tmp_path / "state.pt", parts())
 
 

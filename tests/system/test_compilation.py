@@ -166,7 +166,7 @@ def test_a_compiler_may_fail_in_any_way(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
     function = compilation.compiled(lambda x: x * 2, "default")
     assert function(torch.ones(2)).tolist() == [2.0, 2.0]
-    assert "cannot be compiled and runs as it is, slower: out of resource" in capsys.readouterr().out
+    assert "cannot be compiled and runs uncompiled, slower: out of resource" in capsys.readouterr().out
 
 
 def test_errors_of_the_function_itself_pass(traced: None) -> None:

@@ -162,7 +162,7 @@ def test_a_broken_process_ends_the_run(tiny_sd: Path, tiny_lrm: Path, tmp_path: 
     done = launched(2, str(tmp_path / "fails.py"), "broken", "1", "2", *arguments)
     assert time.time() - float(re.search(r"failed at (\S+)", done.stderr)[1]) < 60
     assert done.returncode != 0 and done.stderr.count("RuntimeError: this rank is broken") == 1
-    assert done.stderr.count("error: rank 0: another process has failed, and says why, or was killed") == 1
+    assert done.stderr.count("error: rank 0: another rank has failed (see its error) or was killed") == 1
     assert done.stderr.count("Traceback") == 2  # its own, and the launcher's
 
 
@@ -172,7 +172,7 @@ def test_a_killed_process_ends_the_run(which: int, tiny_sd: Path, tiny_lrm: Path
     arguments = [*pair_of_ranks(tiny_sd, tiny_lrm, tmp_path), "--save-steps", "1"]
     done = launched(2, str(tmp_path / "fails.py"), "killed", str(which), "3", *arguments)
     assert time.time() - float(re.search(r"failed at (\S+)", done.stderr)[1]) < 60
-    assert done.returncode != 0 and done.stderr.count(f"error: rank {1 - which}: another process has failed") == 1
+    assert done.returncode != 0 and done.stderr.count(f"error: rank {1 - which}: another rank has failed") == 1
     assert "SIGKILL" in done.stderr or "-9" in done.stderr  # the launcher says which
     assert done.stderr.count("Traceback") == 1  # the launcher's
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["at"]["step"] == 2
@@ -234,7 +234,7 @@ def test_a_port_in_use(tiny_sd: Path, tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-m", "lpo_fast.train", "lrm", "--model", str(tiny_sd), "--pairs", str(pairs),
                                "--out", str(tmp_path / "run")], env=os.environ | one, capture_output=True, text=True,
                               timeout=120)
-    assert done.returncode == 2 and f"error: MASTER_PORT 127.0.0.1:{port}: the processes cannot meet there" in done.stderr
+    assert done.returncode == 2 and f"error: MASTER_PORT 127.0.0.1:{port}: the ranks cannot connect there" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 

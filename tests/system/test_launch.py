@@ -123,7 +123,7 @@ def test_refusals_name_what_is_wrong() -> None:
         ((x, (2, 3), x, (torch.int64, torch.bool, torch.int64)), "x is torch.float32, expected torch.int64 or torch.bool"),
         ((7.5, (2, 3), x), "x is of type float, expected Tensor"), (((x, x), (2, 3), x), "x is of type tuple, expected Tensor"),
         ((wanting, (2, 3), x, (torch.float32,), False),
-         "x requires a gradient, but has none here: detach it, or call under torch.no_grad()"),
+         "x requires a gradient, but the operator has none: detach it, or call under torch.no_grad()"),
         ((x.to("meta"), (2, 3), x), "x is on meta, expected cpu"), ((x, (2, 3), x.to("meta")), "x is on cpu, expected meta"),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -132,7 +132,7 @@ def test_refusals_name_what_is_wrong() -> None:
         expect(False, "why")
     expect_table("g", x, (3,), x, (torch.float32,))
     for table, message in ((x[0], "g has shape (3,), expected (N, 3)"), (x[:0], "g has shape (0, 3): no timesteps"),
-                           (wanting, "g requires a gradient, but has none here"), (3, "g is of type int, expected Tensor")):
+                           (wanting, "g requires a gradient, but the operator has none"), (3, "g is of type int, expected Tensor")):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
             expect_table("g", table, (3,), x, (torch.float32,))
     for value, kind in ((3, int), (True, bool), (2, (int, float)), (2.5, (int, float)), (x, Tensor)):

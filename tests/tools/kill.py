@@ -187,7 +187,7 @@ class Ranks(Trial):
 
     def killed(self, process: BaseProcess, said: str) -> bool:
         """The launcher names the signal; a rank that was waiting for the killed one says so, and none has another error."""
-        self.told += "another process has failed, and says why, or was killed" in said
+        self.told += "another rank has failed (see its error) or was killed" in said
         return process.exitcode == 1 and "SIGKILL" in said and said.count("Traceback") == 1
 
 

@@ -20,7 +20,7 @@ def of(file: str, tests: str, *changes: tuple[str, str, str]) -> Iterator[Mutati
 
 
 MUTATIONS: list[Mutation] = [
-    *of("method/loss.py", "method/test_loss.py",
+    *of("method/loss.py", "method/test_loss.py method/test_preference.py",
         ("guidance with null and text swapped", "return null + scale * (text - null)",
          "return text + scale * (null - text)"),
         ("log ratio with sigma, not its square", "product.flatten(1).mean(1) / (2 * sigma**2)",
@@ -306,13 +306,13 @@ MUTATIONS: list[Mutation] = [
         ("a killed write loses the directory", "if old.exists() and not target.exists():", "if False:")),
     *of("system/writing.py", "robustness/test_faults.py::test_the_kernel_refuses",
         ("torch's error hides the disk's", "error = error.__context__ or error", "pass")),
-    *of("system/writing.py", "robustness/test_faults.py::test_a_directory_is_removed_whole",
+    *of("system/writing.py", "robustness/test_damage.py::test_a_directory_is_removed_whole",
         ("a checkpoint is removed under its name", "os.replace(path, gone)\n        _remove(gone)",
          "_remove(path)")),
     *of("run/states.py",
-        "robustness/test_faults.py::test_every_flipped_bit_of_a_state_is_found "
-        "robustness/test_faults.py::test_a_damaged_state_gives_way_to_the_one_before "
-        "robustness/test_faults.py::test_states_and_their_list_are_never_apart",
+        "robustness/test_damage.py::test_every_flipped_bit_of_a_state_is_found "
+        "robustness/test_damage.py::test_a_damaged_state_gives_way_to_the_one_before "
+        "robustness/test_damage.py::test_states_and_their_list_are_never_apart",
         ("states are not held against their list", "if sums and not what and", "if False and"),
         ("the state before is not kept", "with replacing(file, file.with_name(STATE_BEFORE)) as",
          "with replacing(file) as"),
@@ -373,7 +373,7 @@ MUTATIONS: list[Mutation] = [
         ("a conversion is known by its time", "return about.st_size, about.st_mtime_ns, f.read()",
          "return (about.st_mtime_ns,)"),
         ("a conversion may lack rows", "if len(dataset) != (rows", "if 0 and len(dataset) != (rows")),
-    *of("preflight/runs.py", "preflight/test_preflight.py",
+    *of("preflight/runs.py", "preflight/test_preflight.py preflight/test_models.py",
         ("training pairs are held out without a word", "if use != \"train\" and used[use]",
          "if False and used[use]"),
         ("models are converted before pairs are read", "    used = training_pairs(config)\n",
@@ -501,8 +501,8 @@ MUTATIONS: list[Mutation] = [
     *of("system/reading.py", "robustness/test_hostile.py::test_a_run_stays_in_its_directory",
         ("a run's name may be a path", "and not any(sign in name for sign in", "and any(True for sign in")),
     *of("evaluation/compare.py",
-        "robustness/test_hostile.py::test_no_element_or_attribute_of_a_page_comes_from_a_prompt",
+        "robustness/test_hostile_text.py::test_no_element_or_attribute_of_a_page_comes_from_a_prompt",
         ("prompts are markup", "<figcaption>{escape(row[\"prompt\"])}", "<figcaption>{row[\"prompt\"]}")),
-    *of("run/environment.py", "robustness/test_hostile.py",
+    *of("run/environment.py", "robustness/test_hostile_text.py",
         ("tokens are recorded", "        if SECRET.search(name) and len(value) >= 8:", "        if False:")),
 ]

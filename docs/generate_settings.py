@@ -25,7 +25,8 @@ HEAD = """# Settings
 <!-- Written by `python docs/generate_settings.py`. Do not edit: change the source and run it again. -->
 
 Every setting of every command. In Python they are fields of frozen dataclasses with the same names
-(`--train-batch-size` is `train_batch_size`); a switch such as `--resume` may be written `--resume True`.
+(`--train-batch-size` is `train_batch_size`). A switch is turned on by its name and off by `--no-` before it:
+`--resume`, `--no-shuffle`. Defaults: – is empty.
 `lrm` and `lpo` start from the recipe for the kind of model that `--model` names: where SD2.1 or SDXL differ from SD1.5, the
 default is followed by theirs. `--help` after a command prints the same.
 """

@@ -147,8 +147,8 @@ def encode_prompts(family: Family, tokenizers: list[CLIPTokenizer], encoders: li
 
 
 def load_text(path: Path, family: Family, folder: Path | None = None,
-              state: dict[str, Tensor] | None = None) -> list[nn.Module]:
-    """Load the family's text encoders, in fp32.
+              state: dict[str, Tensor] | None = None, weights: bool = True) -> list[nn.Module]:
+    """Load the family's text encoders, in fp32; without weights on the meta device.
 
     Their weights come from ``state`` (names start with the subfolder), from below ``folder`` (an LRM's own),
     or from below ``path``, whichever has them first. Raises InputError if weights are missing.
@@ -156,6 +156,9 @@ def load_text(path: Path, family: Family, folder: Path | None = None,
     encoders = []
     for name, cls in family.encoders:
         source = (folder if folder is not None and (folder / name).is_dir() else path) / name
+        if not weights:
+            encoders.append(families.without_weights(cls, source).eval())
+            continue
         how = {"variant": families.variant(source), "dtype": torch.float32, "output_loading_info": True, "use_safetensors": True,
                "attn_implementation": "sdpa"}  # a config.json could name code on the hub
         if own := families.part(state or {}, name):

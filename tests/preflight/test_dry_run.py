@@ -114,7 +114,7 @@ def test_operations_of_a_run(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown["policy, sampling (null and text pass)"] == ["8", "16"]
     assert shown["reward model (2 a candidate)"] == ["18", "36"]
     assert shown["reference, training (2 a pair)"] == ["6", "12"]
-    judge = meta.scorer(lpo, 16)
+    judge = meta.scorer(lpo)
     text, _ = meta.encoded(judge.family, list(judge.text_encoders), 6)
     with on_cuda():
         alone = real(lambda: judge.score(empty(6, 4, 8, 8), empty(6, dtype=torch.int64), text))
@@ -168,7 +168,7 @@ def test_activations_are_those_of_a_real_pass(lpo: LPO, checkpointing: str) -> N
         out = actor.predict(x, t, torch.tensor([0, 1])).square().mean()
     real = sum(size for key, size in saved.items() if key not in own)
 
-    encoders = [meta.built(kind, Path(lpo.model) / name) for name, kind in families.SD.encoders]
+    encoders = [families.without_weights(kind, Path(lpo.model) / name) for name, kind in families.SD.encoders]
     ghost = meta.policy(config, "no", meta.encoded(families.SD, encoders, 2)[0])
     index = empty(2, dtype=torch.int64)
     with on_cuda():

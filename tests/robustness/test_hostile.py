@@ -22,7 +22,7 @@ from lpo_fast.lpo import checkpoints
 from lpo_fast.lrm import checkpoint
 from lpo_fast.models import denoisers, families, locate, loras, texts, vaes
 from lpo_fast.official import lpo, lrm
-from lpo_fast.preflight import meta, models
+from lpo_fast.preflight import models
 from lpo_fast.preflight import settings as preflight_settings
 from lpo_fast.run import states
 from tests.helpers.models import pictures
@@ -166,7 +166,7 @@ def test_attention_of_a_config_is_not_fetched(tiny_sd: Path, copied, monkeypatch
     monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", lambda *a, **k: pytest.fail("fetched"))
     encoder = texts.load_text(folder, families.SD)[0]
     assert encoder.config._attn_implementation == "sdpa"
-    assert meta.built(type(encoder), folder / "text_encoder").config._attn_implementation == "sdpa"
+    assert families.without_weights(type(encoder), folder / "text_encoder").config._attn_implementation == "sdpa"
     models.pipeline(str(folder), "--model")
 
 

@@ -39,10 +39,10 @@ def predict(unet: nn.Module, x_t: Tensor, t: Tensor, text: Text, sizes: Tensor |
 
 
 def down_mid(unet: nn.Module, x: Tensor, t: Tensor, text: Text, sizes: Tensor | None) -> tuple[list[Tensor], Tensor]:
-    """Run only the down and mid blocks; return each down block's last map before its down-sampler, and the
-    mid map.
+    """Run only the down and mid blocks.
 
-    x: [B, C, H, W]; t: int64 [B]; sizes: [1, 6] or None.
+    Returns each down block's last map before its down-sampler, and the mid map. x: [B, C, H, W]; t: int64
+    [B]; sizes: [1, 6] or None.
     """
     emb = unet.time_embedding(unet.get_time_embed(sample=x, timestep=t))
     added = unet.get_aug_embed(emb=emb, encoder_hidden_states=text.context,

@@ -43,8 +43,9 @@ def family_of(unet_config: dict) -> Family:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model folder: all shards; variants (.fp16) only if there are no
-    others.
+    """Return the safetensors files of a model folder: all shards.
+
+    Variants (.fp16) are returned only if there are no other files.
     """
     files = sorted(folder.glob("*.safetensors"))
     return [file for file in files if "." not in file.stem] or [file for file in files if ".fp16" in file.stem]

@@ -80,11 +80,11 @@ def encode(family: Family, encoders: list[nn.Module], ids: list[Tensor]) -> Text
 
 
 class TextWindow:
-    """Text features of all prompts in pinned host memory, with those of a few prompts on the device; replaces
-    a ``Text``.
+    """Text features of all prompts in pinned host memory, with those of a few prompts on the device.
 
-    ``prefetch`` copies features into device tensors whose addresses never change, as CUDA graphs require. The
-    copy is asynchronous: it is queued behind the device's pending work.
+    It replaces a ``Text`` whose features do not fit on the device. ``prefetch`` copies features into device
+    tensors whose addresses never change, as CUDA graphs require. The copy is asynchronous: it is queued
+    behind the device's pending work.
     """
 
     def __init__(self, text: Text, size: int):

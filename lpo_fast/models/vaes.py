@@ -17,8 +17,9 @@ def vae_folder(path: Path) -> Path:
 
 
 def vae_config(path: Path) -> dict:
-    """Return the VAE's config.json, with diffusers' default for keys that old configs lack. No weights are
-    loaded.
+    """Return the VAE's config.json, with diffusers' default for keys that old configs lack.
+
+    No weights are loaded.
     """
     return {"scaling_factor": 0.18215} | json.loads((vae_folder(path) / "config.json").read_text())
 

@@ -444,7 +444,7 @@ class Loading:
     """Worker processes that decode pictures, per training process; 0: decode in the training process."""
     cache_latents: str = ""
     """Directory that caches the VAE's mean and log-variance of each picture, so that each is decoded and encoded once.
-    Exact, since every step samples anew. SD1.5 takes 64 KiB per picture in bf16 (SDXL 256), twice that in fp32;
+    Exact, since every step draws a new sample. SD1.5 takes 64 KiB per picture in bf16 (SDXL 256), twice that in fp32;
     default: no cache."""
 
 

@@ -22,7 +22,11 @@ METRICS = ("train_loss", "train_ratio_win", "train_ratio_lose", "train_win_prob_
 
 
 def guide(null: Tensor, text: Tensor, scale: float | Tensor) -> Tensor:
-    """Return null + scale·(text − null): classifier-free guidance."""
+    """Return null + scale·(text − null): classifier-free guidance.
+
+    >>> guide(torch.tensor([1.0]), torch.tensor([2.0]), 5.0)
+    tensor([6.])
+    """
     return null + scale * (text - null)
 
 
@@ -69,8 +73,8 @@ def step_dpo(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Ten
     training).
     """
     dtype = x_t.dtype
-    mean_policy = schedule.mean(sched, x_t, guide(*(m.to(dtype) for m in policy), guidance), t)
-    mean_ref = schedule.mean(sched, x_t, guide(*(m.to(dtype) for m in reference), guidance), t)
+    mean_policy, mean_ref = (schedule.mean(sched, x_t, guide(null.to(dtype), text.to(dtype), guidance), t)
+                             for null, text in (policy, reference))
     sigma = sched.table[t, SIGMA]
 
     def log_ratio(x_p: Tensor) -> Tensor:
@@ -82,11 +86,13 @@ def step_dpo(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Ten
     log_win, log_lose = (log_ratio(x_p).clamp(low, high) for x_p in (winner, loser))
     pair_loss = -F.logsigmoid(beta * (log_win - log_lose))
     with torch.no_grad():
-        densities = [log_density(sched, x_p, mean, t) for x_p in (winner, loser) for mean in (mean_policy, mean_ref)]
+        win_policy, win_ref, lose_policy, lose_ref = densities = [
+            log_density(sched, x_p, mean, t) for x_p in (winner, loser) for mean in (mean_policy, mean_ref)]
         win, lose = log_win.exp(), log_lose.exp()
         metrics = [pair_loss, win, lose, *(d.exp() for d in densities), (win > lose).to(dtype), win - lose]
         totals = (weight * torch.stack(metrics)).sum(1)
-    return StepDPO((weight * pair_loss).sum(), pair_loss.detach(), win, lose, *densities, totals)
+    return StepDPO((weight * pair_loss).sum(), pair_loss.detach(), win, lose, win_policy, win_ref, lose_policy,
+                   lose_ref, totals)
 
 
 def preference(text: Tensor, image_0: Tensor, image_1: Tensor, logit_scale: Tensor, label_0: Tensor, label_1: Tensor,

@@ -57,10 +57,14 @@ def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def philox(seed: int | Tensor, c0: Tensor, c1: Tensor, c2: Tensor,
-           c3: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+           c3: int | Tensor) -> tuple[Tensor, ...]:
     """Return four uint32 words of Philox4x32-10 as int64 tensors.
 
-    c0 … c3, the counters: int64 tensors with uint32 values, broadcast together.
+    c0 … c3, the counters: int64 tensors with uint32 values, broadcast together. The vector of Random123's authors:
+
+    >>> zero = torch.tensor(0)
+    >>> [f"{int(word):08x}" for word in philox(0, zero, zero, zero, zero)]
+    ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
     """
     k0, k1 = seed & _MASK, seed >> 32 & _MASK
     for _ in range(10):
@@ -68,7 +72,7 @@ def philox(seed: int | Tensor, c0: Tensor, c1: Tensor, c2: Tensor,
         hi1, lo1 = _mulhilo(0xCD9E8D57, c2)
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
         k0, k1 = k0 + 0x9E3779B9 & _MASK, k1 + 0xBB67AE85 & _MASK
-    return c0, c1, c2, c3
+    return c0, c1, c2, c3  # pyright: ignore[reportReturnType]  # c3 is a tensor by now
 
 
 def _words(seed: int | Tensor, epoch: int | Tensor, items: Tensor, step: int | Tensor, candidates: Tensor,
@@ -106,7 +110,11 @@ def integers(seed: int | Tensor, epoch: int | Tensor, items: Tensor, step: int |
 
 
 def permutation(seed: int, epoch: int, item: int, n: int) -> Tensor:
-    """Return a random order of n items, int64 [n] on the CPU: the sort order of n random words."""
+    """Return a random order of n items, int64 [n] on the CPU: the sort order of n random words.
+
+    >>> sorted(permutation(seed=0, epoch=1, item=0, n=5).tolist())
+    [0, 1, 2, 3, 4]
+    """
     words = _words(seed, epoch, torch.tensor([item]), ORDER, torch.tensor([CHOICE]), -(-n // 4))
     return torch.stack(words, -1).flatten()[:n].argsort(stable=True)
 
@@ -136,7 +144,7 @@ def box_muller(length, turn):
     q = quarter.to(tl.float64)
     x = (angle - q * 1.57079632673412561417) - q * 6.07710050650619224932e-11  # π/2 in two parts, the first of 33 bits
     y, cos, sin = x * x, 1.0, 1.0
-    for i in tl.static_range(8):  # Taylor, |x| ≤ π/4
+    for i in tl.static_range(8):  # Taylor, |x| ≤ π/4  # pyright: ignore
         cos = 1 - y * (1 / ((15 - 2 * i) * (16 - 2 * i))) * cos
         sin = 1 - y * (1 / ((16 - 2 * i) * (17 - 2 * i))) * sin
     sin *= x

@@ -9,6 +9,7 @@ network's output:
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
@@ -75,9 +76,13 @@ def from_config(config: dict, num_steps: int, eta: float = 1.0) -> Schedule:
     """Return the schedule for a model's scheduler config, with its own timesteps, prediction type and betas.
 
     x0 is clipped only if the config contains ``clip_sample: true`` (DDIM's own default would clip).
+
+    >>> config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+    >>> from_config(config, 4).timesteps
+    tensor([751, 501, 251,   1])
     """
     config = {"clip_sample": False, **config}
-    scheduler = DDIMScheduler.from_config(config)
+    scheduler: Any = DDIMScheduler.from_config(config)
     scheduler.set_timesteps(num_steps)
     clip = scheduler.config.clip_sample_range if scheduler.config.clip_sample else None
     return ddim(scheduler.alphas_cumprod, scheduler.timesteps, num_steps, eta, scheduler.config.prediction_type, clip)

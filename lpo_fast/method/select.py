@@ -53,6 +53,10 @@ def pairs(scores: Tensor, gap: Tensor) -> Pair:
     """Return the best and the worst of scores [K, B]; a pair is valid if its margin exceeds gap [B].
 
     Ties go to the first candidate.
+
+    >>> pair = pairs(torch.tensor([[1.0], [3.0], [2.0]]), gap=torch.tensor([1.5]))
+    >>> pair.best, pair.worst, pair.valid
+    (tensor([1]), tensor([0]), tensor([True]))
     """
     best, worst = scores.max(0), scores.min(0)
     margin = best.values - worst.values

@@ -3,10 +3,10 @@ project.
 """
 
 import os
+from typing import Any
 
 import torch
 import torch._functorch.config
-from torch import nn
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -51,6 +51,6 @@ def numerics(deterministic: bool, tf32: bool | None = None) -> None:
     torch.use_deterministic_algorithms(deterministic)  # with warn_only attention's backward pass would not
 
 
-def layout(unet: nn.Module) -> nn.Module:
+def layout(unet: Any) -> Any:
     """Convert a network to channels-last on a GPU, where convolutions are faster in it; return it."""
     return unet.to(memory_format=torch.channels_last) if torch.cuda.is_available() else unet

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +20,10 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-    jit = triton.jit
 except ImportError:  # the references run; kernels are never called
     triton, tl = None, SimpleNamespace(constexpr=None)
 
-    def jit(kernel):
-        """Return the kernel unchanged, in place of triton.jit."""
-        return kernel
+jit: Any = triton.jit if triton else lambda kernel: kernel
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

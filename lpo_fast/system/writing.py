@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from safetensors import SafetensorError
@@ -42,7 +42,7 @@ def writing(path: Path) -> Iterator[None]:
                          "earlier files are intact") from error
 
 
-def _refusal(error: Exception) -> str | None:
+def _refusal(error: BaseException) -> str | None:
     """Return why a write failed, or None if the error is another one.
 
     torch's and safetensors' writers raise their own errors.
@@ -176,7 +176,7 @@ def save_pickle(value: object, file: Path) -> str:
     The data passes through a Python file object, whose errors state why a write failed.
     """
     with open(file, "wb") as f:
-        torch.save(value, hashing := _Hashing(f))
+        torch.save(value, hashing := cast(Any, _Hashing(f)))
     return hashing.sum.hexdigest()
 
 

@@ -1,24 +1,45 @@
-# make demo, make test: each sets up $(VENV) if that is needed, and runs. The plain commands are in README.md.
+# Each target sets up $(VENV) if that is needed, and runs. The plain commands are in README.md.
 VENV ?= .venv
 PYTHON ?= python3
+BASE ?= HEAD~1
+RUN = $(VENV)/bin/python
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(RUN) -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: demo test lint aot mutations
-demo: $(VENV)/.done
-	$(VENV)/bin/python -m lpo_fast.train demo
+.PHONY: help demo lint fast test full bench aot mutations same docs
+help: ## list these targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
 
-test: $(VENV)/.done
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal --cov=lpo_fast --cov-report=term --cov-fail-under=90
+demo: $(VENV)/.done ## run both training stages on the embedded world: minutes on a laptop
+	$(RUN) -m lpo_fast.train demo
 
-lint: $(VENV)/.done
+lint: $(VENV)/.done ## check the style of the source
 	$(VENV)/bin/ruff check .
 
-aot: $(VENV)/.done
-	$(VENV)/bin/python bench/aot.py
+fast: lint ## answer within a minute: lint, and the quick tests of every folder
+	$(RUN) -m pytest -n 2 --dist worksteal -m "fast and not full"
 
-mutations: $(VENV)/.done
-	$(VENV)/bin/python tests/mutate.py
+test: $(VENV)/.done ## run all tests but the longest, with coverage, on two cores
+	$(RUN) -m pytest -n 2 --dist worksteal --cov=lpo_fast --cov-report=term --cov-fail-under=90
+
+full: $(VENV)/.done ## run the longest tests, which `make test` leaves out
+	$(RUN) -m pytest -n 2 --dist worksteal -m full
+
+bench: $(VENV)/.done ## time every kernel and both loops on this machine, in small sizes without a GPU
+	$(RUN) -m pytest bench --benchmark-only
+
+aot: $(VENV)/.done ## compile all kernels ahead of time, which needs no GPU
+	$(RUN) bench/tools/aot.py
+
+mutations: $(VENV)/.done ## break the source in small ways and see that a test notices each
+	$(RUN) tests/tools/mutate.py
+
+same: $(VENV)/.done ## train with commit BASE and with this tree: are metrics and weights equal in every byte?
+	$(RUN) tests/tools/same.py $(BASE)
+
+docs: $(VENV)/.done ## build the documentation into site/
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(VENV)/bin/mkdocs build --strict

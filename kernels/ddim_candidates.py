@@ -41,8 +41,9 @@ BLOCK = 512
 
 def ddim_candidates_reference(sched: Schedule, x_t: Tensor, outputs: Tensor, t: Tensor, *, guidance: float,
                               noise: Tensor | Counter, candidates: int) -> Tensor:
-    """Compute the candidates in plain PyTorch, in the dtype of x_t; arguments and result as in
-    ``ddim_candidates``.
+    """Compute the candidates in plain PyTorch, in the dtype of x_t.
+
+    Arguments and result as in ``ddim_candidates``.
     """
     if isinstance(noise, Counter):
         seed, epoch = noise.run

@@ -38,8 +38,9 @@ class Selection(NamedTuple):
 
 
 def pair_select_reference(scores: Tensor, x_p: Tensor, gap: Tensor, t: Tensor, choice: Tensor | Counter) -> Selection:
-    """Select in plain PyTorch with ``select.pairs`` and three gathers; arguments and result as in
-    ``pair_select``.
+    """Select in plain PyTorch with ``select.pairs`` and three gathers.
+
+    Arguments and result as in ``pair_select``.
     """
     if isinstance(choice, Counter):
         seed, epoch = choice.run

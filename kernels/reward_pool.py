@@ -24,8 +24,9 @@ CHUNK = 65536  # elements that one forward program reduces, at most (except for 
 
 
 def reward_pool_reference(maps: Sequence[Tensor], guided: Sequence[bool], t: Tensor, guidance: Tensor) -> Tensor:
-    """Pool in plain PyTorch, in fp32 or the maps' dtype if that is more precise; arguments and result as in
-    ``reward_pool``.
+    """Pool in plain PyTorch, in fp32 or the maps' dtype if that is more precise.
+
+    Arguments and result as in ``reward_pool``.
     """
     g = guidance[t][:, None]
     features = []

@@ -18,8 +18,9 @@ Settings = TypeVar("Settings")
 
 
 def parse(kind: Any, argv: list[str] | None, name: str, **more: Any) -> Any:
-    """Return settings parsed from a command line; for a wrong one, print one line on stderr and exit with
-    code 2.
+    """Return settings parsed from a command line.
+
+    For a wrong command line, print one line on stderr and exit with code 2.
     """
     box = io.StringIO()
     try:
@@ -53,10 +54,10 @@ def command(kind: type[Settings], run: Callable[[Settings], None], argv: list[st
 
 
 def code(run: Callable[[], None], stopped: str = "stopped") -> int:
-    """Run a command and return its exit code: 0; 2 for a user's error; 1 if another rank failed; 130 if
-    interrupted.
+    """Run a command and return its exit code.
 
-    stopped: what to print when the command is interrupted.
+    0: success; 2: a user's error; 1: another rank failed; 130: interrupted. stopped: what to print when
+    interrupted.
     """
     try:
         run()

@@ -1,9 +1,9 @@
-"""Report what this machine supports, and check that this code computes the method: python -m lpo_fast.doctor
-[--golden DIR].
+"""Report what this machine supports, and check that this code computes the method.
 
-Prints versions, devices, attention and 8-bit support. On a GPU it runs every kernel against its reference at
-training sizes, and prints error and rate. With --golden it checks every file of a directory of golden vectors
-(see verify/golden.py). Exits with code 1 if any check fails.
+Run as python -m lpo_fast.doctor [--golden DIR]. Prints versions, devices, attention and 8-bit support. On a
+GPU it runs every kernel against its reference at training sizes, and prints error and rate. With --golden it
+checks every file of a directory of golden vectors (see verify/golden.py). Exits with code 1 if any check
+fails.
 """
 
 import argparse
@@ -89,10 +89,10 @@ def kernels() -> int:
 
 
 def kernel(operator: Operator, settings: dict, backward: bool, copy: float | None) -> str:
-    """Return a line with the error of one pass, and its median time and rate if ``copy``, the rate of copying
-    in GB/s, is given.
+    """Return a line with the error of one pass, and its median time and rate.
 
-    Raises AssertionError if the result is wrong, RuntimeError if the kernel does not run.
+    copy: the rate of copying in GB/s; None: times are not measured. Raises AssertionError if the result is
+    wrong, RuntimeError if the kernel does not run.
     """
     torch.manual_seed(0)
     arguments = operator.inputs(devices.device(), **settings)

@@ -2,8 +2,9 @@
 
 
 class InputError(ValueError):
-    """State what is wrong with ``value`` (usually of setting ``key``) and how to fix it; the command exits
-    with code 2.
+    """State what is wrong with ``value`` (usually of setting ``key``) and how to fix it.
+
+    The command exits with code 2.
     """
 
     def __init__(self, value: str, problem: str, remedy: str, key: str = ""):

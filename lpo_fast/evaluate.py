@@ -93,8 +93,9 @@ class Evaluate:
 
 
 def check(settings: Evaluate) -> tuple[list[str], dict[str, scorers.Score]]:
-    """Refuse settings that cannot work, before a model is downloaded or converted; return all prompts, and
-    scorers by name.
+    """Refuse settings that cannot work, before a model is downloaded or converted.
+
+    Returns all prompts, and the scorers by name. Raises InputError.
     """
     cli.required(settings, "model", "prompts", "out")
     cli.within(settings, 0, float("inf"), "number", "seed", "resolution")

@@ -1,7 +1,7 @@
-"""Export a trained model (python -m lpo_fast.export): a LoRA merged into its model, or converted to the
-diffusers format.
+"""Export a trained model: a LoRA merged into its model or converted to the diffusers format, or a fine-tuned
+model.
 
-The result of full fine-tuning is exported as a complete model directory.
+Run as python -m lpo_fast.export.
 
     W' = W + B·A          for every layer that the LoRA adapts, in fp32; alpha / r is part of B
 """

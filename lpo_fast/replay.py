@@ -17,8 +17,10 @@ from lpo_fast.system import reading
 
 
 def replay(file: Path) -> list[str]:
-    """Run a skipped step again, on this device; return lines about inputs, weights, outputs, loss and
-    gradients not finite.
+    """Run a skipped step again, on this device.
+
+    Returns lines about the inputs, weights, outputs, loss and gradients that are not finite. Raises
+    InputError if the file does not hold a skipped step.
     """
     kept = reading.read_pickle(file, "FILE")
     if not kept.keys() >= {"config", "step", "after", "size", "weights"}:
@@ -57,8 +59,9 @@ def replay_lpo(kept: dict) -> tuple[str, list[str]]:
 
 
 def replay_lrm(kept: dict) -> tuple[str, list[str]]:
-    """Return a description of the step's pairs, and lines about values that are not finite; the pictures are
-    read again.
+    """Return a description of the step's pairs, and lines about values that are not finite.
+
+    The pictures are read again.
     """
     from lpo_fast import config
     from lpo_fast.data import dataset

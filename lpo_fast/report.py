@@ -1,4 +1,4 @@
-"""Write the report of a run: ``python -m lpo_fast.report RUN_DIR`` turns a run directory into one file,
+"""Write the report of a run: python -m lpo_fast.report RUN_DIR turns a run directory into one file,
 report.html.
 
 Everything is optional: a section appears if its data exists. The page loads nothing from outside and runs no
@@ -186,8 +186,9 @@ def table(value: object, name: str = "") -> str:
 
 
 def headline(found: dict, train: list[dict], batches: list[dict], checks: list[dict]) -> str:
-    """Return the share of correct pictures before and after alignment and its change; without it, what
-    training logged.
+    """Return the share of correct pictures before and after alignment, and its change.
+
+    Without an evaluation, return the accuracies and pair counts that training logged.
     """
     n, captions, gained, lost = (num(found.get(key)) for key in ("n", "captions", "gained", "lost"))
     stages = {s: found[s] for s in ("before", "after") if isinstance(found.get(s), dict)}

@@ -121,8 +121,9 @@ class Scorer:
         return torch.cat(scores)
 
     def _decoded(self, pictures: Sequence[Picture], rows: Sequence[int]) -> Iterator[tuple[Tensor, slice]]:
-        """Yield batches of pixels [B, 3, r, r] and the slice of their pictures; the next batch is decoded
-        while one is scored.
+        """Yield batches of pixels [B, 3, r, r] and the slice of their pictures.
+
+        The next batch is decoded while one is scored.
         """
         slices = [slice(i, i + self.batch_size) for i in range(0, len(pictures), self.batch_size)]
         read = partial(pixels, resolution=self.resolution)
@@ -161,8 +162,9 @@ def pixels(picture: Picture, row: int, resolution: int) -> Tensor:
 
 
 def check_lrm(lrm: str, base: str, vae: str = "", resolution: int = 0) -> Path:
-    """Return the base directory of an LRM: the given one or the one that it names. Raises InputError unless
-    all parts fit.
+    """Return the base directory of an LRM: the given one or the one that it names.
+
+    Raises InputError unless all parts fit.
     """
     path = locate.locate(lrm, "--lrm")
     if not base and (path / "lrm.json").is_file():

@@ -1,7 +1,7 @@
-"""Write the score table of the multi-preference consistent filter: python -m lpo_fast.score_table --pairs …
---out table.csv.
+"""Write the score table of the multi-preference consistent filter.
 
-One row per pair, in the pairs' order: the pictures' keys if the pairs have them, different_flag (1 win–lose,
+Run as python -m lpo_fast.score_table --pairs … --aesthetic module:function … --out table.csv. The table has
+one row per pair, in the pairs' order: the pictures' keys if the pairs have them, different_flag (1 win–lose,
 0 tie), and for each of three scorers the gap: the preferred picture's score minus the other's, or for a tie
 the absolute difference. A scorer is ``function(pictures: list[PIL.Image], prompts: list[str]) -> one number
 per picture``. A killed run continues.
@@ -113,8 +113,9 @@ def load(name: str, flag: str) -> Scorer:
 
 
 def resume(part: Path, names: list[str]) -> int | None:
-    """Return the number of rows of an unfinished table, or None if there is none; an incomplete last line is
-    cut off.
+    """Return the number of rows of an unfinished table, or None if there is none.
+
+    An incomplete last line is cut off.
     """
     complete = b""
     if part.is_file():
@@ -184,8 +185,9 @@ def gaps(name: str, given: str, scorer: Scorer, pictures: list, table: PairTable
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; return 0, 2 for a user's error, or 130 if interrupted (the same command then
-    continues).
+    """Run the command and return its exit code.
+
+    0: success; 2: a user's error; 130: interrupted, in which case the same command continues.
     """
     return cli.command(ScoreTable, lambda config: print(f"score table: {make(config)}"), argv, "score_table",
                        stopped="stopped; run the same command to continue")

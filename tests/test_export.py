@@ -169,7 +169,8 @@ def bad(tiny_sd, tmp_path) -> dict[str, str]:
     (["--lora", "{dir}/good", "--model", "{sd}", "--out", "{dir}/full"], "--out {dir}/full: is not empty"),
     (["--lora", "{dir}/good", "--model", "{sd}", "--out", "{dir}/half.pt/o"], "cannot be written"),
     *[(["--lora", f"{{dir}}/{name}", "--model", "{sd}", "--out", "{dir}/o"], message) for name, message in [
-        ("half.pt", "is not an adapter"), ("dora.pt", "is not an adapter"), ("none.pt", "is not an adapter"), ("list.pt", "not a dictionary"),
+        ("half.pt", "is not an adapter"), ("dora.pt", "is not an adapter"), ("none.pt", "is not an adapter"),
+        ("list.pt", "not a dictionary"),
         ("wide.pt", "which is ("), ("other.pt", "which is absent"), ("text.safetensors", "is not an adapter"),
         ("damaged.safetensors", "cannot be read")]],
 ])

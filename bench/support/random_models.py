@@ -84,11 +84,10 @@ def make_lrm(model: Path, folder: Path) -> Path:
     model's, and its text encoders are the model's, as the official code leaves them when they were frozen."""
     from lpo_fast.lrm import checkpoint
     from lpo_fast.models import denoisers, families
-    from lpo_fast.preflight import meta
     unet = denoisers.empty_down_mid(model / "unet")
     family = families.family_of(unet.config)
     name, kind = family.encoders[-1]
-    config = meta.built(kind, model / name).config
+    config = families.without_weights(kind, model / name).config
     width = config.projection_dim if family.time_ids else config.hidden_size
     generator = torch.Generator().manual_seed(0)
     heads = {"visual_projection": (width, sum(checkpoint.feature_widths(unet, True)))}

@@ -69,8 +69,9 @@ class PairDataset(Dataset):
 
 
 def check_pictures(pairs: PairTable) -> None:
-    """Raise InputError unless one of the table's first rows has two decodable pictures; nothing is converted
-    or written.
+    """Raise InputError unless one of the table's first rows has two decodable pictures.
+
+    Nothing is converted or written.
     """
     problem, names = None, {key: getattr(pairs.columns, key) for key in ("jpg_0", "jpg_1")}
     for row, cells in enumerate(pairs.source.first(LOOKED_AT, *names.values())):

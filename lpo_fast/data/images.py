@@ -13,8 +13,9 @@ LARGEST_PICTURE = 2**26  # pixels: 8,192 × 8,192, 200 MB as RGB
 
 
 def opened(file: Path | io.BytesIO) -> Image.Image:
-    """Open a picture and read only its header. Raises ValueError if it is too large, and whatever Pillow
-    raises for other files.
+    """Open a picture and read only its header.
+
+    Raises ValueError if it is too large, and whatever Pillow raises for other files.
     """
     picture = Image.open(file, formats=FORMATS)
     if picture.width * picture.height > LARGEST_PICTURE:
@@ -23,8 +24,9 @@ def opened(file: Path | io.BytesIO) -> Image.Image:
 
 
 def picture(encoded: bytes) -> Image.Image:
-    """Decode a picture to RGB, upright: the first frame, without transparency. Raises the same errors as
-    ``opened``.
+    """Decode a picture to RGB, upright: the first frame, without transparency.
+
+    Raises the same errors as ``opened``.
     """
     return upright(opened(io.BytesIO(encoded)))
 

@@ -84,8 +84,9 @@ class Cache:
         return torch.frombuffer(bytearray(b"".join(entries)), dtype=self.dtype).view(-1, *self.shape), 0
 
     def write(self, numbers: Tensor, moments: Tensor) -> None:
-        """Write moments [N, 2C, h, w] of the pictures. If the disk fails, a warning is printed and training
-        continues without writing.
+        """Write moments [N, 2C, h, w] of the pictures.
+
+        If the disk fails, a warning is printed and training continues without writing.
         """
         marks, latents = self.open()
         for number, entry in zip(numbers.tolist(), moments.to(self.dtype).cpu(), strict=True):
@@ -113,8 +114,9 @@ class Cache:
 
 
 def of(config: LRM, pairs: PairTable, precision: str) -> Cache:
-    """Return the cache of a table's pictures below --cache-latents, for networks of this precision. No file
-    is created.
+    """Return the cache of a table's pictures below --cache-latents, for networks of this precision.
+
+    No file is created.
 
     Entries have the dtype in which the VAE returns its moments, so nothing is rounded: bf16 under autocast,
     else fp32.

@@ -1,5 +1,6 @@
-"""Preference pairs for LRM training: which pairs a run uses. Their pictures are read one at a time, never all
-at once.
+"""Preference pairs for LRM training: which pairs a run uses.
+
+Their pictures are read one at a time, never all at once.
 """
 
 import itertools
@@ -54,8 +55,9 @@ class PairTable:
 
 
 def read(path: str, flag: str = "--pairs", columns: Columns | None = None, split: str = "", cache_dir: str = "") -> PairTable:
-    """Read all pairs of a table and check captions and labels; no picture is read. Raises InputError, which
-    names flag and row.
+    """Read all pairs of a table and check captions and labels; no picture is read.
+
+    Raises InputError, which names flag and row.
     """
     columns = columns or Columns()
     source = open_source(path, flag, split, cache_dir)

@@ -13,8 +13,9 @@ from lpo_fast.system.reading import memory_limit, parse_json
 
 
 def read_prompts(path: str, caption_key: str = "caption") -> list[str]:
-    """Read the prompts of a .json, .jsonl, .txt, .csv or .parquet file. Raises InputError, which names the
-    file and the record.
+    """Read the prompts of a .json, .jsonl, .txt, .csv or .parquet file.
+
+    Raises InputError, which names the file and the record.
     """
     file = Path(path)
     if not path or not file.is_file():

@@ -89,8 +89,9 @@ class Source:
         return PictureColumn(self.open(name), index, self.encoded)
 
     def identity(self) -> set[object]:
-        """Return identifiers of the files that hold the rows; two sources with a common identifier have rows
-        in common.
+        """Return identifiers of the files that hold the rows.
+
+        Two sources with a common identifier have rows in common.
         """
         raise NotImplementedError
 
@@ -112,8 +113,9 @@ class Source:
 
 
 class PictureColumn:
-    """A function from row numbers to encoded pictures; worker processes receive it as the names of
-    memory-mapped files.
+    """A function from row numbers to encoded pictures.
+
+    Worker processes receive it as the names of memory-mapped files.
     """
 
     def __init__(self, dataset: Any, index: int | None, encoded: Callable[[Any], bytes]):
@@ -253,8 +255,9 @@ def _line(error: Exception) -> str:
 
 
 def open_source(path: str, flag: str, split: str = "", cache_dir: str = "") -> Source:
-    """Open what ``path`` names: a file or directory if it exists, else a data set on the hub. Raises
-    InputError.
+    """Open what ``path`` names: a file or directory if it exists, else a data set on the hub.
+
+    Raises InputError if it cannot be opened.
     """
     place = Path(path)
     if path and any((place / name).is_file() for name in ("dataset_dict.json", "state.json")):
@@ -286,8 +289,10 @@ def _load(path: str, flag: str, split: str, load: Callable[[], Any]) -> Any:
 
 
 def _of_split(path: str, flag: str, split: str) -> list[Path]:
-    """Return the files of a directory (or of its data/); if they are named SPLIT.parquet or SPLIT-….parquet,
-    those of one split.
+    """Return the files of a directory (or of its data/).
+
+    If the files are named SPLIT.parquet or SPLIT-….parquet, only those of the given split are returned.
+    Raises InputError if some files are not named so, or the split does not exist.
     """
     folder = Path(path)
     if folder.is_dir() and not list(folder.glob("*.parquet")) and (folder / "data").is_dir():

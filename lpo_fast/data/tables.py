@@ -23,8 +23,9 @@ KINDS = (".csv", ".jsonl", ".parquet")
 
 
 def read(table: str, prompt_key: str, image_key: str, new_key: str) -> tuple[Rows, list[str], list[Picture]]:
-    """Read a table; return its rows unchanged, their prompts and their pictures. Raises InputError, which
-    names the bad row.
+    """Read a table; return its rows unchanged, their prompts and their pictures.
+
+    Raises InputError, which names the bad row.
 
     A picture is a path (relative to the table's directory or the current one), encoded bytes, or a dict with
     either, as the datasets library stores it. new_key: the column to be added, which the table must not have.

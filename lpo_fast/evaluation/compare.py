@@ -62,8 +62,9 @@ def _cell(value: dict[str, float], column: str) -> str:
 
 
 def page(rows: list[dict], result: dict[str, dict], out: Path, note: str) -> Path:
-    """Write page.html with the table and the first picture pairs, their prompts and scores; it loads nothing
-    from outside.
+    """Write page.html with the table and the first picture pairs, their prompts and scores.
+
+    It loads nothing from outside.
     """
     cards = []
     for row in rows[:SHOWN]:

@@ -43,8 +43,9 @@ PACKAGES = {"hpsv2": ("hpsv2", "hpsv2"), "imagereward": ("ImageReward", "image-r
 
 
 def resolve(spec: str) -> Score:
-    """Return the scorer of that name, or ``module:function``. Raises InputError if it is not available; loads
-    no weights.
+    """Return the scorer of that name, or ``module:function``.
+
+    Raises InputError if it is not available; loads no weights.
     """
     name = spec.removeprefix(f"{__name__}:")
     if name in HUB or name in PACKAGES:
@@ -164,8 +165,9 @@ def head() -> list[tuple[Tensor, Tensor]]:
 
 
 def hpsv2(pictures: list[Image], prompts: list[str]) -> list[float]:
-    """Return HPSv2.1 of each picture. The package loads its checkpoint in every call, so it is called once
-    per prompt.
+    """Return HPSv2.1 of each picture.
+
+    The package loads its checkpoint in every call, so it is called once per prompt.
     """
     package, scores = importlib.import_module("hpsv2"), [0.0] * len(pictures)
     for prompt in dict.fromkeys(prompts):

@@ -1,4 +1,4 @@
-"""The LRM as a function of latents, timesteps and prompt numbers."""
+"""The LRM as a function of latents, timesteps, and prompt numbers."""
 
 import json
 
@@ -14,17 +14,23 @@ from lpo_fast.models.texts import Text, TextWindow
 from lpo_fast.system import devices
 
 
-def load_score(config: LPO, prompts: list[str], device: torch.device) -> "Judge":
-    """The LRM as a function of latents, timesteps and prompt numbers; its text features are computed here, once."""
+def load_reward(config: LPO, device: torch.device, weights: bool = True) -> LatentRewardModel:
+    """Load the LRM that scores a run's candidates; without weights on the meta device."""
     path, base, model = locate.lrm(config), locate.base(config), locate.model(config)
     size = vaes.pixels(model, json.loads((model / "unet" / "config.json").read_text()), config.resolution)
     settings = {"guidance_scale": config.lrm_guidance or None, "multi_scale_cfg": config.lrm_multi_scale_cfg}
     lrm = checkpoint.load_lrm(path, base, resolution=size,  # of the latents that it scores, whatever it was trained at
-                              **{k: v for k, v in settings.items() if v is not None}).to(device)
+                              weights=weights, **{k: v for k, v in settings.items() if v is not None}).to(device)
     devices.layout(lrm.unet)
     if config.fused_norms:
         fused_norms.fuse_norms(lrm.unet)
     attention.attention(lrm.unet, config.attention)
+    return lrm
+
+
+def load_score(config: LPO, prompts: list[str], device: torch.device) -> "Judge":
+    """Load the LRM as a function of latents, timesteps, and prompt numbers; encode its texts, once."""
+    lrm = load_reward(config, device)
     tokenizers = texts.load_tokenizers(locate.tokenizer(config), lrm.family)
     precision = devices.precision(config.mixed_precision, "fp16")
     text = policies.encoded(config, lrm.family, tokenizers, list(lrm.text_encoders), prompts, False, precision)

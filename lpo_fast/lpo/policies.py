@@ -73,6 +73,23 @@ def add_lora(unet: nn.Module, config: Weights) -> None:
         parameter.data = parameter.data.float()
 
 
+def load_denoiser(config: LPO, device: torch.device, precision: str, weights: bool = True) -> UNet2DConditionModel:
+    """Load the denoiser that a run trains, with its LoRA; without weights on the meta device."""
+    # Frozen weights are never in memory in more than the precision of the network.
+    dtype = torch.float32 if config.full else devices.DTYPES[precision]
+    unet = denoisers.load_unet(locate.model(config), dtype, weights)
+    unet = devices.layout(unet.to("cpu" if config.shard else device)).eval()  # sharded: a GPU may not hold it
+    if config.fused_norms:
+        fused_norms.fuse_norms(unet)
+    attention.attention(unet, "sdpa" if config.attention == "auto" else config.attention)
+    attention.checkpointing(unet, config.checkpointing)
+    if not config.full:
+        add_lora(unet, config)
+        if config.lora:
+            loras.load_lora(unet, Path(config.lora))
+    return unet
+
+
 def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy, Schedule]:
     """The policy with a LoRA attached (or all weights trainable), its text features and its sampler's schedule.
 
@@ -80,13 +97,7 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
     """
     model = locate.model(config)
     precision = devices.precision(config.mixed_precision, "fp16")
-    # Frozen weights are never in memory in more than the precision of the network.
-    unet = denoisers.load_unet(model, torch.float32 if config.full else devices.DTYPES[precision])
-    unet = devices.layout(unet.to("cpu" if config.shard else device)).eval()  # sharded: a GPU may not hold it
-    if config.fused_norms:
-        fused_norms.fuse_norms(unet)
-    attention.attention(unet, "sdpa" if config.attention == "auto" else config.attention)
-    attention.checkpointing(unet, config.checkpointing)
+    unet = load_denoiser(config, device, precision)
     family = families.family_of(unet.config)
     encoders = [e.to(device).eval() for e in texts.load_text(model, family)]
     tokenizers = texts.load_tokenizers(model, family)
@@ -95,10 +106,6 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
     too_long = sum(len(ids) > tokenizers[0].model_max_length for ids in tokenizers[0](own).input_ids)
     if too_long:
         console.say(f"{too_long} of {len(own)} prompts exceed {tokenizers[0].model_max_length} tokens and are cut")
-    if not config.full:
-        add_lora(unet, config)
-        if config.lora:
-            loras.load_lora(unet, Path(config.lora))
     sizes = denoisers.size_conditions(model, family, unet, config.resolution)
     sizes = None if sizes is None else sizes.to(device)
     scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())

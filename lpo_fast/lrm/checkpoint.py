@@ -17,15 +17,16 @@ from lpo_fast.system.writing import replacing, save_pickle
 
 
 def new_lrm(base: Path, *, clip: str | None = None, generator: torch.Generator, resolution: int = 0,
-            **settings) -> LatentRewardModel:
+            weights: bool = True, **settings) -> LatentRewardModel:
     """An LRM to be trained, from a diffusers model directory: W_v ~ N(0, 0.02²), logit_scale 2.6592.
 
     clip: file or directory with the ``text_projection.weight`` that W_t starts from (SD1.5: CLIP ViT-L/14's); None is
     the identity. Families whose pooled text is projected already have no W_t. resolution: of pictures, 0: the denoiser's own.
+    weights: False leaves the networks on the meta device.
     """
-    unet = denoisers.load_down_mid(base / "unet")
+    unet = denoisers.load_down_mid(base / "unet", weights=weights)
     family = families.family_of(unet.config)
-    encoders = texts.load_text(base, family)
+    encoders = texts.load_text(base, family, weights=weights)
     width = encoders[-1].config.hidden_size
     if family.time_ids:
         text_projection, dim = None, encoders[-1].config.projection_dim
@@ -66,12 +67,14 @@ def read_heads(path: Path, channels: list[int]) -> dict:
     return heads
 
 
-def load_lrm(path: Path, base: Path | None = None, *, resolution: int = 0, **settings) -> LatentRewardModel:
+def load_lrm(path: Path, base: Path | None = None, *, resolution: int = 0, weights: bool = True,
+             **settings) -> LatentRewardModel:
     """An LRM: a directory, official or ours, or a single .pt file of the official module's state.
 
     ``base`` supplies what the LRM lacks: text encoders (official, if frozen), configs (a single file). guidance_scale and
     multi_scale_cfg are those of ``settings``, or else those that the directory records. resolution: of the pictures that it
-    will score; 0: that of its training, or the denoiser's own. Raises InputError if weights are missing or widths do not fit.
+    will score; 0: that of its training, or the denoiser's own. weights: False leaves the networks on the meta device. Raises
+    InputError if weights are missing or widths do not fit.
     """
     if single := path.is_file():
         if base is None:
@@ -79,7 +82,7 @@ def load_lrm(path: Path, base: Path | None = None, *, resolution: int = 0, **set
                              "name the diffusers directory that it was made from with --lrm-base", "--lrm")
     state = read_pickle(path, "--lrm", mmap=True) if single else {}
     home = base if single else path
-    unet = denoisers.load_down_mid(home / "unet", families.part(state, "unet"))
+    unet = denoisers.load_down_mid(home / "unet", families.part(state, "unet"), weights)
     family = families.family_of(unet.config)
     heads = read_heads(path, list(unet.config.block_out_channels))
     visual = heads["visual_projection"]["weight"]
@@ -89,7 +92,7 @@ def load_lrm(path: Path, base: Path | None = None, *, resolution: int = 0, **set
     settings = {"guidance_scale": 7.5, "base": locate.origin(base) if base else "", **recorded, **settings,
                 "resolution": resolution, "multi_scale": visual.shape[1] == sum(feature_widths(unet, True))}
     lrm = LatentRewardModel(
-        family, unet, texts.load_text(base or path, family, home, state), visual, text, heads["logit_scale"],
+        family, unet, texts.load_text(base or path, family, home, state, weights), visual, text, heads["logit_scale"],
         sizes=denoisers.size_conditions(base or path, family, unet, resolution), **settings)
     return lrm.requires_grad_(False).eval()
 

@@ -150,11 +150,11 @@ class Learner:
                 "size": self.update.pairs}
 
 
-def load(config: LRM, device: torch.device) -> tuple[LatentRewardModel, Encoder]:
-    """The LRM that is to be trained, and what makes its inputs."""
-    model = locate.model(config)
+def load_reward(config: LRM, device: torch.device, weights: bool = True) -> LatentRewardModel:
+    """Load the LRM that is to be trained; without weights on the meta device."""
     lrm = checkpoint.new_lrm(
-        model, clip=locate.clip(config), generator=torch.Generator().manual_seed(config.seed), resolution=config.resolution,
+        locate.model(config), weights=weights, clip=locate.clip(config),
+        generator=torch.Generator().manual_seed(config.seed), resolution=config.resolution,
         multi_scale=config.multi_scale, multi_scale_cfg=config.multi_scale_cfg, guidance_scale=config.guidance_scale)
     lrm.logit_scale.data.fill_(config.logit_scale)
     lrm.to(device).train()
@@ -162,6 +162,12 @@ def load(config: LRM, device: torch.device) -> tuple[LatentRewardModel, Encoder]
     devices.layout(lrm.unet)
     if config.fused_norms:
         fused_norms.fuse_norms(lrm.unet)
-    encoder = Encoder(model, lrm, config.seed, devices.precision(config.mixed_precision, "bf16"), locate.vae(config),
+    return lrm
+
+
+def load(config: LRM, device: torch.device) -> tuple[LatentRewardModel, Encoder]:
+    """Load the LRM that is to be trained, and what makes its inputs."""
+    lrm = load_reward(config, device)
+    encoder = Encoder(locate.model(config), lrm, config.seed, devices.precision(config.mixed_precision, "bf16"), locate.vae(config),
                       config.noise_offset, config.compile)
     return lrm, encoder

@@ -1,5 +1,6 @@
-"""Define the two training objectives in plain PyTorch; faster implementations are tested against these
-definitions.
+"""Define the two training objectives in plain PyTorch.
+
+Faster implementations are tested against these definitions.
 
 ``step_dpo`` is the step-level DPO loss of LPO (arXiv 2502.01051, eq. 11), ``preference`` the reward model's
 loss (eq. 6).
@@ -56,8 +57,9 @@ class StepDPO(NamedTuple):
 
 def step_dpo(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Tensor, policy: tuple[Tensor, Tensor],
              reference: tuple[Tensor, Tensor], *, guidance: float, beta: float, eps: float, weight: Tensor) -> StepDPO:
-    """Return the step-level DPO loss and metrics of N pairs; both members of a pair share x_t, t and the
-    prompt.
+    """Return the step-level DPO loss and metrics of N pairs.
+
+    Both members of a pair share x_t, t and the prompt.
 
         Δ = log p_policy(x_p|x_t) − log p_ref(x_p|x_t),   r = clamp(exp Δ, 1 − eps, 1 + eps)
         loss = Σ_i weight_i · −log sigmoid(beta (log r_w − log r_l))

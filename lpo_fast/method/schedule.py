@@ -37,8 +37,9 @@ class Schedule:
         return self.table[:, SIGMA]
 
     def to(self, *args) -> "Schedule":
-        """Return the schedule on another device and/or with tables of another floating dtype; timesteps stay
-        int64.
+        """Return the schedule on another device and/or with tables of another floating dtype.
+
+        Timesteps stay int64.
         """
         table, alphas = self.table.to(*args), self.alphas_cumprod.to(*args)
         return replace(self, timesteps=self.timesteps.to(table.device), table=table, alphas_cumprod=alphas)

@@ -79,8 +79,10 @@ def faster_attention(run: Callable[[], Tensor], unet: nn.Module) -> str:
 
 
 def checkpoint_policy(_, operation: torch._ops.OpOverload, *args, **kwargs) -> CheckpointPolicy:
-    """Save the outputs of convolutions and attention, which take the most time per byte to recompute;
-    recompute the rest.
+    """Decide which outputs selective activation checkpointing saves.
+
+    Convolutions and attention take the most time per byte to recompute, so their outputs are saved; the rest
+    is recomputed.
     """
     # flash_fwd is the name of xformers' operation
     expensive = any(word in str(operation) for word in ("convolution", "attention", "flash_fwd"))

@@ -39,10 +39,10 @@ def predict(unet: nn.Module, x_t: Tensor, t: Tensor, text: Text, sizes: Tensor |
 
 
 def down_mid(unet: nn.Module, x: Tensor, t: Tensor, text: Text, sizes: Tensor | None) -> tuple[list[Tensor], Tensor]:
-    """Run only the down and mid blocks; return each down block's last map before its down-sampler, and the
-    mid map.
+    """Run only the down and mid blocks.
 
-    x: [B, C, H, W]; t: int64 [B]; sizes: [1, 6] or None.
+    Returns each down block's last map before its down-sampler, and the mid map. x: [B, C, H, W]; t: int64
+    [B]; sizes: [1, 6] or None.
     """
     emb = unet.time_embedding(unet.get_time_embed(sample=x, timestep=t))
     added = unet.get_aug_embed(emb=emb, encoder_hidden_states=text.context,
@@ -58,19 +58,22 @@ def down_mid(unet: nn.Module, x: Tensor, t: Tensor, text: Text, sizes: Tensor | 
 
 def empty_down_mid(folder: Path) -> UNet2DConditionModel:
     """Return a denoiser without its up blocks, on the meta device."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+    unet = families.without_weights(UNet2DConditionModel, folder)
     unet.up_blocks, unet.conv_norm_out, unet.conv_out = nn.ModuleList(), None, None
     return unet
 
 
-def load_down_mid(folder: Path, state: dict[str, Tensor] | None = None) -> UNet2DConditionModel:
+def load_down_mid(folder: Path, state: dict[str, Tensor] | None = None,
+                  weights: bool = True) -> UNet2DConditionModel:
     """Load a denoiser in fp32 without its up blocks, whose weights are never read from disk.
 
-    state: weights that take precedence over those in ``folder``. Raises InputError if weights are missing.
+    state: weights that take precedence over those in ``folder``. weights: False leaves it on the meta device.
+    Raises InputError if weights are missing.
     """
     unet = empty_down_mid(folder)
     unet.register_to_config(_name_or_path=str(folder.absolute()))  # for ``up_blocks``
+    if not weights:
+        return unet
     wanted = set(unet.state_dict())
     found = {name: tensor for name, tensor in (state or {}).items() if name in wanted}
     for file in families.weight_files(folder):
@@ -96,10 +99,13 @@ def up_blocks(unet: nn.Module) -> dict[str, Tensor]:
     return rest
 
 
-def load_unet(path: Path, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    """Load the denoiser below ``path``."""
+def load_unet(path: Path, dtype: torch.dtype = torch.float32, weights: bool = True) -> UNet2DConditionModel:
+    """Load the denoiser below ``path``; without weights on the meta device."""
     folder = path / "unet"
-    return UNet2DConditionModel.from_pretrained(folder, variant=families.variant(folder), torch_dtype=dtype, use_safetensors=True)
+    if not weights:
+        return families.without_weights(UNet2DConditionModel, folder).to(dtype)
+    return UNet2DConditionModel.from_pretrained(folder, variant=families.variant(folder), torch_dtype=dtype,
+                                                use_safetensors=True)
 
 
 def size_conditions(base: Path, family: families.Family, unet: nn.Module, resolution: int = 0) -> Tensor | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from diffusers import ConfigMixin
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -43,11 +45,20 @@ def family_of(unet_config: dict) -> Family:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model folder: all shards; variants (.fp16) only if there are no
-    others.
+    """Return the safetensors files of a model folder: all shards.
+
+    Variants (.fp16) are returned only if there are no other files.
     """
     files = sorted(folder.glob("*.safetensors"))
     return [file for file in files if "." not in file.stem] or [file for file in files if ".fp16" in file.stem]
+
+
+def without_weights(kind: type[nn.Module], folder: Path) -> nn.Module:
+    """Build a network of diffusers or transformers from its config alone: fp32, on the meta device."""
+    with torch.device("meta"):
+        if issubclass(kind, ConfigMixin):
+            return kind.from_config(kind.load_config(folder))
+        return kind(kind.config_class.from_pretrained(folder, attn_implementation="sdpa"))
 
 
 def variant(folder: Path) -> str | None:

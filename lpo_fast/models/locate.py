@@ -48,8 +48,9 @@ RESOLVED: dict[str, str] = {}  # names located in this process → ORG/NAME[/FOL
 
 
 def locate(name: str, flag: str, revision: str = "", wanted: tuple[str, ...] = MODEL) -> Path:
-    """Return the local path of a model; anything that is neither a hub name nor a single file is returned
-    unchanged.
+    """Return the local path of a model.
+
+    Anything that is neither a hub name nor a single file is returned unchanged.
 
     Raises InputError if the model cannot be downloaded or converted.
     """

@@ -159,8 +159,9 @@ def adapters(unet: nn.Module) -> list[BaseTunerLayer]:
 
 @contextmanager
 def adapters_off(layers: list[BaseTunerLayer]) -> Iterator[None]:
-    """Disable the LoRA in these layers. Unlike peft's ``disable_adapters`` this leaves requires_grad
-    unchanged.
+    """Disable the LoRA in these layers.
+
+    Unlike peft's ``disable_adapters`` this leaves requires_grad unchanged.
     """
     for layer in layers:
         layer._disable_adapters = True

@@ -48,8 +48,9 @@ def clip(parameters: list[nn.Parameter], largest: float) -> Tensor:
 
 
 def gathered(state: object) -> object:
-    """Return a state_dict with complete CPU tensors in place of DTensors (None on ranks other than 0); all
-    ranks must call it.
+    """Return a state_dict with complete CPU tensors in place of DTensors (None on ranks other than 0).
+
+    All ranks must call it.
     """
     def gather(x: DTensor) -> Tensor | None:
         x = x.full_tensor()
@@ -58,8 +59,9 @@ def gathered(state: object) -> object:
 
 
 def unsharded(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Return the denoiser to be written by rank 0: itself, or a complete copy on the CPU if it is sharded;
-    all ranks must call it.
+    """Return the denoiser to be written by rank 0: itself, or a complete copy on the CPU if it is sharded.
+
+    All ranks must call it.
     """
     if not any(isinstance(parameter, DTensor) for parameter in unet.parameters()):
         return unet
@@ -72,8 +74,9 @@ def unsharded(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def part(value: Tensor, like: Tensor) -> Tensor:
-    """Return this rank's shard of a tensor if ``like``, of the same shape, is sharded; else the tensor
-    itself.
+    """Return this rank's shard of a tensor if ``like``, of the same shape, is sharded.
+
+    Otherwise the tensor itself is returned.
     """
     if not isinstance(like, DTensor) or value.shape != like.shape:
         return value

@@ -80,11 +80,11 @@ def encode(family: Family, encoders: list[nn.Module], ids: list[Tensor]) -> Text
 
 
 class TextWindow:
-    """Text features of all prompts in pinned host memory, with those of a few prompts on the device; replaces
-    a ``Text``.
+    """Text features of all prompts in pinned host memory, with those of a few prompts on the device.
 
-    ``prefetch`` copies features into device tensors whose addresses never change, as CUDA graphs require. The
-    copy is asynchronous: it is queued behind the device's pending work.
+    It replaces a ``Text`` whose features do not fit on the device. ``prefetch`` copies features into device
+    tensors whose addresses never change, as CUDA graphs require. The copy is asynchronous: it is queued
+    behind the device's pending work.
     """
 
     def __init__(self, text: Text, size: int):
@@ -147,8 +147,8 @@ def encode_prompts(family: Family, tokenizers: list[CLIPTokenizer], encoders: li
 
 
 def load_text(path: Path, family: Family, folder: Path | None = None,
-              state: dict[str, Tensor] | None = None) -> list[nn.Module]:
-    """Load the family's text encoders, in fp32.
+              state: dict[str, Tensor] | None = None, weights: bool = True) -> list[nn.Module]:
+    """Load the family's text encoders, in fp32; without weights on the meta device.
 
     Their weights come from ``state`` (names start with the subfolder), from below ``folder`` (an LRM's own),
     or from below ``path``, whichever has them first. Raises InputError if weights are missing.
@@ -156,6 +156,9 @@ def load_text(path: Path, family: Family, folder: Path | None = None,
     encoders = []
     for name, cls in family.encoders:
         source = (folder if folder is not None and (folder / name).is_dir() else path) / name
+        if not weights:
+            encoders.append(families.without_weights(cls, source).eval())
+            continue
         how = {"variant": families.variant(source), "dtype": torch.float32, "output_loading_info": True, "use_safetensors": True,
                "attn_implementation": "sdpa"}  # a config.json could name code on the hub
         if own := families.part(state or {}, name):

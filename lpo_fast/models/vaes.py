@@ -17,16 +17,21 @@ def vae_folder(path: Path) -> Path:
 
 
 def vae_config(path: Path) -> dict:
-    """Return the VAE's config.json, with diffusers' default for keys that old configs lack. No weights are
-    loaded.
+    """Return the VAE's config.json, with diffusers' default for keys that old configs lack.
+
+    No weights are loaded.
     """
     return {"scaling_factor": 0.18215} | json.loads((vae_folder(path) / "config.json").read_text())
 
 
-def load_vae(path: Path) -> AutoencoderKL:
-    """Load the VAE of a pipeline or of a separate directory: frozen, fp32."""
+def load_vae(path: Path, weights: bool = True) -> AutoencoderKL:
+    """Load the VAE of a pipeline or of a separate directory: frozen, fp32; without weights on the meta device."""
     folder = vae_folder(path)
-    vae = AutoencoderKL.from_pretrained(folder, variant=families.variant(folder), torch_dtype=torch.float32, use_safetensors=True)
+    if weights:
+        vae = AutoencoderKL.from_pretrained(folder, variant=families.variant(folder), torch_dtype=torch.float32,
+                                            use_safetensors=True)
+    else:
+        vae = families.without_weights(AutoencoderKL, folder)
     return vae.requires_grad_(False).eval()
 
 

@@ -244,8 +244,9 @@ def is_multi_scale(lrm: Path) -> bool:
 
 
 def attention(notes: list[str]) -> str:
-    """Return "xformers" where it runs, else "auto", which then selects PyTorch's memory-efficient attention
-    with equal results.
+    """Return "xformers" where it runs, else "auto", which then selects PyTorch's memory-efficient attention.
+
+    Both compute the same. notes: gets an entry if xformers does not run.
     """
     from lpo_fast.models.attention import xformers_problem
     if not xformers_problem():

@@ -146,8 +146,9 @@ SDXL = {"model.guidance_scale": 7.5, "model.pretrained_model_name_or_path": "sta
 
 
 def parse(argv: list[str]) -> LRM:
-    """Return settings for an official command line. Raises InputError, which names the key, the reason and a
-    remedy.
+    """Return settings for an official command line.
+
+    Raises InputError, which names the key, the reason and a remedy.
     """
     options, overrides = _split(argv)
     given, family = _read(_find(options))
@@ -317,8 +318,9 @@ def _settings(values: dict[str, Any], keys: dict[str, Key]) -> LRM:
 
 
 def render(config: LRM, family: str, processes: int) -> str:
-    """Return config.yaml of the official code: its launch line with this file would repeat this run. family:
-    "sd" or "sdxl".
+    """Return config.yaml of the official code: its launch line with this file would repeat this run.
+
+    family: "sd" or "sdxl".
     """
     keys = {name: key for name, key in KEYS.items() if key.family in ("", family)}
     values = {name: key.default for name, key in keys.items()} | (SDXL if family == "sdxl" else {})

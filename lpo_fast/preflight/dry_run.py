@@ -8,7 +8,6 @@ those of one process.
 import os
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from lpo_fast.config import LPO, LRM
@@ -20,7 +19,7 @@ from lpo_fast.lpo.sampling import CounterNoise, LatentPairs
 from lpo_fast.lrm import encoding as lrm_encoding
 from lpo_fast.lrm.reward import LatentRewardModel, encode_features
 from lpo_fast.method import loss, schedule
-from lpo_fast.models import configs, families, locate, vaes
+from lpo_fast.models import configs, families, locate, texts, vaes
 from lpo_fast.models.loras import trainable
 from lpo_fast.models.texts import Text
 from lpo_fast.preflight import meta, runs
@@ -59,15 +58,15 @@ def lpo(config: LPO) -> list[str]:
     precision = "fp16" if config.mixed_precision == "auto" else config.mixed_precision
     model, size, k, n = locate.model(config), config.batch_size, config.num_candidates, config.train_batch_size
     family = families.family_of(configs.read_config(model / "unet", "--model"))
-    encoders = [meta.built(kind, model / name) for name, kind in family.encoders]
+    encoders = [e.requires_grad_(False) for e in texts.load_text(model, family, weights=False)]
     text, encoding = meta.encoded(family, encoders, len(prompts) + len(config.validation_prompts))
     actor = meta.policy(config, precision, text.prepared(devices.DTYPES[precision]))
     parameters = trainable(actor.unet)
     shape = policies.latent_shape(config, actor.unet)
     pixels = shape[-1] * vaes.pixels_per_latent(model)
-    judge = meta.scorer(config, pixels)
+    judge = meta.scorer(config)
     words, judging = meta.encoded(judge.family, list(judge.text_encoders), len(prompts))
-    vae = meta.built(AutoencoderKL, vaes.vae_folder(locate.vae(config)))
+    vae = vaes.load_vae(locate.vae(config), weights=False)
     scheduler = configs.read_config(model / "scheduler", "--model", "scheduler_config.json")
     sched = schedule.from_config(scheduler, config.num_steps, config.eta).to(meta.META)
     first, steps = config.window
@@ -150,9 +149,9 @@ def lrm(config: LRM) -> list[str]:
     model, world = locate.model(config), processes()
     unet = configs.read_config(model / "unet", "--model")
     size = config.resolution // vaes.pixels_per_latent(model) or unet["sample_size"]
-    vae = meta.built(AutoencoderKL, vaes.vae_folder(locate.vae(config)))
+    vae = vaes.load_vae(locate.vae(config), weights=False)
     pixels = size * 2 ** (len(vae.config.block_out_channels) - 1)
-    reward = meta.trained_lrm(config, pixels)
+    reward = meta.trained_lrm(config)
     parameters = trainable(reward)
     own = min(config.batch_size, len(used["train"])) // world  # train_lrm.own_size
     n = -(-own // config.accumulate)

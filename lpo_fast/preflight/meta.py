@@ -8,13 +8,12 @@ operations by torch's formulas. No weights are read, and no GPU is needed.
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,10 +21,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from lpo_fast.config import LPO, LRM
-from lpo_fast.lpo.policies import Policy, add_lora
-from lpo_fast.lrm import checkpoint
+from lpo_fast.lpo import judging, policies
+from lpo_fast.lpo.policies import Policy
+from lpo_fast.lrm import steps
 from lpo_fast.lrm.reward import LatentRewardModel
-from lpo_fast.models import attention, denoisers, families, fused_norms, locate, texts
+from lpo_fast.models import attention, denoisers, families, locate, texts
 from lpo_fast.models.texts import Text
 from lpo_fast.system import devices, launch
 
@@ -133,16 +133,6 @@ def on_cuda() -> Iterator[None]:
 # Networks
 
 
-def built(kind: type[nn.Module], folder: Path) -> nn.Module:
-    """A network of diffusers or transformers from its config.json; frozen, fp32."""
-    with META:
-        if kind in (UNet2DConditionModel, AutoencoderKL):
-            network = kind.from_config(kind.load_config(folder))
-        else:
-            network = kind(kind.config_class.from_pretrained(folder, attn_implementation="sdpa"))
-    return network.requires_grad_(False).eval()
-
-
 def encoded(family: families.Family, encoders: list[nn.Module], count: int) -> tuple[Text, Cost]:
     """Text features of ``count`` prompts and the null text, and the cost of encoding a batch of them, in fp32."""
     ids = [empty(min(count, ENCODED), e.config.max_position_embeddings, dtype=torch.int64) for e in encoders]
@@ -153,31 +143,14 @@ def encoded(family: families.Family, encoders: list[nn.Module], count: int) -> t
 
 
 def policy(config: LPO, precision: str, text: Text) -> Policy:
-    """As ``policy.load`` makes it."""
-    model = locate.model(config)
-    unet = built(UNet2DConditionModel, model / "unet").requires_grad_(config.full)
-    unet.to(torch.float32 if config.full else devices.DTYPES[precision]).to(memory_format=torch.channels_last)
-    if config.fused_norms:
-        fused_norms.fuse_norms(unet)
-    attention.attention(unet, "sdpa")
+    """Load the policy as a run does, without weights; xformers and a LoRA's file are left out."""
+    plain = replace(config, attention="sdpa", checkpointing="none", lora="", shard=False)
+    unet = policies.load_denoiser(plain, META, precision, weights=False).to(memory_format=torch.channels_last)
     if config.checkpointing != "none":
         unet.enable_gradient_checkpointing(partial(checkpointed, precision, config.checkpointing))
-    if not config.full:
-        add_lora(unet, config)
-    sizes = denoisers.size_conditions(model, families.family_of(unet.config), unet, config.resolution)
-    return Policy(unet, text, sizes if sizes is None else sizes.to(META), full=config.full,
-                  precision=precision)
-
-
-def reward_model(unet: nn.Module, encoders: list[nn.Module], heads: dict[str, tuple[int, ...]], pixels: int,
-                 **settings) -> LatentRewardModel:
-    """An LRM of its parts; heads: shapes of the projections."""
     family = families.family_of(unet.config)
-    lrm = LatentRewardModel(
-        family, unet, encoders, empty(*heads["visual_projection"]),
-        empty(*heads["text_projection"]) if "text_projection" in heads else None, empty(),
-        sizes=denoisers.time_ids(pixels, pixels) if family.time_ids else None, **settings)
-    return lrm.to(META)
+    sizes = denoisers.size_conditions(locate.model(config), family, unet, config.resolution)
+    return Policy(unet, text, sizes if sizes is None else sizes.to(META), full=config.full, precision=precision)
 
 
 def checkpointed(precision: str, how: str, block: Callable, *inputs) -> Tensor:
@@ -188,44 +161,19 @@ def checkpointed(precision: str, how: str, block: Callable, *inputs) -> Tensor:
     return attention.recomputed(how, run, *inputs)
 
 
-def scorer(config: LPO, pixels: int) -> LatentRewardModel:
-    """As ``policy.load_score`` loads it: with its text encoders, in fp32."""
-    path, base = locate.lrm(config), locate.base(config)
-    home = base if path.is_file() else path
-    unet = denoisers.empty_down_mid(home / "unet").to(memory_format=torch.channels_last)
-    if config.fused_norms:
-        fused_norms.fuse_norms(unet)
-    attention.attention(unet, "sdpa")
-    channels = list(unet.config.block_out_channels)
-    heads = {name: tuple(head["weight"].shape) for name, head in checkpoint.read_heads(path, channels).items()
-             if name.endswith("_projection")}
-    own = checkpoint.recorded_settings(path)
-    guidance = config.lrm_guidance or own.get("guidance_scale", 7.5)
-    stages = own.get("multi_scale_cfg", False) if config.lrm_multi_scale_cfg is None else config.lrm_multi_scale_cfg
-    encoders = [built(kind, (home if (home / name).is_dir() else base) / name)
-                for name, kind in families.family_of(unet.config).encoders]
-    lrm = reward_model(unet, encoders, heads, pixels, guidance_scale=guidance, multi_scale_cfg=stages,
-                       multi_scale=heads["visual_projection"][1] == sum(checkpoint.feature_widths(unet, True)))
-    return lrm.requires_grad_(False).eval()
+def scorer(config: LPO) -> LatentRewardModel:
+    """Load the LRM that scores candidates as a run does, without weights."""
+    return channels_last(judging.load_reward(replace(config, attention="sdpa"), META, weights=False))
 
 
-def trained_lrm(config: LRM, pixels: int) -> LatentRewardModel:
-    """As ``train_lrm.load`` makes it."""
-    model = locate.model(config)
-    unet = denoisers.empty_down_mid(model / "unet").to(memory_format=torch.channels_last)
-    encoders = [built(kind, model / name) for name, kind in families.family_of(unet.config).encoders]
-    width = encoders[-1].config.hidden_size
-    clip = locate.clip(config)
-    text = (width, width) if clip is None else tuple(checkpoint.read_text_projection(clip).shape)
-    heads = {"text_projection": text}
-    if families.family_of(unet.config).time_ids:
-        heads, text = {}, (encoders[-1].config.projection_dim,)
-    heads["visual_projection"] = text[0], sum(checkpoint.feature_widths(unet, config.multi_scale))
-    lrm = reward_model(unet, encoders, heads, pixels, guidance_scale=config.guidance_scale, multi_scale=config.multi_scale,
-                       multi_scale_cfg=config.multi_scale_cfg).train()
-    lrm.text_encoders.requires_grad_(not config.freeze_text_encoder)
-    if config.fused_norms:
-        fused_norms.fuse_norms(lrm.unet)
+def trained_lrm(config: LRM) -> LatentRewardModel:
+    """Load the LRM that is to be trained as a run does, without weights."""
+    return channels_last(steps.load_reward(config, META, weights=False))
+
+
+def channels_last(lrm: LatentRewardModel) -> LatentRewardModel:
+    """Lay the denoiser out as on CUDA."""
+    lrm.unet.to(memory_format=torch.channels_last)
     return lrm
 
 

@@ -87,8 +87,9 @@ def weights(path: Path, folder: Path, flag: str) -> None:
 
 
 def pipeline(model: str, flag: str, revision: str = "") -> dict:
-    """Return the U-Net config of a diffusers pipeline. Raises InputError if one of its parts is missing or
-    does not fit.
+    """Return the U-Net config of a diffusers pipeline.
+
+    Raises InputError if one of its parts is missing or does not fit.
     """
     if not model:
         raise InputError("(none)", "is required",

@@ -101,10 +101,9 @@ def shuffled(score: Score) -> Score:
 
 
 def draw(lora: Path | None, n: int, seed: int) -> tuple[np.ndarray, list[str]]:
-    """Draw n pictures of held-out captions (in turn) with the base pipeline or with a LoRA; return them and
-    their captions.
+    """Draw n pictures of held-out captions (in turn) with the base pipeline or with a LoRA.
 
-    The pictures are uint8 [n, H, W, 3].
+    Returns the pictures, uint8 [n, H, W, 3], and their captions.
     """
     recipe = replace(config.shapes().lpo, model=str(PIPELINE), lora=str(lora or ""))
     captions = world.captions(held_out=True)
@@ -155,8 +154,9 @@ def evaluate(out: Path, before: np.ndarray, after: np.ndarray, captions: list[st
 
 
 def demo(options: Demo) -> tuple[dict[str, object], Path]:
-    """Run the complete method, both stages and the evaluation; return its result and the run directory for
-    the report.
+    """Run the complete method, both stages and the evaluation.
+
+    Returns the evaluation and the run directory for the report.
     """
     out, seconds, start = Path(options.out), {}, time.perf_counter()
 

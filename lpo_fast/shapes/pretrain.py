@@ -104,8 +104,9 @@ def load(folder) -> StableDiffusionPipeline:
 
 
 def save(pipe, folder: Path):
-    """Write the pipeline as fp16, to be read as fp32; it is renamed into place, so readers never see a
-    partial one.
+    """Write the pipeline as fp16, to be read as fp32.
+
+    It is renamed into place, so readers never see a partial one.
     """
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
@@ -188,8 +189,9 @@ def normalize(vae, rng, n=2000):
 
 
 def confusion(wrong) -> torch.Tensor:
-    """Return the probability of each caption for a picture of each combination, [80, 80]. wrong: probability
-    per attribute.
+    """Return the probability of each caption for a picture of each combination, [80, 80].
+
+    wrong: probability per attribute.
     """
     combinations = world.COMBINATIONS
     odds = np.ones((len(combinations),) * 2)

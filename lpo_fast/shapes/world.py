@@ -49,8 +49,9 @@ def captions(held_out: bool | None = None) -> list[str]:
 
 
 def _masks(shape, radius, center) -> np.ndarray:
-    """Return the shape's coverage of every pixel, fp32 [N, 32, 32]. shape: int [N]; radius: [N]; center: [N,
-    2] (x, y).
+    """Return the shape's coverage of every pixel, fp32 [N, 32, 32].
+
+    shape: int [N]; radius: [N]; center: [N, 2] (x, y).
 
     Each shape is a signed distance in pixels; half a pixel on either side of the edge is anti-aliased.
     """
@@ -72,8 +73,9 @@ def _masks(shape, radius, center) -> np.ndarray:
 
 
 def render(wanted, rng: np.random.Generator) -> np.ndarray:
-    """Render captions, or attributes int [N, 3], to pictures uint8 [N, 32, 32, 3]; one caption gives one
-    picture [32, 32, 3].
+    """Render captions, or attributes int [N, 3], to pictures uint8 [N, 32, 32, 3].
+
+    One caption gives one picture [32, 32, 3].
     """
     if isinstance(wanted, str):
         return render([wanted], rng)[0]

@@ -63,8 +63,9 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, warps: int = 4, **constants) -> None:
-    """Run ``kernel`` over ``grid`` on the device of its first tensor. arguments: tensors, tuples of tensors,
-    ints, floats.
+    """Run ``kernel`` over ``grid`` on the device of its first tensor.
+
+    arguments: tensors, tuples of tensors, ints, floats.
     """
     if _record is not None:
         _record.append(Launch(kernel, grid, arguments, constants, warps))
@@ -96,8 +97,9 @@ def power_of_2(n: int) -> int:
 
 
 def expect(condition: bool, message: str) -> None:
-    """Raise ValueError with ``message``, which states the value found and the value expected, unless
-    ``condition`` holds.
+    """Raise ValueError with ``message`` unless ``condition`` holds.
+
+    message: states what is wrong with an operator's input, the value found, and the value expected.
     """
     if not condition:
         raise ValueError(message)
@@ -114,11 +116,11 @@ def expect_type(name: str, value: object, kind: type | tuple[type, ...]) -> None
 
 
 def expect_number(name: str, number: float, least: float = -LARGEST) -> None:
-    """Check that an argument is a finite Python number of at least ``least``; raise ValueError, which names
-    it, otherwise.
+    """Check that an argument is a finite Python number of at least ``least``.
 
-    This also works where torch.compile makes the number a symbol, which supports comparisons but not
-    math.isfinite. In that case torch.compile raises its own error, which quotes the ValueError.
+    Raises ValueError, which names the argument. This also works where torch.compile makes the number a
+    symbol, which supports comparisons but not math.isfinite. In that case torch.compile raises its own error,
+    which quotes the ValueError.
     """
     expect_type(name, number, (int, float))
     if not least <= number <= LARGEST:
@@ -128,11 +130,10 @@ def expect_number(name: str, number: float, least: float = -LARGEST) -> None:
 
 def expect_tensor(name: str, x: Tensor, shape: tuple[int | str, ...], like: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS,
                   gradient: bool = True) -> None:
-    """Check type, shape, dtype and device (that of ``like``) of an operator's input; raise ValueError, which
-    names it, otherwise.
+    """Check type, shape, dtype and device (that of ``like``) of an operator's input.
 
     shape: a letter stands for any size. gradient: whether the operator has a gradient for this input; if not,
-    x must not require one, except under torch.no_grad().
+    x must not require one, except under torch.no_grad(). Raises ValueError, which names the input.
     """
     expect_type(name, x, Tensor)
     if x.ndim != len(shape) or not all(isinstance(n, str) or size == n for size, n in zip(x.shape, shape, strict=True)):

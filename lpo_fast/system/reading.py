@@ -26,11 +26,10 @@ LARGEST_PICTURE = 2**28  # bytes of a picture file
 
 @contextmanager
 def memory_limit(size: int) -> Iterator[None]:
-    """Limit the memory that this process may allocate within the block to ``size`` bytes; raise ValueError
-    beyond that.
+    """Limit the memory that this process may allocate within the block to ``size`` bytes.
 
-    This is the safety net below more specific limits. Start no threads in the block: each one counts with its
-    stack and heap.
+    Raises ValueError beyond that. This is the safety net below more specific limits. Start no threads in the
+    block: each one counts with its stack and heap.
     """
     limits = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -45,8 +44,9 @@ def memory_limit(size: int) -> Iterator[None]:
 
 
 def read_pickle(file: Path, key: str = "", mmap: bool = False) -> dict:
-    """Load the dictionary in a .pt, .bin or .ckpt file without running code. mmap: load only the tensors that
-    are used.
+    """Load the dictionary in a .pt, .bin or .ckpt file without running code.
+
+    mmap: load only the tensors that are used.
 
     Raises InputError if it is damaged, holds anything but tensors and plain values, or claims more data than
     the file has.

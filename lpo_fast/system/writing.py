@@ -89,8 +89,9 @@ def contents(folder: Path) -> list[Path]:
 
 
 def discard(path: Path) -> None:
-    """Remove a directory, if it exists; it is renamed first, so that a killed process leaves no partial
-    directory.
+    """Remove a directory, if it exists.
+
+    It is renamed first, so that a killed process leaves no partial directory.
     """
     gone = path.with_name(f".{path.name}.gone")
     _remove(gone)
@@ -109,11 +110,11 @@ def sweep(folder: Path) -> None:
 
 @contextmanager
 def make_once(target: Path) -> Iterator[Path | None]:
-    """Create a file or directory once for all processes: yield a new path that becomes ``target``, or None if
-    that exists.
+    """Create a file or directory once for all processes.
 
-    One process creates it while the others wait. Leftovers of killed processes are removed. Where the file
-    system has no locks, each process creates its own, and the first one remains.
+    Yields a new path that becomes ``target``, or None if ``target`` exists. One process creates it while the
+    others wait. Leftovers of killed processes are removed. Where the file system has no locks, each process
+    creates its own, and the first one remains.
     """
     own = target.with_name(f"{target.name}.{platform.node()}-{os.getpid()}")
     with writing(target):
@@ -180,9 +181,7 @@ def save_pickle(value: object, file: Path) -> str:
 
 
 def require_disk_space(folder: Path, size: int, remedy: str) -> None:
-    """Raise InputError if fewer than ``size`` bytes are free in a folder that a run is about to fill with up
-    to that many.
-    """
+    """Raise InputError if fewer than ``size`` bytes are free in a folder that a run is about to write to."""
     free = shutil.disk_usage(folder).free
     if free < size:
         raise InputError(str(folder),

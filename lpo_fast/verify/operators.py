@@ -124,8 +124,9 @@ def error(what: str, got, truth) -> float:
 
 def _maps(device, batch: int, channels: tuple[int, ...], sides: tuple[int, ...], last: bool, dtype=torch.float16,
           all_guided: bool = False) -> tuple:
-    """Return inputs of reward_pool: maps [2·batch, C, side, side], channels-last or NCHW; the last one is
-    guided.
+    """Return inputs of reward_pool: maps [2·batch, C, side, side], channels-last or NCHW.
+
+    The last one is guided.
 
     all_guided: all maps but the first are guided.
     """
@@ -183,8 +184,9 @@ def _step_moved(arguments: tuple, backward: bool) -> int:
 
 
 def _scored(device, side: int, batch: int = PROMPTS) -> tuple:
-    """Return inputs of pair_select: scores [K, batch], latents [K, batch, 4, side, side]; about half of the
-    pairs are valid.
+    """Return inputs of pair_select: scores [K, batch], latents [K, batch, 4, side, side].
+
+    About half of the pairs are valid.
     """
     return (torch.randn(CANDIDATES, batch, device=device), torch.randn(CANDIDATES, batch, 4, side, side, device=device),
             torch.linspace(1, 3, 1000, device=device), torch.randint(0, 1000, (batch,), device=device), _counter(device, batch))
@@ -214,8 +216,9 @@ def _pairs(device, side: int, kind: str = "epsilon", last: bool = True, pairs: i
 
 
 def _pairs_moved(arguments: tuple, backward: bool) -> int:
-    """Count the bytes of pair_loss: three latents and the policy's outputs are read; the reference's are read
-    or the gradient is written.
+    """Count the bytes of pair_loss: three latents and the policy's outputs are read.
+
+    The reference's are read or the gradient is written.
     """
     _, x_t, _, _, _, policy, *_ = arguments
     return 3 * x_t.nbytes + 2 * policy.nbytes

@@ -19,12 +19,11 @@ from lpo_fast.errors import InputError
 from lpo_fast.lrm import checkpoint, encoding, selection, steps
 from lpo_fast.models import vaes
 from lpo_fast.preflight import dry_run, runs
-from lpo_fast.run import clock, optimization
+from lpo_fast.run import clock
 from lpo_fast.system import compilation
-from tests.helpers.pairs import BLUE, RED, plain, table
+from tests.helpers.pairs import BLUE, GREEN, RED, table
 from tests.helpers.processes import processes
 
-GREEN = plain((0, 255, 0))
 ENTRY = 2 * 4 * 8 * 8 * 4  # bytes
 
 
@@ -299,23 +298,6 @@ def test_metrics_that_are_read_late_are_the_same(settings: LRM, tmp_path: Path, 
         late / selection.FINAL / "training_stage.json").read_bytes()
 
 
-def test_a_step_reads_nothing_back(tiny_sd: Path) -> None:
-    """On the meta device, where reading a value raises; the scaler's steps are its own affair."""
-    lrm = checkpoint.new_lrm(tiny_sd, generator=torch.Generator().manual_seed(0))
-    lrm = lrm.to("meta").train()
-    encoder = encoding.Encoder(tiny_sd, lrm, 0, "no")
-    items = [{"row": i, "caption": "a", "pixels": torch.zeros(2, 3, 16, 16), "labels": torch.tensor([1.0, 0.0]), "count": 1,
-              "compare": False, "corrupt": i == 1} for i in range(4)]
-    optimizer = torch.optim.SGD([p for p in lrm.parameters() if p.requires_grad], lr=0.1)
-    settings = LRM(compare_between_timestep=True, hflip=True, loss_type="both")
-    scaler = SimpleNamespace(scale=lambda x: x, unscale_=id, is_enabled=lambda: True, step=lambda o: o.step(), update=lambda: 0)
-    update = optimization.OptimizerStep(optimizer, scaler, 1.0, 2, "")
-    values = steps.train_step(lrm, encoder, dataset.collate(items), 0, update, settings)
-    assert values.device.type == "meta" and values.shape == (4,)
-    with pytest.raises(RuntimeError, match="meta"):
-        values.tolist()
-
-
 def test_time_spent_waiting_is_said(settings: LRM, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     now = [0.0]
     monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
@@ -336,15 +318,6 @@ def test_time_spent_waiting_is_said(settings: LRM, monkeypatch: pytest.MonkeyPat
     said = capsys.readouterr().out
     assert said.count(" | 12000 ms | data 25% | ") == 9
     assert "waited for pictures in 25% of its time: --cache-latents DIR, or more --num-workers than 0, would help" in said
-
-
-def test_more_workers_than_cores(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    clock.Clock(2)
-    assert not capsys.readouterr().out
-    clock.Clock(3)
-    assert "warning: --num-workers 3 in 4 processes here, which have 8 cores: use at most 2" in capsys.readouterr().out
 
 
 def test_the_command(settings: LRM, tmp_path: Path) -> None:

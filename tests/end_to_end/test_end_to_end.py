@@ -21,6 +21,7 @@ from lpo_fast.lrm import checkpoint, selection
 from lpo_fast.method import noise
 from lpo_fast.models import loras
 from tests.helpers.models import pipeline
+from tests.helpers.runs import rows
 
 # In the manner of the paper's prompts: quotes, markup, weights, emoji, accents, ideographs, other spaces, far too many words.
 PROMPTS = [
@@ -64,10 +65,6 @@ def write_pairs(folder: Path) -> None:
         table = csv.writer(file)
         table.writerow(["image_1_uid", "image_0_uid", "different_flag", "aesthetic_gap", "clipscore_gap", "vqascore_gap"])
         table.writerows([f"train-{i}-1", f"train-{i}-0", *GAPS[i]] for i in reversed(range(len(GAPS))))
-
-
-def rows(run: Path, kind: str) -> list[dict]:
-    return [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["kind"] == kind]
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from lpo_fast.models import texts
 from lpo_fast.shapes import evaluate, world
 from lpo_fast.system import launch
 from tests.helpers.models import two_stages
+from tests.helpers.runs import rows
 
 STEPS = 3
 
@@ -36,10 +37,6 @@ class Operators(TorchDispatchMode):
         if function.namespace == "lpo_fast":
             self.called.add(function._opname)
         return function(*args, **(kwargs or {}))
-
-
-def rows(run: Path, kind: str) -> list[dict]:
-    return [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["kind"] == kind]
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from lpo_fast.method import noise
 from lpo_fast.run import states
 from tests.helpers.models import update as update_of
 from tests.helpers.pairs import BLUE, RED, plain, table
+from tests.helpers.runs import rows
 
 
 @pytest.fixture
@@ -24,10 +25,6 @@ def settings(tmp_path: Path, tiny_sd: Path) -> LRM:
     path = table(tmp_path / "p.parquet", ["a", "b", "a", "a", "c", "d"], jpg_0=[RED, plain((0, 255, 0))] * 3)
     return replace(config.sd15().lrm, model=str(tiny_sd), pairs=str(path), out=str(tmp_path / "run"), batch_size=4, max_steps=3,
                    warmup_steps=1, learning_rate=1e-3, num_workers=0, validate_steps=1, save_steps=1)
-
-
-def rows(run: Path, kind: str) -> list[dict]:
-    return [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["kind"] == kind]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.support.random_models import UNETS
 from lpo_fast import train, train_lpo
 from lpo_fast.config import LPO, LRM
 from lpo_fast.errors import InputError
@@ -21,8 +19,8 @@ from lpo_fast.lrm import checkpoint
 from lpo_fast.models import denoisers, families, loras, texts, vaes
 from lpo_fast.official import lrm as official_lrm
 from lpo_fast.preflight import dry_run, meta, runs
-from lpo_fast.preflight.meta import META, Tally, empty, measure, on_cuda, training_pass
-from lpo_fast.run import optimization, states
+from lpo_fast.preflight.meta import META, empty, measure, on_cuda, training_pass
+from lpo_fast.run import states
 from lpo_fast.system import devices
 from tests.helpers.models import TESTS, make_sd, two_stages
 from tests.helpers.pairs import table
@@ -80,14 +78,6 @@ def files(folder: Path) -> set[tuple[Path, int]]:
 # Parameters
 
 
-@pytest.mark.parametrize("name, count", [("sd15", 859_520_964), ("sdxl", 2_567_463_684)])
-def test_parameters_of_published_denoisers(name: str, count: int, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(UNETS[name] | {"_class_name": "UNet2DConditionModel"}))
-    unet = meta.built(UNet2DConditionModel, tmp_path)
-    assert sum(p.numel() for p in unet.parameters()) == count
-    assert all(p.device == META and not p.requires_grad for p in unet.parameters())
-
-
 def test_parameters_of_a_small_run(lpo: LPO, small_sd: Path) -> None:
     """Against the models as they are loaded, and the LoRA's formula: rank · (inputs + outputs) a layer."""
     shown = rows(dry_run.report(lpo))
@@ -104,19 +94,6 @@ def test_parameters_of_a_small_run(lpo: LPO, small_sd: Path) -> None:
 
 
 # Operations
-
-
-def test_operations_by_hand() -> None:
-    """A convolution takes 2·Cout·Cin·k²·H·W a picture, a linear layer 2·in·out a row; their backward passes twice that."""
-    conv, linear = nn.Conv2d(3, 8, 3, padding=1, device=META), nn.Linear(8, 5, device=META)
-
-    def step() -> Tensor:
-        return linear(conv(empty(2, 3, 16, 16)).mean((2, 3))).sum()
-    forward = 2 * 2 * 8 * 3 * 9 * 16 * 16 + 2 * 2 * 8 * 5
-    assert measure(step).flops == forward
-    # the input of the convolution has no gradient: one of its two backward convolutions is not computed
-    cost = training_pass(step, [*conv.parameters(), *linear.parameters()])
-    assert cost.flops == forward + 2 * 2 * 8 * 3 * 9 * 16 * 16 + 2 * (2 * 2 * 8 * 5)
 
 
 def test_operations_of_a_denoiser_are_those_of_torchs_counter(small_sd: Path) -> None:
@@ -137,7 +114,7 @@ def test_operations_of_a_run(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown["policy, sampling (null and text pass)"] == ["8", "16"]
     assert shown["reward model (2 a candidate)"] == ["18", "36"]
     assert shown["reference, training (2 a pair)"] == ["6", "12"]
-    judge = meta.scorer(lpo, 16)
+    judge = meta.scorer(lpo)
     text, _ = meta.encoded(judge.family, list(judge.text_encoders), 6)
     with on_cuda():
         alone = real(lambda: judge.score(empty(6, 4, 8, 8), empty(6, dtype=torch.int64), text))
@@ -175,19 +152,6 @@ def test_weights_and_texts_by_formula(lpo: LPO, small_sd: Path, monkeypatch: pyt
     assert always["denoiser, fp32"] == always["reference, fp32"] == gradients == 4 * count
 
 
-@pytest.mark.parametrize("name", optimization.OPTIMIZERS)
-def test_optimizer_states(name: str) -> None:
-    """Against the tensors of a real optimizer after a step."""
-    parameters = [nn.Parameter(torch.randn(shape)) for shape in ((64, 80), (4095,), (8, 4, 3, 3), (128, 64, 3, 3), (7,))]
-    optimizer = optimization.optimizer(name, parameters, lr=1e-3, weight_decay=0.0)
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    real = sum(x.numel() * x.element_size() for state in optimizer.state.values() for key, x in state.items()
-               if isinstance(x, Tensor) and key not in ("step", "qmap1", "qmap2", "RMS"))
-    assert optimization.optimizer_state(name, parameters) == real
-
-
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_activations_are_those_of_a_real_pass(lpo: LPO, checkpointing: str) -> None:
     """What a forward pass of the tiny policy saves on the CPU, storages counted once and parameters not, and what meta keeps;
@@ -204,7 +168,7 @@ def test_activations_are_those_of_a_real_pass(lpo: LPO, checkpointing: str) -> N
         out = actor.predict(x, t, torch.tensor([0, 1])).square().mean()
     real = sum(size for key, size in saved.items() if key not in own)
 
-    encoders = [meta.built(kind, Path(lpo.model) / name) for name, kind in families.SD.encoders]
+    encoders = [families.without_weights(kind, Path(lpo.model) / name) for name, kind in families.SD.encoders]
     ghost = meta.policy(config, "no", meta.encoded(families.SD, encoders, 2)[0])
     index = empty(2, dtype=torch.int64)
     with on_cuda():
@@ -217,69 +181,6 @@ def test_activations_are_those_of_a_real_pass(lpo: LPO, checkpointing: str) -> N
             whole = training_pass(lambda: meta.policy(replace(config, checkpointing="none"), "no", ghost.text).predict(
                 empty(2, 4, 8, 8), index, index).square().mean(), loras.trainable(ghost.unet))
         assert cost.kept < 0.6 * whole.kept and cost.peak < whole.peak and cost.flops > whole.flops
-
-
-def test_the_tally_against_the_allocator() -> None:
-    """Bytes that live on the CPU, by torch's profiler, in a forward and backward pass of plain layers."""
-    layers = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 256))
-    x = torch.randn(1000, 256)
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        layers(x).sum().backward()
-    live, peak = 0, 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    ghost = layers.to(META)
-    for parameter in ghost.parameters():
-        parameter.grad = None
-    cost = training_pass(lambda: ghost(empty(1000, 256)).sum(), list(ghost.parameters()))
-    assert cost.peak == pytest.approx(peak + x.nbytes, rel=0.1)  # the input is made inside
-
-
-def test_the_second_pass_finds_gradients() -> None:
-    layer = nn.Linear(1000, 1000, bias=False, device=META)
-
-    def step() -> Tensor:
-        return layer(empty(1, 1000)).sum()
-    first = training_pass(step, list(layer.parameters()))
-    layer.weight.grad = None
-    second = training_pass(step, list(layer.parameters()), accumulate=2)
-    assert 4e6 < first.peak < 4.1e6 and 8e6 < second.peak < 8.2e6 and second.flops == first.flops
-
-
-def test_the_tally_lets_go() -> None:
-    with Tally() as tally:
-        a = torch.empty(100, device=META)
-        b = a.view(10, 10)[2:]
-        assert tally.live == 400
-        del a
-        assert tally.live == 400  # a view holds it
-        del b
-        assert tally.live == 0 and tally.peak == 400
-
-
-def test_precisions_as_under_autocast_on_cuda() -> None:
-    """PyTorch's lists: convolutions, linear layers and attention in half precision, norms and softmax in fp32."""
-    x, w = empty(2, 8, 4, 4), empty(8, 8, 1, 1)
-    with on_cuda(), devices.autocast("bf16"):
-        h = F.conv2d(x, w)
-        assert h.dtype == F.linear(empty(2, 8), empty(3, 8)).dtype == torch.bfloat16
-        assert F.group_norm(h, 2).dtype == F.layer_norm(h, (4,)).dtype == F.softmax(h, 1).dtype == torch.float32
-        assert F.silu(h).dtype == torch.bfloat16 and F.silu(x).dtype == torch.float32
-        q = empty(2, 3, 16, 8)
-        assert F.scaled_dot_product_attention(q, q, q).dtype == torch.bfloat16
-        with devices.autocast("no"):
-            assert F.conv2d(x, w).dtype == torch.float32
-    with on_cuda():
-        assert F.conv2d(x, w).dtype == torch.float32
-
-
-def test_attention_keeps_no_matrix() -> None:
-    q = empty(1, 2, 4096, 8).requires_grad_()
-    with on_cuda():
-        cost = training_pass(lambda: F.scaled_dot_product_attention(q, q, q).sum(), [q])
-    assert cost.kept < 2 * 4096 * 4 * 16 and cost.flops == 7 * 2 * 2 * 4096 * 4096 * 8  # 2 products forward, 5 backward
 
 
 # The command

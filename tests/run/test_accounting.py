@@ -13,7 +13,7 @@ from lpo_fast import train_lpo
 from lpo_fast.config import LPO
 from lpo_fast.lpo import judging, policies, steps
 from lpo_fast.lpo.sampling import LatentPairs
-from lpo_fast.models import loras
+from lpo_fast.models import families, loras
 from lpo_fast.preflight import meta
 from lpo_fast.run import accounting, profiling
 from lpo_fast.shapes import world
@@ -55,10 +55,10 @@ def test_work_is_the_dry_runs(lpo: LPO, checkpointing: str, monkeypatch: pytest.
     monkeypatch.undo()
     config, shape = replace(config, checkpointing="none"), policies.latent_shape(config, actor.unet)
     x, t = meta.empty(1, *shape), meta.empty(1, dtype=torch.int64)
-    words, _ = meta.encoded(judge.lrm.family, [meta.built(kind, Path(config.model) / name)
+    words, _ = meta.encoded(judge.lrm.family, [families.without_weights(kind, Path(config.model) / name)
                                                for name, kind in judge.lrm.family.encoders], 3)
     monkeypatch.setattr(meta, "fused_attention", plain)  # whose backward pass computes a product twice
-    actor, critic = meta.policy(config, "no", words), judging.Judge(meta.scorer(config, 64), words, "no")
+    actor, critic = meta.policy(config, "no", words), judging.Judge(meta.scorer(config), words, "no")
     pairs = LatentPairs(x, x, x, t, t, t > 0)
     with meta.on_cuda():
         step, scored = (meta.measure(part).flops for part in (lambda: actor.predict(x, t, t), lambda: critic(x, t, t)))

@@ -22,6 +22,7 @@ from lpo_fast.models import loras
 from lpo_fast.run import monitor, optimization, states
 from lpo_fast.shapes import world
 from tests.helpers.pairs import RED, plain, table
+from tests.helpers.runs import rows
 
 PROMPTS = world.captions(held_out=False)[:4]
 
@@ -33,11 +34,6 @@ def lpo(tiny_sd: Path, tiny_lrm: Path, tmp_path: Path) -> LPO:
     return LPO(model=str(tiny_sd), lrm=str(tiny_lrm), prompts=str(tmp_path / "prompts.json"), out=str(tmp_path / "run"),
                num_steps=6, num_candidates=2, batch_size=2, train_batch_size=4, pictures=0, epochs=1, threshold_shape="none",
                threshold_min=0.0, beta=50.0)
-
-
-def rows(run: Path) -> list[dict]:
-    found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [row for row in found if row["kind"] == "train"]
 
 
 def injected(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, LatentPairs], LatentPairs]) -> None:

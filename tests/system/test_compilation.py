@@ -22,10 +22,7 @@ from lpo_fast.shapes import world
 from lpo_fast.system import compilation
 from tests.helpers.models import two_stages
 from tests.helpers.pairs import plain, table
-
-
-def rows(run: Path, kind: str) -> list[dict]:
-    return [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["kind"] == kind]
+from tests.helpers.runs import rows
 
 
 @pytest.fixture

@@ -131,6 +131,6 @@ def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 def test_doctor_says_what_does_not_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     def refuse(*_, **__):
         raise InputError("adamw8bit", "bitsandbytes is not installed", "pip install bitsandbytes")
-    monkeypatch.setattr(doctor.speed, "optimizer", refuse)
+    monkeypatch.setattr(doctor.optimization, "optimizer", refuse)
     assert doctor.main([]) == 0
     assert "8-bit AdamW  does not run" in capsys.readouterr().out

@@ -3,6 +3,10 @@ VENV ?= .venv
 PYTHON ?= python3
 BASE ?= HEAD~1
 RUN = $(VENV)/bin/python
+FAST = tests/test_architecture.py tests/test_cli.py tests/test_words.py tests/data/test_data.py tests/data/test_preferences.py \
+	tests/method/test_loss.py tests/method/test_preference.py tests/method/test_schedule.py tests/method/test_select.py \
+	tests/models/test_loras.py tests/official/test_lpo.py tests/preflight/test_meta.py tests/robustness/test_mutations.py \
+	tests/shapes tests/verify/test_operators.py
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,7 +24,7 @@ lint: $(VENV)/.done ## check the style of the source
 	$(VENV)/bin/ruff check .
 
 fast: lint ## answer within a minute: lint, and the quick tests of every folder
-	$(RUN) -m pytest -n 2 --dist worksteal -m "fast and not full"
+	$(RUN) -m pytest -n 2 --dist worksteal $(FAST)
 
 test: $(VENV)/.done ## run all tests but the longest, with coverage, on two cores
 	$(RUN) -m pytest -n 2 --dist worksteal --cov=lpo_fast --cov-report=term --cov-fail-under=90

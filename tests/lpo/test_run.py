@@ -16,6 +16,8 @@ from lpo_fast import config, report, train_lpo
 from lpo_fast.errors import InputError
 from lpo_fast.lpo import batches as lpo_batches
 from lpo_fast.lpo import checkpoints, steps
+from lpo_fast.lpo.batches import Progress
+from lpo_fast.lpo.sampling import LatentPairs
 from lpo_fast.method import noise
 from lpo_fast.models import loras
 from lpo_fast.run import states
@@ -141,6 +143,9 @@ def test_order_of_the_prompts() -> None:
     assert torch.equal(whole, noise.permutation(42, 1, 0, 10))
 
 
+PAIRS = LatentPairs(*torch.zeros(6, 1))  # of a batch that is half done
+
+
 @pytest.mark.parametrize("drop_last, unfinished", list(product([False, True], repeat=2)))
 def test_batches_left(drop_last, unfinished, monkeypatch) -> None:
     """As many as the loop goes through that was stopped in the second of three epochs, in or after a prompt batch, and goes
@@ -152,14 +157,15 @@ def test_batches_left(drop_last, unfinished, monkeypatch) -> None:
             if not unfinished and prompts - done < (before if drop_last else 1):
                 continue  # the third epoch has begun
             monkeypatch.setattr(distributed, "world_size", lambda count=after: count)
-            at, half, batches = {"epoch": 1, "prompts": done}, unfinished, 0
-            left = lpo_batches.batches_left(settings, prompts, at, half)
-            while at["epoch"] < 3:
-                at["prompts"] += 0 if half else len(lpo_batches.order(settings, at["epoch"], prompts, at["prompts"])[0])
-                half, batches = False, batches + 1
-                if prompts - at["prompts"] < (after if drop_last else 1):
-                    at = {"epoch": at["epoch"] + 1, "prompts": 0}
-            assert left == batches and lpo_batches.batches_left(settings, prompts, at, unfinished) == 0
+            at, batches = Progress(epoch=1, prompts=done, pairs=PAIRS if unfinished else None), 0
+            left = lpo_batches.batches_left(settings, prompts, at)
+            while at.epoch < 3:
+                at.prompts += 0 if at.pairs else len(lpo_batches.order(settings, at.epoch, prompts, at.prompts)[0])
+                at.pairs, batches = None, batches + 1
+                if prompts - at.prompts < (after if drop_last else 1):
+                    at.epoch, at.prompts = at.epoch + 1, 0
+            at.pairs = PAIRS if unfinished else None
+            assert left == batches and lpo_batches.batches_left(settings, prompts, at) == 0
 
 
 def test_a_run_from_a_checkpoint_has_settings_of_its_own(settings, tmp_path) -> None:

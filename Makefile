@@ -13,7 +13,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: help demo lint fast test full bench aot mutations same docs
+.PHONY: help demo lint types fast test full bench aot mutations same docs
 help: ## list these targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
 
@@ -22,6 +22,9 @@ demo: $(VENV)/.done ## run both training stages on the embedded world: minutes o
 
 lint: $(VENV)/.done ## check the style of the source
 	$(VENV)/bin/ruff check .
+
+types: $(VENV)/.done ## check the types of method/, system/, run/, lpo/, and lrm/
+	$(VENV)/bin/basedpyright --pythonpath $(RUN)
 
 fast: lint ## answer within a minute: lint, and the quick tests of every folder
 	$(RUN) -m pytest -n 2 --dist worksteal $(FAST)

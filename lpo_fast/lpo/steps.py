@@ -52,7 +52,7 @@ def train_step(policy: Policy, sched: Schedule, pairs: LatentPairs, update: Opti
     A step without a finite gradient changes nothing (see run/optimization.py).
     """
     def gradients(size: int) -> Tensor:
-        metrics = 0
+        metrics = torch.zeros(len(METRICS), device=pairs.t.device)
         for micro in micro_batches(pairs, size):
             out = evaluate(policy, sched, micro, micro.valid / len(pairs.t), beta=config.beta, eps=config.clip_eps,
                            guidance=config.train_guidance)

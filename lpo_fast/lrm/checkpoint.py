@@ -3,10 +3,11 @@
 import json
 import math
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from lpo_fast.errors import InputError
@@ -26,7 +27,7 @@ def new_lrm(base: Path, *, clip: str | None = None, generator: torch.Generator, 
     """
     unet = denoisers.load_down_mid(base / "unet", weights=weights)
     family = families.family_of(unet.config)
-    encoders = texts.load_text(base, family, weights=weights)
+    encoders: list[Any] = texts.load_text(base, family, weights=weights)
     width = encoders[-1].config.hidden_size
     if family.time_ids:
         text_projection, dim = None, encoders[-1].config.projection_dim
@@ -41,11 +42,11 @@ def new_lrm(base: Path, *, clip: str | None = None, generator: torch.Generator, 
         sizes=denoisers.size_conditions(base, family, unet, resolution), **settings)
 
 
-def read_heads(path: Path, channels: list[int]) -> dict:
+def read_heads(path: Path, channels: list[int]) -> dict[str, Any]:
     """state_dict.pt of an LRM directory (or the same of an LRM in a single file), to fit the denoiser's channels."""
     if path.is_file():
         state = read_pickle(path, "--lrm", mmap=True)
-        heads = {name: {"weight": state[f"{name}.weight"]} for name in ("visual_projection", "text_projection")
+        heads: dict[str, Any] = {name: {"weight": state[f"{name}.weight"]} for name in ("visual_projection", "text_projection")
                  if f"{name}.weight" in state} | {"logit_scale": state.get("logit_scale")}
     else:
         heads = read_pickle(path / "state_dict.pt", "--lrm")
@@ -81,8 +82,8 @@ def load_lrm(path: Path, base: Path | None = None, *, resolution: int = 0, weigh
             raise InputError(str(path), "is a single file, without configs and tokenizers",
                              "name the diffusers directory that it was made from with --lrm-base", "--lrm")
     state = read_pickle(path, "--lrm", mmap=True) if single else {}
-    home = base if single else path
-    unet = denoisers.load_down_mid(home / "unet", families.part(state, "unet"), weights)
+    home = base if single and base is not None else path
+    unet: Any = denoisers.load_down_mid(home / "unet", families.part(state, "unet"), weights)
     family = families.family_of(unet.config)
     heads = read_heads(path, list(unet.config.block_out_channels))
     visual = heads["visual_projection"]["weight"]
@@ -103,9 +104,10 @@ def recorded_settings(path: Path) -> dict:
     found = read_json(file, "--lrm") if file.is_file() else {}
     wanted = {"base": str, "guidance_scale": float | int | list, "multi_scale_cfg": bool, "resolution": int}
     for name, value in found.items():
-        scales = value if isinstance(value, list) else [value]
-        if not isinstance(value, wanted.get(name, ())) or name == "guidance_scale" and not (scales and all(
-                type(g) in (int, float) and 0 <= g < 1e6 for g in scales)) or name == "resolution" and not 0 <= value <= 2**16:
+        scales: list[Any] = value if isinstance(value, list) else [value]
+        most = {"guidance_scale": 1e6, "resolution": 2**16}.get(name)
+        if not isinstance(value, wanted.get(name, ())) or most is not None and not (
+                scales and all(type(g) in (int, float) and 0 <= g <= most for g in scales)):
             raise InputError(str(file), f"{name} is {str(value)[:80]!r}", "use an LRM's own file", "--lrm")
     return found
 
@@ -119,7 +121,7 @@ def save_lrm(lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], path: Path
         lrm.unet.save_config(aside / "unet")
         whole = lrm.unet.state_dict() | denoisers.up_blocks(lrm.unet)
         save_tensors(whole, aside / "unet" / "diffusion_pytorch_model.safetensors")
-        for (name, _), encoder in zip(lrm.family.encoders, lrm.text_encoders, strict=True):
+        for (name, _), encoder in zip(lrm.family.encoders, cast(Any, lrm.text_encoders), strict=True):
             encoder.config.save_pretrained(aside / name)
             tensors = {n if n.startswith(("text_model.", "text_projection.")) else f"text_model.{n}": t
                        for n, t in encoder.state_dict().items()}  # names of transformers < 5, which 5 reads too
@@ -141,7 +143,7 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
 
 
-def feature_widths(unet: nn.Module, multi_scale: bool) -> list[int]:
+def feature_widths(unet: Any, multi_scale: bool) -> list[int]:
     """Channels of each pooled map."""
     channels = list(unet.config.block_out_channels)
     return [*(channels if multi_scale else []), channels[-1]]

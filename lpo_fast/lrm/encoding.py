@@ -4,9 +4,9 @@ import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -41,9 +41,10 @@ class Encoder:
         self.resolution = lrm.unet.config.sample_size * 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
     @cached_property
-    def vae(self) -> AutoencoderKL:
+    def vae(self) -> Any:
         """Loaded when a picture is to be encoded: where all latents are cached, never."""
-        return vaes.load_vae(self.vae_path).to(self.device)
+        vae: Any = vaes.load_vae(self.vae_path)
+        return vae.to(self.device)
 
     def moments(self, pixels: Tensor, flips: Tensor | None = None, compiled: Callable | None = None) -> Tensor:
         """The VAE's moments (``encode``) [2, B, 2C, h, w] of pixels [2, B, 3, H, W], mirrored where flips, bool [2, B], says
@@ -65,8 +66,11 @@ class Encoder:
             made = self.moments(batch["pixels"], flips, compiled)
             if cache is not None:
                 cache.keep(batch, made)
-            cached = None if moments is None else batch["cached"].to(self.device, non_blocking=True)[:, None, None, None]
-            moments = made if moments is None else torch.where(cached, moments, made)
+            if moments is not None:
+                cached = batch["cached"].to(self.device, non_blocking=True)[:, None, None, None]
+                made = torch.where(cached, moments, made)
+            moments = made
+        assert moments is not None, "a batch holds pixels or moments"
         return split(moments)
 
     def latents(self, mean: Tensor, std: Tensor, rows: Tensor, step: int, t: Tensor) -> Tensor:
@@ -83,12 +87,13 @@ class Encoder:
 
     def ids(self, captions: list[str]) -> tuple[list[Tensor], list[Tensor]]:
         """Token ids of captions and of the null prompt, a tensor an encoder."""
-        return tuple([i.to(self.device, non_blocking=True) for i in ids]
+        own, null = ([i.to(self.device, non_blocking=True) for i in ids]
                      for ids in (texts.tokenize(self.tokenizers, captions), self.null_ids))
+        return own, null
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pixels: Tensor, precision: str) -> Tensor:
+def encode(vae: Any, pixels: Tensor, precision: str) -> Tensor:
     """Mean and log-variance [n, 2C, h, w] of the VAE's posterior for pixels [n, 3, H, W], in the networks' precision."""
     with devices.autocast(precision):
         return vae.encode(pixels).latent_dist.parameters

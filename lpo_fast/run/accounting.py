@@ -8,6 +8,7 @@ product, measured on this device in the networks' precision at the start of the 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -26,7 +27,7 @@ def operations(step: Callable[[], Tensor | tuple[Tensor, ...]], parameters: list
 
 
 @contextmanager
-def countable(unet: nn.Module) -> Iterator[None]:
+def countable(unet: Any) -> Iterator[None]:
     """A denoiser with attention that has a formula and activations that are computed once."""
     processors, checkpointing = unet.attn_processors, unet.is_gradient_checkpointing
     unet.set_attn_processor(AttnProcessor2_0())

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ class Profiler:
         self.folder, self.unit, self.left = None, unit, min(2, rounds - 1)
         if out and distributed.is_main():
             self.folder = out / "profile"
-        self.profile = None
+        self.profile: torch.profiler.profile | None = None
 
     def round(self) -> None:
         """Called before each round and after the last."""
@@ -43,17 +43,19 @@ class Profiler:
 
     def finish(self) -> None:
         """Stop, and write both files."""
+        profile, folder = self.profile, self.folder
+        assert profile and folder, "nothing is being profiled"
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self.start
-        self.profile.stop()
-        self.folder.mkdir(exist_ok=True)
-        self.profile.export_chrome_trace(str(self.folder / "trace.json.gz"))
-        spans = [(e.name, e.time_range.start, e.time_range.end) for e in self.profile.events()
+        profile.stop()
+        folder.mkdir(exist_ok=True)
+        profile.export_chrome_trace(str(folder / "trace.json.gz"))
+        spans = [(e.name, e.time_range.start, e.time_range.end) for e in profile.events() or ()
                  if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
-        on_cpu = [(e.key, e.self_cpu_time_total, e.count) for e in self.profile.key_averages()]
-        (self.folder / "table.md").write_text(page(self.unit, seconds, spans, on_cpu), encoding="utf-8")
-        console.say(f"profile of one {self.unit}: {self.folder / 'table.md'}")
+        on_cpu = [(e.key, e.self_cpu_time_total, e.count) for e in profile.key_averages()]
+        (folder / "table.md").write_text(page(self.unit, seconds, spans, on_cpu), encoding="utf-8")
+        console.say(f"profile of one {self.unit}: {folder / 'table.md'}")
         self.folder = self.profile = None
 
 
@@ -67,10 +69,10 @@ def page(unit: str, seconds: float, spans: list[tuple[str, float, float]], on_cp
                   f"- busy {busy / 1e3:,.1f} ms; idle {sum(gaps) / 1e3:,.1f} ms between the first launch and the last",
                   f"- gaps above 10 µs, in which it waits for the host: {sum(gap > 10 for gap in gaps):,}, the longest "
                   f"{max(gaps, default=0.0) / 1e3:,.2f} ms, the median of all {statistics.median(gaps or [0.0]):,.1f} µs", ""]
-        times, calls = Counter(), Counter()
+        times: dict[str, float] = defaultdict(float)
+        calls = Counter(name for name, *_ in spans)
         for name, start, end in spans:
             times[name] += end - start
-            calls[name] += 1
         rows = [(name, spent, calls[name]) for name, spent in times.items()]
     else:
         rows = on_cpu

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -45,7 +46,7 @@ def state_sums(out: Path) -> list[str]:
     return file.read_text(encoding="utf-8", errors="replace").split() if file.is_file() else []
 
 
-def save_state(file: Path, at: dict, parts: dict[str, object]) -> None:
+def save_state(file: Path, at: dict, parts: dict[str, Any]) -> None:
     """All that a resumed run needs: where it stands, and the state_dict of each part (None: not in use).
 
     The state before becomes STATE_BEFORE. The main process writes; if the parts are sharded, all processes call it. Raises
@@ -59,7 +60,7 @@ def save_state(file: Path, at: dict, parts: dict[str, object]) -> None:
                 listed.write_text("\n".join(sums[:SUMS]) + "\n", encoding="utf-8")
 
 
-def load_state(file: Path, parts: dict[str, object]) -> dict:
+def load_state(file: Path, parts: dict[str, Any]) -> dict:
     """Restore what ``save_state`` wrote into the parts; where the run stands. All processes call it.
 
     The state before is taken, and takes the newest one's place, if that is damaged or missing. Raises InputError if no state

@@ -5,8 +5,8 @@ BASE ?= HEAD~1
 RUN = $(VENV)/bin/python
 FAST = tests/test_architecture.py tests/test_cli.py tests/test_words.py tests/data/test_data.py tests/data/test_preferences.py \
 	tests/method/test_loss.py tests/method/test_preference.py tests/method/test_schedule.py tests/method/test_select.py \
-	tests/models/test_loras.py tests/official/test_lpo.py tests/preflight/test_meta.py tests/robustness/test_mutations.py \
-	tests/shapes tests/verify/test_operators.py
+	tests/models/test_loras.py tests/preflight/test_meta.py tests/robustness/test_mutations.py
+
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

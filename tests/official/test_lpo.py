@@ -116,7 +116,7 @@ def test_refusals_name_the_key(argv: list[str], flag: str, message: str, capsys:
 
 @pytest.mark.parametrize("code, message", [
     ("import nonesuch", "imports nonesuch, which cannot be found"), ("x = 1", "is a key that the official code does not have"),
-    ("def get_config(): return {'speed': 1}", "is a key that the official code does not have; drop it, or did you mean seed"),
+    ("def get_config(): return {'speed': 1}", "is a key that the official code does not have; remove it, or did you mean seed"),
     ("def get_config(): return 1 / 0", "ZeroDivisionError"),
 ])
 def test_config_files_that_cannot_be_used(code: str, message: str, tmp_path: Path) -> None:

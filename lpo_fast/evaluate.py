@@ -40,28 +40,23 @@ DRAWN = ("model", "vae", "resolution", "lora", "tuned", "caption_key", "seed", "
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Compare a tuned model with its base: same-seed pictures for a prompt file, scores, win rates, a page of
-    pictures.
-    """
+    """Compare a tuned model with its base: same-seed pictures, scores, win rates, and a page of pictures."""
 
     model: str = ""
     """The base: a Stable Diffusion directory in diffusers layout."""
     vae: str = ""
     """Another VAE: a directory or hub name; default: the base's."""
     resolution: int = 0
-    """Height and width of the pictures in pixels; 0: the denoiser's own. The LRM scores at its own training
+    """Height and width of the pictures in pixels; 0: the denoiser's own. The LRM scores at its own
     resolution.
     """
     lora: str = ""
     """The tuned model as a LoRA: a run directory, checkpoint_{n}/ or file."""
     tuned: str = ""
-    """The tuned model as a directory: a complete model, a run of full fine-tuning, or a U-Net; the base
-    supplies missing parts.
+    """The tuned model as a directory: a full model, a fine-tuning run or a U-Net; the base supplies the rest.
     """
     prompts: str = ""
-    """Prompts: .json (strings, or objects with the caption key), .jsonl, .txt (one per line), .csv or
-    .parquet.
-    """
+    """Prompts: .json (strings, or objects with the caption key), .jsonl, .txt, .csv or .parquet."""
     caption_key: str = "caption"
     """Key or column of the prompt."""
     out: str = "runs/evaluation"
@@ -71,9 +66,7 @@ class Evaluate:
     lrm_base: str = ""
     """Diffusers directory with the LRM's VAE and tokenizer (default: the one it names, else the model)."""
     scorer: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """module:function (pictures, prompts) → numbers, or pickscore, clipscore, aesthetic, hpsv2, imagereward;
-    repeatable.
-    """
+    """module:function, or pickscore, clipscore, aesthetic, hpsv2, imagereward; repeatable."""
     number: int = 0
     """Number of prompts to use, from the first; 0: all."""
     pictures_per_prompt: int = 1
@@ -145,8 +138,7 @@ def lrm_base(settings: Evaluate) -> str:
 
 
 def record(settings: Evaluate, prompts: list[str]) -> dict[str, object]:
-    """Return everything that determines the pictures; a run does not continue pictures with another record.
-    """
+    """Return everything that determines the pictures; a run continues only pictures with an equal record."""
     kept = {key: value for key, value in asdict(settings).items() if key in DRAWN}
     weights = {}
     for path in filter(None, (settings.model, settings.vae, settings.lora, settings.tuned)):
@@ -160,8 +152,9 @@ def record(settings: Evaluate, prompts: list[str]) -> dict[str, object]:
 
 
 def directory(settings: Evaluate, wanted: dict[str, object]) -> None:
-    """Refuse an output directory that cannot be written, or that holds other files or pictures of other
-    settings.
+    """Refuse an output directory that cannot be written, or that holds other files.
+
+    Pictures of other settings are refused too. Raises InputError, which names the first setting that differs.
     """
     out = Path(settings.out)
     models.writable(out)

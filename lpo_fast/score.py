@@ -46,9 +46,7 @@ class Score:
     lrm: str = ""
     """Latent reward model: a directory written by `lrm` or by the official code."""
     lrm_base: str = ""
-    """Diffusers directory with what the LRM's directory lacks: VAE, scheduler, and the tokenizer of an
-    official one.
-    """
+    """Diffusers directory that supplies what the LRM's directory lacks: VAE, scheduler, tokenizer."""
     vae: str = ""
     """Another VAE: a directory or hub name; default: the base's."""
     resolution: int = 0

@@ -40,14 +40,13 @@ class ScoreTable:
     pairs: str = ""
     """Pairs, as for `lpo_fast.train lrm`."""
     aesthetic: str = ""
-    """Scorer of aesthetics, module:function; the filter expects the scale of the LAION aesthetic predictor (1
-    to 10).
+    """Scorer of aesthetics, module:function; the filter expects the LAION aesthetic predictor's scale (1 to
+    10).
     """
     clipscore: str = ""
     """Scorer of agreement with the prompt, module:function; the filter expects CLIP's cosine."""
     vqascore: str = ""
-    """Second scorer of agreement with the prompt, module:function; the filter expects VQAScore's probability.
-    """
+    """Second scorer of prompt agreement, module:function; the filter expects VQAScore's probability."""
     out: str = "scores.csv"
     """The table (.csv)."""
     train_split: str = "train"
@@ -59,8 +58,7 @@ class ScoreTable:
     batch_size: int = 32
     """Pairs per call of a scorer."""
     max_corrupt: int = 100
-    """Pairs whose pictures cannot be decoded get no gaps, so the filter drops them; a run with more of them
-    stops.
+    """Pairs with undecodable pictures get no gaps, so the filter drops them; a run with more of them stops.
     """
 
 

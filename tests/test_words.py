@@ -27,7 +27,7 @@ WORDS = {  # pattern: what to write instead
     r"\bdear(er|est)?\b": "expensive",
     r"\bha(s|ve) not(?= *[.,;:)\"]|$)": "does not have",
     r"\bwhoever\b|\bwho is who\b": "name the process, or the caller",
-    r"\b(is|lies) there already\b|\bexists already\b": "already exists",
+    r"\b(is|lies) there already\b|\bexists +already\b": "already exists",
     r"\bcut over the (processes|ranks)\b": "sharded across ranks",
     r"\bonce for all\b(?! processes)": "once for all processes",
     r"\b(an? (hour|second)|(pairs|samples|elements|bytes|steps) a (step|pair|second|sample|rank|thread))\b": "per …",

@@ -118,7 +118,7 @@ def test_full_run(full: str) -> None:
     assert "50.0%" in full and "correct before [40.4, 59.6]" in full and "correct after [65.7, 82.5]" in full
     assert "+25.0" in full and "points change [+14.5, +35.5]" in full
     assert "More pictures are correct after alignment than before." in full
-    assert "100 pictures of 40 captions, paired by seed: 30 became right, 5 became wrong" in full
+    assert "100 pictures of 40 captions, paired by seed: 30 became correct, 5 became wrong" in full
     assert full.count('role="img"') == full.count("<svg") == 8
     assert "1:02:05" in full and "8 prompts/s" in full and "lrm.steps" in full
     assert full.count('<img class="small"') == 96 and "48 of 50 pairs" in full and "36 more" in full

@@ -149,7 +149,7 @@ def test_scores_by_key(tmp_path: Path) -> None:
     path = table(tmp_path / "p.parquet", ["a", "b", "c"], image_0_uid=["x", "y", "x"], image_1_uid=["y", "z", "w"])
     rows = [("w", "x", 0, 0, 0, 0), ("q", "q", 1, 1, 1, 1), ("y", "x", 1, -9, 1, 1), ("y", "z", 1, 1, 1, 1)]
     assert used(path, scores(tmp_path / "s.csv", rows, KEYED)).rows.tolist() == [1, 2]
-    with pytest.raises(InputError, match="has no row for 2 of the 3 pairs, the first of them row 0 .from 0.") as caught:
+    with pytest.raises(InputError, match="has no row for 2 of the 3 pairs, the first of them row 0 .counting from 0.") as caught:
         used(path, scores(tmp_path / "s.csv", [rows[0], rows[1]], KEYED))
     assert caught.value.key == "--scores"
     with pytest.raises(InputError, match="different_flag contradicts the labels in 1 of 3 pairs"):

@@ -70,7 +70,7 @@ def test_a_head_in_a_directory_and_one_that_is_none(clips, monkeypatch):
 @pytest.mark.parametrize("name", scorers.HUB)
 def test_absent_weights_are_refused_with_the_remedy(name, monkeypatch, tmp_path):
     monkeypatch.setattr(scorers, "snapshot_download", lambda *a, **k: (_ for _ in ()).throw(FileNotFoundError()))
-    with pytest.raises(InputError, match=f"--scorer {name}: .* is not on this machine; hf download .*LPO_FAST_{name.upper()}"):
+    with pytest.raises(InputError, match=f"--scorer {name}: .* is not on this machine; run `hf download .*LPO_FAST_{name.upper()}"):
         scorers.resolve(name)
     monkeypatch.setenv(f"LPO_FAST_{name.upper()}_MODEL", str(tmp_path / "gone"))
     with pytest.raises(InputError, match="does not exist"):

@@ -84,7 +84,7 @@ def _lock(out: Path) -> TextIO:
             if process := _taken(file):
                 raise in_use(out, process)
         except OSError as error:
-            print(f"warning: {out} cannot be locked ({error.strerror}): do not start a second run there",
+            print(f"warning: {out} cannot be locked ({error.strerror}): do not start another run there",
                   file=sys.stderr)
         try:
             if os.path.samestat(os.stat(out / LOCK), os.fstat(file.fileno())):

@@ -229,7 +229,7 @@ def test_refused_before_the_run(settings: LRM, tmp_path: Path, monkeypatch: pyte
 
 def test_dry_run_counts_it(settings: LRM, tmp_path: Path) -> None:
     lines = dry_run.report(replace(cached(settings, tmp_path), batch_size=4, accumulate=2))
-    assert any(line.startswith("--cache-latents: 16 pictures to come, 0.00 GiB") for line in lines)
+    assert any(line.startswith("--cache-latents: 16 pictures to add, 0.00 GiB") for line in lines)
     assert any(line.startswith("most while encoding, 8 pictures at a time") for line in lines)
     assert not (tmp_path / "latents").exists()
 

@@ -1,4 +1,4 @@
-"""Time LPO from the official statement to all optimizations, one per row: a prompt batch, half its pairs valid.
+"""Time LPO from the official statement to all optimizations, one per row, on a half-valid prompt batch.
 
     pytest bench/bench_lpo.py --benchmark-only --results bench/results [-k sd15]
 
@@ -96,7 +96,7 @@ class Ours:
 
     @torch.no_grad()
     def chosen(self, pairs: LatentPairs) -> tuple[Tensor, Tensor]:
-        """Return winner − loser [steps, B, …] and validity [steps, B], from the x_t of complete trajectories."""
+        """Return winner − loser [steps, B, …] and validity [steps, B] at the x_t of a trajectory's pairs."""
         b, found = len(self.index), []
         draw = CounterNoise(self.config.seed, 0, self.index, self.shape)
         for (z, choice), first in zip(draw.steps(len(pairs.t) // b), range(0, len(pairs.t), b), strict=True):

@@ -1,4 +1,4 @@
-"""Time LRM training from the official statement to all optimizations, one per row: one process's optimizer step.
+"""Time an optimizer step of LRM training, from the official statement to all optimizations, one per row.
 
     pytest bench/bench_lrm.py --benchmark-only --results bench/results [-k sd15]
 
@@ -123,7 +123,7 @@ class Stated:
 
 
 class Bench:
-    """Hold a family's model and batch, their official statement, and the values that rows are compared with."""
+    """Hold a family's model and batch, their official statement, and the values rows are compared with."""
 
     def __init__(self, model: Path, family: str, n: int):
         recipe = config.sdxl() if family == "sdxl" else config.sd15()
@@ -176,7 +176,7 @@ def loaded(family: str, work: Path) -> Bench:
 
 
 def measure(bench: Bench, row: str, benchmark, cache: Path, results: Path | None) -> list[dict]:
-    """Measure a row; return all rows so far. cache: an empty folder. results: the folder of the result files."""
+    """Measure a row; return all rows so far. cache: an empty folder. results: folder of the results."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     before, ours, found = waterfall.allocated(), None, {"row": row, "family": bench.family}

@@ -75,7 +75,7 @@ def launches(call: Callable) -> int:
 
 
 def copy_bytes_per_second(device: torch.device) -> float:
-    """Return the bytes per second, read and written, of a copy within the device: a memory-bound kernel's limit."""
+    """Return a device copy's bytes per second, read and written: the limit of memory-bound kernels."""
     source = torch.ones(2**29 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
     target, times = torch.empty_like(source), []
     for _ in range(ROUNDS):
@@ -137,7 +137,7 @@ def run(operator: Operator, size: str, how: str, backward: bool, benchmark, copy
 
 
 def benchmarks(operator: Operator) -> Callable:
-    """Return a pytest function over size × (forward, backward) × variant; without a GPU there is no kernel."""
+    """Return a pytest function over size × (forward, backward) × variant; no kernel without a GPU."""
     cuda = torch.cuda.is_available()
     directions = (False,) if operator.differentiable is None else (False, True)
     cases = itertools.product(operator.sizes if cuda else operator.small, directions, VARIANTS if cuda else VARIANTS[:2])

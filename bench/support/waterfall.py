@@ -1,4 +1,4 @@
-"""Time rows of a waterfall against the official statement, and write their pages (bench_lpo.py, bench_lrm.py).
+"""Time rows of a waterfall against the official statement, and write pages (bench_lpo.py, bench_lrm.py).
 
 Each round of a row runs the baseline and then the row, so that both see the same machine load. A row's factor
 is the median of the rounds' ratios. Attention is counted as matrix products: torch has no formula for the
@@ -161,7 +161,7 @@ def keep(folder: Path | None, name: str, about: str, row: dict) -> list[dict]:
 
 
 def skip_if_known(folder: Path | None, name: str, row: str) -> None:
-    """Skip a benchmark whose row was already measured on this device at this commit, so that a run can resume."""
+    """Skip a benchmark whose row was measured on this device at this commit, so that a run can resume."""
     path, now = folder and folder / machine() / f"{name}.json", environment()
     rows = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else []
     if any(r["row"] == row and all(r[key] == now[key] for key in ("device", "torch", "commit")) for r in rows):

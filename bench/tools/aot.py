@@ -38,7 +38,7 @@ from lpo_fast.system.launch import Launch, recording
 from lpo_fast.verify.operators import OPERATORS, Operator
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# With 64 bytes in flight per thread, 32 KB per multiprocessor: enough to hide the latency of an H100's memory.
+# With 64 bytes in flight per thread, 32 KB per multiprocessor: hides the latency of an H100's memory.
 MIN_WARPS = 16
 # Of a multiprocessor, by compute capability: warps, blocks, KB of shared memory (CUDA C++ Programming Guide, "Compute
 # Capabilities"). All have 65,536 registers.
@@ -168,7 +168,7 @@ def examine_by_name(op: str, size: str, archs: Iterable[int]) -> dict[tuple[str,
 
 
 def report(found: Iterable[dict[tuple[str, int], Row]]) -> tuple[str, int]:
-    """Return the table of ``examine_all``'s rows, equal launches of several sizes merged, and the exit status."""
+    """Return the table of ``examine_all``'s rows, with equal launches merged, and the exit status."""
     rows: dict[tuple, Row] = {}
     for launches in found:
         for identity, row in launches.items():

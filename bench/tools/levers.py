@@ -29,7 +29,7 @@ LEVERS: dict[str, dict] = {
     "steps used 0:10 *": {"steps_used": "0:10"}}
 
 def pairs(run: Path) -> list[dict]:
-    """Return the valid pairs of each prompt batch; the first batch is sampled with the base model in all runs."""
+    """Return the valid pairs per prompt batch; all runs sample the first batch with the base model."""
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [row["valid_by_timestep"] for row in rows if row["kind"] == "batch"]
 

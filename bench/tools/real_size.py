@@ -89,7 +89,7 @@ def predict(work: Path, family: str, precision: str) -> dict[str, float]:
 
 
 def timed(call: Callable[[], torch.Tensor]) -> dict[str, float]:
-    """Return the seconds of a call, the first in its process. Raises SystemExit if its result is not finite."""
+    """Return the seconds of a process's first call. Raises SystemExit if its result is not finite."""
     start = time.perf_counter()
     out = call()
     seconds = time.perf_counter() - start

@@ -1,12 +1,13 @@
-"""LPO from the official statement to everything on, one lever a row: a prompt batch, half of whose pairs are valid.
+"""Time LPO from the official statement to all optimizations, one per row, on a half-valid prompt batch.
 
     pytest bench/bench_lpo.py --benchmark-only --results bench/results [-k sd15]
 
-On CUDA the real SD1.5, SD2.1 and SDXL shapes with random weights; on a CPU SD1.5 with a quarter of every width at a quarter
-of the pixels, two prompts and the first two of the twenty denoising steps. The rows before "static shapes" are the official
-statement with parts of ours; from there on they are our loop's own functions, as ``train_lpo`` calls them. Rows that end in *
-stand beside the default and not below it. Pairs kept: of the fp32 loop's pairs, those that a row finds too, given the same x_t.
-Signal kept: the squared correlation of log r_w − log r_l with the fp32 loop's.
+On CUDA: the real SD1.5, SD2.1 and SDXL shapes with random weights. On a CPU: SD1.5 with a quarter of every
+width and of the pixels, two prompts, and the first two of twenty denoising steps. The rows before "static
+shapes" are the official statement with some of our parts; the later rows call our loop's own functions, as
+``train_lpo`` does. Rows that end in * are alternatives to the default and do not build on each other. Pairs
+kept: share of the fp32 loop's pairs that a row finds too, given the same x_t. Signal kept: the squared
+correlation of log r_w − log r_l with the fp32 loop's.
 """
 
 from collections.abc import Callable
@@ -55,7 +56,7 @@ Parts = dict[str, Callable[[], object]]
 
 @contextmanager
 def layout(channels_last: bool):
-    """Our loop with denoisers laid out so."""
+    """Let our loop's denoisers be channels-last, or not, within the block."""
     before = devices.layout
     if not channels_last:
         devices.layout = lambda unet: unet
@@ -66,7 +67,7 @@ def layout(channels_last: bool):
 
 
 class Ours:
-    """Our loop's parts for one row."""
+    """Hold our loop's parts for one row."""
 
     def __init__(self, settings: config.LPO, prompts: list[str], channels_last: bool):
         with layout(channels_last):
@@ -82,12 +83,12 @@ class Ours:
         self.index = torch.arange(settings.batch_size, device=DEVICE)
 
     def sample(self) -> LatentPairs:
-        """A prompt batch's pairs."""
+        """Return a prompt batch's pairs."""
         return batches.sample_pairs(self.policy, self.judge, self.sched, self.gap, self.shape, self.index, self.config, 0,
                                       slots=len(self.index), step=self.step)[0]
 
     def train(self, pairs: LatentPairs) -> list[float]:
-        """Optimizer steps on them; metrics are read at the end."""
+        """Take optimizer steps on the pairs; return the metrics, which are read at the end."""
         size = self.config.train_batch_size
         steps = [lpo_steps.train_step(self.policy, self.sched, pairs.take(slice(at, at + size)), self.update, self.config)
                  for at in range(0, len(pairs.t), size)]
@@ -95,7 +96,7 @@ class Ours:
 
     @torch.no_grad()
     def chosen(self, pairs: LatentPairs) -> tuple[Tensor, Tensor]:
-        """winner − loser [steps, B, …] and validity of the steps from the x_t of a whole trajectory of pairs."""
+        """Return winner − loser [steps, B, …] and validity [steps, B] at the x_t of a trajectory's pairs."""
         b, found = len(self.index), []
         draw = CounterNoise(self.config.seed, 0, self.index, self.shape)
         for (z, choice), first in zip(draw.steps(len(pairs.t) // b), range(0, len(pairs.t), b), strict=True):
@@ -107,7 +108,7 @@ class Ours:
 
     @torch.no_grad()
     def signal(self, pairs: LatentPairs) -> Tensor:
-        """log r_w − log r_l, not clamped, [N]."""
+        """Return log r_w − log r_l, not clamped, [N]."""
         found = []
         for micro in lpo_steps.micro_batches(pairs, self.config.train_batch_size):
             at, how = (micro.x_t, micro.t, micro.prompt), self.config.guidance_scale
@@ -118,14 +119,14 @@ class Ours:
         return torch.cat(found)[:len(pairs.t)]
 
     def perturb(self) -> None:
-        """LoRAs that differ from nothing, the same in every row."""
+        """Set the LoRAs to random values other than 0, the same in all rows."""
         generator = torch.Generator().manual_seed(0)
         for parameter in loras.trainable(self.policy.unet):
             parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
 
 
 class Bench:
-    """A family's models, the official statement of them, and the pairs that all rows train on."""
+    """Hold a family's models, their official statement, and the pairs that all rows train on."""
 
     def __init__(self, family: str, work: Path):
         model = work / family
@@ -170,12 +171,12 @@ class Bench:
         self.rate = waterfall.matrix_rate(self.official.dtype)
 
     def margins(self, ours: Ours, pairs: LatentPairs) -> Tensor:
-        """S_winner − S_loser of pairs."""
+        """Return S_winner − S_loser of pairs, [N]."""
         with torch.no_grad():
             return ours.judge(pairs.winner, pairs.t, pairs.prompt) - ours.judge(pairs.loser, pairs.t, pairs.prompt)
 
     def statement(self, **instead: Callable) -> Parts:
-        """The official statement's parts."""
+        """Return the official statement's parts; instead: replacements for some of them."""
         index = torch.arange(len(self.prompts), device=DEVICE)
         size = self.official.unet.config.sample_size
         draw = official_loop.Random((len(index), 4, size, size), self.config.num_candidates, DEVICE, self.official.dtype)
@@ -183,7 +184,7 @@ class Bench:
                 "training": lambda: self.official.train(self.stated)}
 
     def parts(self, row: str) -> tuple[Parts, Ours | None]:
-        """What a row runs."""
+        """Return the parts that a row runs, and our loop, if the row uses it."""
         if row == ROWS[0]:
             return self.statement(), None
         if row not in SETTINGS:

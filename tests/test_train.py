@@ -265,7 +265,7 @@ def test_trackers_write_and_a_missing_one_only_warns(settings, tmp_path, capsys)
 
 def test_a_directory_with_something_else_is_refused(settings, tmp_path):
     model = Path(shutil.copytree(PIPELINE, tmp_path / "model"))
-    with pytest.raises(errors.InputError, match="--out .*: holds something else than a run"):
+    with pytest.raises(errors.InputError, match="--out .*: holds files that are not a run's"):
         train_lpo.train(replace(settings, model=str(model), out=str(model)))
 
 

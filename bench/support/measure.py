@@ -1,9 +1,10 @@
-"""Measure an operator, as bench/bench_kernels.py does, and print the table of a run.
+"""Measure operators for bench/bench_kernels.py, and print the table of a run.
 
-Times are of right results only: every variant is checked against the reference in fp64 first, on the device and inputs that
-are timed (coarsely: tests/ are for precision). Wall clock: back-to-back calls, what a caller without a CUDA graph pays.
-GPU time: a replayed CUDA graph of many calls, so without the host. Both rotate over copies of the inputs that together are
-at least twice the L2 cache, and keep as many results alive, so that memory and not the cache is measured.
+Only correct results are timed: every variant is first checked against the reference in fp64, on the device
+and inputs that are timed (coarsely; precision is tested in tests/). Wall clock: back-to-back calls, the cost
+for a caller without a CUDA graph. GPU time: a replayed CUDA graph of many calls, without the host. Both
+rotate over copies of the inputs that together are at least twice the L2 cache, and keep as many results
+alive, so that memory is measured and not the cache.
 """
 
 import itertools
@@ -29,25 +30,25 @@ from lpo_fast.verify.operators import Operator, error
 
 HERE = Path(__file__).resolve().parents[1]
 ROUNDS, ROUND = (20, 0.02) if torch.cuda.is_available() else (10, 0.003)  # rounds of a benchmark; seconds of one
-GRAPH = 20  # calls in a CUDA graph, at least
+GRAPH = 20  # least number of calls in a CUDA graph
 VARIANTS = ("eager", "compiled", "kernel")
 
 
 def clock() -> float:
-    """Seconds, when the GPU has done all that was asked of it."""
+    """Return the time in seconds after the GPU has finished all queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def rotation(calls: list[Callable]) -> Callable[[], None]:
-    """The calls in turn; as many results stay alive, so that not one buffer gets them all."""
+    """Return a function that makes the calls one after another; it keeps results alive, so buffers differ."""
     turn, alive = itertools.cycle(calls), deque(maxlen=len(calls))
     return lambda: alive.append(next(turn)())
 
 
 def gpu_seconds(calls: list[Callable], stream: torch.cuda.Stream) -> float:
-    """Of one call within a CUDA graph; ``calls`` have run on ``stream`` before."""
+    """Return the seconds per call within a CUDA graph; ``calls`` must have run on ``stream`` before."""
     call, n = rotation(calls), len(calls) * -(-GRAPH // len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
@@ -65,15 +66,16 @@ def gpu_seconds(calls: list[Callable], stream: torch.cuda.Stream) -> float:
 
 
 def launches(call: Callable) -> int:
-    """Kernels, copies and fills that one call runs on the GPU."""
+    """Return how many kernels, copies and fills one call runs on the GPU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
-    return sum(e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation for e in profile.events())
+    return sum(e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
+               for e in profile.events())
 
 
 def copy_bytes_per_second(device: torch.device) -> float:
-    """Bytes read and written a second by a copy within the device, the best that a memory-bound kernel can hope for."""
+    """Return a device copy's bytes per second, read and written: the limit of memory-bound kernels."""
     source = torch.ones(2**29 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
     target, times = torch.empty_like(source), []
     for _ in range(ROUNDS):
@@ -85,7 +87,7 @@ def copy_bytes_per_second(device: torch.device) -> float:
 
 
 def environment() -> dict[str, str]:
-    """Device, versions, commit and date: what a figure depends on."""
+    """Return the device, versions, commit and date of a measurement."""
     import triton
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
@@ -95,7 +97,7 @@ def environment() -> dict[str, str]:
 
 
 def run(operator: Operator, size: str, how: str, backward: bool, benchmark, copy_rate: float) -> dict:
-    """Check and time one variant; its row of the results, without a time if benchmarks are disabled."""
+    """Check and time one variant; return its row of results, without times if benchmarks are disabled."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     make = partial(operator.inputs, device, **(operator.sizes if cuda else operator.small)[size])
@@ -111,7 +113,7 @@ def run(operator: Operator, size: str, how: str, backward: bool, benchmark, copy
         function = torch.compile(function, fullgraph=True, dynamic=False)
     row = {"op": operator.name, "size": size, "pass": direction, "how": how, "bytes": moved, "copies": len(inputs)}
 
-    with torch._functorch.config.patch(donated_buffer=False):  # a graph that stays
+    with torch._functorch.config.patch(donated_buffer=False):  # the autograd graph is kept
         todo = operator.calls(function, inputs, backward)
         error(f"{operator.name} {how} {direction}", todo[0](), operator.truth(inputs[0], backward))
     call = rotation(todo)
@@ -135,7 +137,7 @@ def run(operator: Operator, size: str, how: str, backward: bool, benchmark, copy
 
 
 def benchmarks(operator: Operator) -> Callable:
-    """A pytest function: every size × eager, compiled, kernel × forward, backward; without a GPU there is no kernel."""
+    """Return a pytest function over size × (forward, backward) × variant; no kernel without a GPU."""
     cuda = torch.cuda.is_available()
     directions = (False,) if operator.differentiable is None else (False, True)
     cases = itertools.product(operator.sizes if cuda else operator.small, directions, VARIANTS if cuda else VARIANTS[:2])
@@ -153,12 +155,12 @@ def benchmarks(operator: Operator) -> Callable:
 
 
 def stamp() -> str:
-    """``environment`` in a line."""
+    """Return ``environment`` as one line."""
     return ", ".join(f"{key} {value}" for key, value in environment().items())
 
 
 def write(path: Path, rows: list[dict], page: str) -> None:
-    """Rows as JSON, and the page beside them as Markdown: a killed run leaves no half file."""
+    """Write rows as JSON and the page as Markdown next to it, atomically."""
     for target, text in ((path, json.dumps(rows, indent=1) + "\n"), (path.with_suffix(".md"), page)):
         aside = target.with_suffix(".new")
         aside.write_text(text, encoding="utf-8")
@@ -166,7 +168,7 @@ def write(path: Path, rows: list[dict], page: str) -> None:
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable]) -> str:
-    """A table whose columns are aligned."""
+    """Return a Markdown table with aligned columns."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
@@ -174,9 +176,9 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable]) -> str:
 
 
 def table(rows: Iterable[dict]) -> str:
-    """Eager, compiled and kernel side by side: µs on the GPU (wall clock); rates are of the last of the three that ran.
+    """Return the table of eager, compiled and kernel: µs on the GPU (wall clock); rates of the last that ran.
 
-    Columns in which nothing was measured are left out: those of kernels and launches without a GPU.
+    Columns without measurements are omitted: those of kernels and launches without a GPU.
     """
     found: dict[tuple, dict[str, dict]] = {}
     for row in rows:

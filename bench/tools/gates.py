@@ -1,10 +1,11 @@
-"""The kernels' gates that need no GPU, with another Triton than the installed one, and a record of them.
+"""Run the kernels' checks that need no GPU with another version of Triton, and record the results.
 
     python bench/tools/gates.py --triton 3.6.0 [--path DIR] [--out DIR]
 
-Runs the tests of kernels/ under Triton's interpreter and bench/tools/aot.py, with that Triton first on PYTHONPATH: from DIR, or
-installed by pip into a folder that is removed afterwards, or the installed one if it is of that version. Writes
-gates-triton-<version>.md and aot-triton-<version>.md into --out, bench/results by default. Exit status 1 if a gate fails.
+Runs the tests of kernels/ under Triton's interpreter, and bench/tools/aot.py, with that Triton first on
+PYTHONPATH: from DIR, from a temporary folder into which pip installs it, or the installed one if it has that
+version. Writes gates-triton-<version>.md and aot-triton-<version>.md into --out (default: bench/results). The
+exit status is 1 if a check fails.
 """
 
 import argparse
@@ -29,7 +30,7 @@ print(json.dumps(measure.environment() | {"numpy": numpy.__version__}))
 
 
 def folder(version: str, stack: ExitStack) -> str:
-    """Where that Triton is installed for the time being; empty if it is the installed one."""
+    """Install that Triton into a temporary folder and return it; "" if it is the installed version."""
     if importlib.metadata.version("triton") == version:
         return ""
     path = stack.enter_context(tempfile.TemporaryDirectory())
@@ -41,7 +42,7 @@ def folder(version: str, stack: ExitStack) -> str:
 
 
 def gate(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
-    """Run a command and show what it prints; its exit status and closing line."""
+    """Run a command and show its output; return its exit status and last line."""
     closing = ""
     with subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
@@ -51,10 +52,10 @@ def gate(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
 
 
 def main() -> int:
-    """Run the gates and write the record; the exit status."""
+    """Run the checks and write the record; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--triton", required=True, metavar="VERSION")
-    parser.add_argument("--path", help="a folder that holds it, and a numpy that its interpreter works with")
+    parser.add_argument("--path", help="a folder with that Triton, and a numpy that its interpreter supports")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()
     out, names = options.out.resolve(), sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))

@@ -229,7 +229,7 @@ def test_refused_before_the_run(settings: LRM, tmp_path: Path, monkeypatch: pyte
 
 def test_dry_run_counts_it(settings: LRM, tmp_path: Path) -> None:
     lines = dry_run.report(replace(cached(settings, tmp_path), batch_size=4, accumulate=2))
-    assert any(line.startswith("--cache-latents: 16 pictures to come, 0.00 GiB") for line in lines)
+    assert any(line.startswith("--cache-latents: 16 pictures to add, 0.00 GiB") for line in lines)
     assert any(line.startswith("most while encoding, 8 pictures at a time") for line in lines)
     assert not (tmp_path / "latents").exists()
 
@@ -317,7 +317,7 @@ def test_time_spent_waiting_is_said(settings: LRM, monkeypatch: pytest.MonkeyPat
     assert len(rows) == 9 and all(row["seconds"] == 12 and row["data"] == 0.25 for row in rows)
     said = capsys.readouterr().out
     assert said.count(" | 12000 ms | data 25% | ") == 9
-    assert "waited for pictures in 25% of its time: --cache-latents DIR, or more --num-workers than 0, would help" in said
+    assert "waited for pictures 25% of the time: use --cache-latents DIR, or more --num-workers than 0" in said
 
 
 def test_the_command(settings: LRM, tmp_path: Path) -> None:

@@ -112,8 +112,8 @@ def test_operations_of_a_run(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meta, "measure", lambda step: costs.append(real(step)) or costs[-1])
     shown = rows(dry_run.report(lpo))
     assert shown["policy, sampling (null and text pass)"] == ["8", "16"]
-    assert shown["reward model (2 a candidate)"] == ["18", "36"]
-    assert shown["reference, training (2 a pair)"] == ["6", "12"]
+    assert shown["reward model (2 per candidate)"] == ["18", "36"]
+    assert shown["reference, training (2 per pair)"] == ["6", "12"]
     judge = meta.scorer(lpo)
     text, _ = meta.encoded(judge.family, list(judge.text_encoders), 6)
     with on_cuda():
@@ -143,7 +143,7 @@ def test_weights_and_texts_by_formula(lpo: LPO, small_sd: Path, monkeypatch: pyt
     assert always["optimizer state (adamw)"] == states["adamw"] == 8 * lora
     assert gradients == always["average of the weights"] == 4 * lora
     assert all(phases[name] >= sum(always.values()) for name in phases if name != "loading")
-    graph = "sampling, which its CUDA graph keeps (--compile)"
+    graph = "sampling, kept by its CUDA graph (--compile)"
     whole, before = always[graph], phases["training, 3 pairs"]
     dry_run.report(replace(lpo, ema_decay=0.9, compile="none"))
     assert whole == before - found["rest"][2]["training, 3 pairs"] > 0 and not found["always"][graph]

@@ -31,12 +31,12 @@ def test_good_settings_pass_and_write_nothing(bench: Bench, lpo: LPO, lrm: LRM) 
     assert not (bench.tmp / "runs").exists()
 
 
-@pytest.mark.parametrize("use, end", [("validation", "and chooses the best LRM"), ("test", "says little of other pairs")])
+@pytest.mark.parametrize("use, end", [("validation", "and it selects the best LRM"), ("test", "says little about other pairs")])
 def test_a_warning_where_training_pairs_are_held_out(bench: Bench, lrm: LRM, use: str, end: str, capsys) -> None:
     (bench.tmp / "link.parquet").symlink_to(lrm.pairs)
     runs.lrm(replace(lrm, **{f"{use}_pairs": str(bench.tmp / "link.parquet")}))
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"warning: --{use}-pairs has rows of --pairs (") and line.endswith(end)
+    assert line.startswith(f"warning: --{use}-pairs shares rows with --pairs (") and line.endswith(end)
     runs.lrm(replace(lrm, **{f"{use}_pairs": bench.pairs("others.parquet")}))
     assert not capsys.readouterr().out
 
@@ -207,7 +207,7 @@ def test_run_directory(bench: Bench, stage: str, request: pytest.FixtureRequest)
     (run / states.STATE).write_text("not looked at")
     (run / "config.json").write_text(json.dumps(asdict(settings)))
     before = {p.name: p.read_bytes() for p in run.iterdir()}
-    with pytest.raises(InputError, match="holds a run already"):
+    with pytest.raises(InputError, match="already holds a run"):
         train(settings)
     for change in ({"seed": 7}, {"learning_rate": 0.5}, {"batch_size": 3}, {"model": str(bench.copy(bench.sd))}):
         (key,) = change

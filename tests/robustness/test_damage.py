@@ -21,7 +21,7 @@ def test_every_flipped_bit_of_a_state_is_found(tmp_path: Path) -> None:
     file, missed = tmp_path / "state.pt", 0
     states.save_state(file, {"step": 3}, parts(rank=3))
     whole = file.read_bytes()
-    assert states.whole_state(file) == file
+    assert states.intact_state(file) == file
     assert (tmp_path / "state.sha256").read_text() == hashlib.sha256(whole).hexdigest() + "\n"
     for place in range(0, len(whole), 3):
         flipped = bytearray(whole)
@@ -29,7 +29,7 @@ def test_every_flipped_bit_of_a_state_is_found(tmp_path: Path) -> None:
         file.write_bytes(flipped)
         missed += not checksums.damage(file)
         with pytest.raises(InputError, match="state.pt"):
-            states.whole_state(file)
+            states.intact_state(file)
     assert 0 < missed < len(whole) / 6  # by what is checked where there is no list of sums
     for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:size])
@@ -88,7 +88,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(tmp_path: Path, harm: str, 
     broken = hurt(file, harm)
     assert states.load_state(file, parts()) == {"step": 1}
     said = capsys.readouterr().out
-    assert (f"warning: {file}: state.pt" in said and "goes on from the state before it" in said) or harm == "gone"
+    assert (f"warning: {file}: state.pt" in said and "continues from the state before it" in said) or harm == "gone"
     states.save_state(file, {"step": 3}, parts())  # the damaged one is not kept as the one before
     assert torch.load(tmp_path / "state.before.pt", weights_only=True)["at"] == {"step": 1} and checksums.damage(file) == ""
     hurt(file, "cut"), hurt(tmp_path / "state.before.pt", "flipped")

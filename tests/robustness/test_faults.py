@@ -291,7 +291,7 @@ def test_a_disk_without_locks(settings, monkeypatch, capsys) -> None:
     monkeypatch.setattr(fcntl, "lockf", none)
     with directory.lock(Path(settings.out)):
         error = capsys.readouterr().err
-    assert error == f"warning: {settings.out} cannot be locked (No locks available): start no second run there\n"
+    assert error == f"warning: {settings.out} cannot be locked (No locks available): do not start another run there\n"
     assert not Path(settings.out).exists()  # it was made for the block, and is empty
 
 

@@ -94,7 +94,8 @@ def test_page_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert profiling.union(spans) == (230.0, [20.0])
     text = profiling.page("prompt batch", 0.001, spans, [])
     assert "1.0 ms, profiler included, on a GPU" in text and "- 3 launches" in text
-    assert "busy 0.2 ms; idle 0.0 ms" in text and "wait" in text and ": 1, the longest 0.02 ms, the median of all 20.0" in text
+    assert "busy 0.2 ms; idle 0.0 ms" in text and "waits" in text
+    assert ": 1; the longest gap 0.02 ms, the median of all gaps 20.0 µs" in text
     assert [line for line in text.splitlines() if line.endswith("`matrix` |")] == ["| 0.20 | 71.4% | 2 | `matrix` |"]
 
 

@@ -24,7 +24,7 @@ PROMPTS = 2  # a batch; half of its pairs are valid: one a step
 
 def ours(settings: LPO) -> float:
     """TFLOP a prompt, half of the pairs valid, as --dry-run counts them from the run's own functions."""
-    row, = (line for line in dry_run.report(settings) if line.startswith("together, if half are valid"))
+    row, = (line for line in dry_run.report(settings) if line.startswith("total, if half are valid"))
     return float(row.split()[-2].replace(",", ""))
 
 

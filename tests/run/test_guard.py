@@ -157,7 +157,7 @@ def test_too_little_memory_halves_the_passes(lpo: LPO, monkeypatch: pytest.Monke
     halved = rows(train_lpo.train(replace(lpo, out=str(tmp_path / "halved"))))
     told = capsys.readouterr().out
     assert told.count("does not fit into the GPU's memory") == 2
-    assert "of 4 pairs does not fit" in told and "from now on passes are of 1, " in told
+    assert "of 4 pairs does not fit" in told and "from now on its size is 1, " in told
     for a, b in zip(plain, halved, strict=True):
         assert a.pop("kind") == b.pop("kind") and a == pytest.approx(b, rel=1e-3, abs=1e-6)
 
@@ -166,7 +166,7 @@ def test_no_pair_fits(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
     injected(monkeypatch, never)
-    with pytest.raises(InputError, match=r"a training pass of 1 pair: does not fit .*checkpointing"):
+    with pytest.raises(InputError, match=r"a training micro-batch of 1 pair: does not fit .*checkpointing"):
         train_lpo.train(lpo)
 
 
@@ -264,10 +264,10 @@ def test_lrm_memory_that_does_not_suffice(lrm: LRM, monkeypatch: pytest.MonkeyPa
     sizes = passes(monkeypatch, small)
     halved = train_lrm.train(replace(lrm, out=str(tmp_path / "halved")))
     assert sizes == [4, 2, 2, 2, 2, 2, 2]
-    assert capsys.readouterr().out.count("from now on passes are of 2, with the same loss") == 1
+    assert capsys.readouterr().out.count("from now on its size is 2, with the same loss") == 1
     for a, b in zip(rows(whole), rows(halved), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
-    with pytest.raises(InputError, match="a training pass of 4 pairs: does not fit into the GPU's memory .*--accumulate"):
+    with pytest.raises(InputError, match="a training micro-batch of 4 pairs: does not fit .* GPU's memory .*--accumulate"):
         train_lrm.train(replace(lrm, out=str(tmp_path / "negatives"), loss_type="both"))  # their negatives are those of a pass
 
 
@@ -276,7 +276,7 @@ def test_memory_that_does_not_suffice_elsewhere(lrm: LRM, monkeypatch: pytest.Mo
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
     monkeypatch.setattr(lrm_steps, "load", never)
     assert train.main(["lrm", "--model", lrm.model, "--pairs", lrm.pairs, "--out", lrm.out]) == 2
-    assert "error: the GPU's memory: does not suffice (CUDA out of memory" in capsys.readouterr().err
+    assert "error: the GPU's memory: is too small (CUDA out of memory" in capsys.readouterr().err
 
 
 def test_a_poisoned_step_among_others(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +308,7 @@ def test_watch() -> None:
         assert not watch.batch(batch(20), [step()])
     said = [line for _ in range(10) for line in watch.batch(batch(5), [step()])]
     assert len(said) == 1 and "valid pairs fell from 50% to" in said[0]
-    assert "ratios are at their clip (0.9 … 1.1)" in watch.batch(batch(50), [step(1.1, 0.905)])[0]
+    assert "ratios are at their clip bounds (0.9 … 1.1)" in watch.batch(batch(50), [step(1.1, 0.905)])[0]
     assert not watch.batch(batch(50), [step(1.1, 0.9)])
     assert "scores that are not finite" in watch.batch(batch(50, math.nan), [step(math.nan, math.nan)])[0]
 

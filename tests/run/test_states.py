@@ -36,7 +36,7 @@ def test_run_state_round_trip(tmp_path: Path, ema: bool) -> None:
 
 
 @pytest.mark.parametrize("other, message", [
-    ({"rank": 3}, "other parameters train"), ({"bias": False}, "other parameters train"),
+    ({"rank": 3}, "other parameters are trained"), ({"bias": False}, "other parameters are trained"),
     ({"ema": True}, "ema was not in use"),
 ])
 def test_run_state_of_another_run(tmp_path: Path, other: dict, message: str) -> None:

@@ -218,7 +218,7 @@ def test_more_processes_than_pairs(tiny_sd: Path, tmp_path: Path, monkeypatch: p
         runs.lrm(settings)
     monkeypatch.setenv("WORLD_SIZE", "2")
     runs.lrm(settings)
-    with pytest.raises(InputError, match="5: pairs are not dealt out evenly to 2 processes and 1 passes"):
+    with pytest.raises(InputError, match="5: pairs cannot be divided evenly among 2 processes and 1 micro"):
         runs.lrm(replace(settings, batch_size=5))
 
 

@@ -73,8 +73,8 @@ def step_dpo(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Ten
     training).
     """
     dtype = x_t.dtype
-    mean_policy, mean_ref = (schedule.mean(sched, x_t, guide(null.to(dtype), text.to(dtype), guidance), t)
-                             for null, text in (policy, reference))
+    mean_policy = schedule.mean(sched, x_t, guide(policy[0].to(dtype), policy[1].to(dtype), guidance), t)
+    mean_ref = schedule.mean(sched, x_t, guide(reference[0].to(dtype), reference[1].to(dtype), guidance), t)
     sigma = sched.table[t, SIGMA]
 
     def log_ratio(x_p: Tensor) -> Tensor:

@@ -76,22 +76,23 @@ class Ours:
         self.config, self.shape = settings, policies.latent_shape(settings, self.policy.unet)
         self.gap = select.gaps(self.sched, "none", settings.threshold_min, settings.threshold_min)
         self.step = compilation.compiled(sampling.choose, settings.compiled, graphs=True)
-        optimizer = optimization.optimizer(settings.optimizer, self.policy.unet.parameters(), lr=settings.learning_rate,
-                                    weight_decay=settings.weight_decay)
-        self.update = optimization.OptimizerStep(optimizer, optimization.scaler(DEVICE, self.policy.precision), settings.max_grad_norm,
-                                   settings.train_batch_size, "use --checkpointing")
+        optimizer = optimization.optimizer(settings.optimizer, self.policy.unet.parameters(),
+                                           lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        self.update = optimization.OptimizerStep(
+            optimizer, optimization.scaler(DEVICE, self.policy.precision), settings.max_grad_norm,
+            settings.train_batch_size, "use --checkpointing")
         self.index = torch.arange(settings.batch_size, device=DEVICE)
 
     def sample(self) -> LatentPairs:
         """Return a prompt batch's pairs."""
-        return batches.sample_pairs(self.policy, self.judge, self.sched, self.gap, self.shape, self.index, self.config, 0,
-                                      slots=len(self.index), step=self.step)[0]
+        return batches.sample_pairs(self.policy, self.judge, self.sched, self.gap, self.shape, self.index,
+                                    self.config, 0, slots=len(self.index), step=self.step)[0]
 
     def train(self, pairs: LatentPairs) -> list[float]:
         """Take optimizer steps on the pairs; return the metrics, which are read at the end."""
         size = self.config.train_batch_size
-        steps = [lpo_steps.train_step(self.policy, self.sched, pairs.take(slice(at, at + size)), self.update, self.config)
-                 for at in range(0, len(pairs.t), size)]
+        steps = [lpo_steps.train_step(self.policy, self.sched, pairs.take(slice(at, at + size)), self.update,
+                                      self.config) for at in range(0, len(pairs.t), size)]
         return torch.stack(steps).tolist()
 
     @torch.no_grad()
@@ -101,8 +102,9 @@ class Ours:
         draw = CounterNoise(self.config.seed, 0, self.index, self.shape)
         for (z, choice), first in zip(draw.steps(len(pairs.t) // b), range(0, len(pairs.t), b), strict=True):
             at = pairs.take(slice(first, first + b))
-            winner, loser, valid, *_ = self.step(self.policy.predict, self.judge, self.sched, self.gap, at.x_t, at.t,
-                                                 self.index, z, choice, self.config.guidance_scale, self.config.num_candidates)
+            winner, loser, valid, *_ = self.step(self.policy.predict, self.judge, self.sched,
+                                                 self.gap, at.x_t, at.t, self.index, z, choice,
+                                                 self.config.guidance_scale, self.config.num_candidates)
             found.append((winner - loser, valid))
         return tuple(torch.stack(field) for field in zip(*found, strict=True))
 
@@ -141,9 +143,9 @@ class Bench:
         recipe = recipe if CUDA else replace(recipe, batch_size=2, steps_used=":2", train_batch_size=2)
         self.prompts = [f"a photo of {i} red circles on a blue background" for i in range(recipe.batch_size)]
         (work / "prompts.txt").write_text("\n".join(self.prompts))
-        self.config = replace(recipe, model=str(model), lrm=str(work / f"lrm_{judged}"), lrm_base=str(work / judged),
-                              prompts=str(work / "prompts.txt"), threshold_shape="none", threshold_min=0.0,
-                              checkpointing="none")
+        self.config = replace(recipe, model=str(model), lrm=str(work / f"lrm_{judged}"),
+                              lrm_base=str(work / judged), prompts=str(work / "prompts.txt"),
+                              threshold_shape="none", threshold_min=0.0, checkpointing="none")
         fp32 = Ours(replace(self.config, mixed_precision="no", compile="none"), self.prompts, False)
         everything = fp32.sample()
         draw = torch.randperm(len(everything.t), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -165,21 +167,23 @@ class Bench:
         first, last = self.config.window
         self.official.scheduler.timesteps = self.official.scheduler.timesteps[first:last]
         text = self.official.encode(self.pairs.prompt)
-        self.stated = official_loop.Pairs(*(x.to(self.official.dtype) for x in self.pairs[:3]), self.pairs.t, text.context,
-                                          text.pooled, self.pairs.prompt)
+        self.stated = official_loop.Pairs(*(x.to(self.official.dtype) for x in self.pairs[:3]), self.pairs.t,
+                                          text.context, text.pooled, self.pairs.prompt)
         self.official_bytes = waterfall.allocated() - before
         self.rate = waterfall.matrix_rate(self.official.dtype)
 
     def margins(self, ours: Ours, pairs: LatentPairs) -> Tensor:
         """Return S_winner − S_loser of pairs, [N]."""
         with torch.no_grad():
-            return ours.judge(pairs.winner, pairs.t, pairs.prompt) - ours.judge(pairs.loser, pairs.t, pairs.prompt)
+            return (ours.judge(pairs.winner, pairs.t, pairs.prompt)
+                    - ours.judge(pairs.loser, pairs.t, pairs.prompt))
 
     def statement(self, **instead: Callable) -> Parts:
         """Return the official statement's parts; instead: replacements for some of them."""
         index = torch.arange(len(self.prompts), device=DEVICE)
         size = self.official.unet.config.sample_size
-        draw = official_loop.Random((len(index), 4, size, size), self.config.num_candidates, DEVICE, self.official.dtype)
+        draw = official_loop.Random((len(index), 4, size, size), self.config.num_candidates, DEVICE,
+                                    self.official.dtype)
         return {"sampling": lambda: self.official.sample(index, draw, **instead),
                 "training": lambda: self.official.train(self.stated)}
 
@@ -190,9 +194,8 @@ class Bench:
         if row not in SETTINGS:
             ours = Ours(replace(self.config, compile="none"), self.prompts, False)
             text = ours.policy.text
-            parts = self.statement(encode=lambda prompts: texts.Text(text[prompts].context.to(self.official.dtype),
-                                                                        text[prompts].pooled.to(self.official.dtype)),
-                                   score=ours.judge)
+            parts = self.statement(encode=lambda prompts: texts.Text(text[prompts].context.to(
+                self.official.dtype), text[prompts].pooled.to(self.official.dtype)), score=ours.judge)
             if row == ROWS[2]:
                 parts["training"] = lambda: ours.train(self.pairs)
             return parts, None
@@ -232,7 +235,8 @@ def test(family: str, row: str, work: Path, benchmark, request: pytest.FixtureRe
         same = (difference - truth).flatten(2).norm(dim=-1) < 0.5 * truth.flatten(2).norm(dim=-1)
         found["pairs_kept"] = ((same & valid & truly).sum() / truly.sum()).item()
         ours.perturb()
-        found["signal"] = torch.corrcoef(torch.stack([ours.signal(bench.pairs), bench.signal]))[0, 1].square().item()
+        found["signal"] = torch.corrcoef(torch.stack([ours.signal(bench.pairs),
+                                                      bench.signal]))[0, 1].square().item()
     rows = waterfall.keep(request.config.getoption("--results"), f"lpo-{family}", __doc__.partition("\n")[0],
                           waterfall.rated(found, bench.needed, bench.rate))
     print("\n" + waterfall.table(rows))

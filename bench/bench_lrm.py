@@ -55,18 +55,22 @@ Parts = dict[str, Callable[[], object]]
 class Ours:
     """Hold our loop's parts for one row, as ``train_lrm.train`` makes them."""
 
-    def __init__(self, settings: config.LRM, batch: dict, channels_last: bool = False, device: torch.device = DEVICE):
+    def __init__(self, settings: config.LRM, batch: dict, channels_last: bool = False,
+                 device: torch.device = DEVICE):
         model = locate.model(settings)
-        self.lrm = checkpoint.new_lrm(model, generator=torch.Generator().manual_seed(settings.seed)).to(device).train()
+        self.lrm = (checkpoint.new_lrm(model, generator=torch.Generator().manual_seed(settings.seed))
+                    .to(device).train())
         if channels_last:
             devices.layout(self.lrm.unet)
-        self.encoder = encoding.Encoder(model, self.lrm, settings.seed, devices.precision(settings.mixed_precision, "bf16"),
-                                         compile=settings.compile)
+        self.encoder = encoding.Encoder(model, self.lrm, settings.seed,
+                                        devices.precision(settings.mixed_precision, "bf16"),
+                                        compile=settings.compile)
         if device != META:
-            optimizer = optimization.optimizer(settings.optimizer, self.lrm.parameters(), lr=settings.learning_rate,
-                                        weight_decay=settings.weight_decay)
-            self.update = optimization.OptimizerStep(optimizer, optimization.scaler(device, self.encoder.precision), settings.max_grad_norm,
-                                       -(-len(batch["rows"]) // settings.accumulate), "use a larger --accumulate")
+            optimizer = optimization.optimizer(settings.optimizer, self.lrm.parameters(),
+                                               lr=settings.learning_rate, weight_decay=settings.weight_decay)
+            self.update = optimization.OptimizerStep(
+                optimizer, optimization.scaler(device, self.encoder.precision), settings.max_grad_norm,
+                -(-len(batch["rows"]) // settings.accumulate), "use a larger --accumulate")
         self.config, self.pixels = settings, batch["pixels"]
         self.batch = {key: value for key, value in batch.items() if key != "pixels"}
         self.moments: Tensor | None = None
@@ -77,13 +81,14 @@ class Ours:
 
     def train(self) -> Tensor:
         """Take an optimizer step on the encoded pictures; return its metrics."""
-        return steps.train_step(self.lrm, self.encoder, self.batch | {"moments": self.moments}, 0, self.update,
-                                    self.config)
+        return steps.train_step(self.lrm, self.encoder, self.batch | {"moments": self.moments}, 0,
+                                self.update, self.config)
 
     def backward(self) -> None:
         """Compute gradients without an optimizer step, for the meta device: the optimizer reads its scale."""
         batch = steps.encoded(self.encoder, self.batch | {"moments": self.moments}, 0, self.config)
-        steps.pair_loss(self.lrm, self.encoder, batch, 0, self.config, torch.ones((), device=META))[0].backward()
+        steps.pair_loss(self.lrm, self.encoder, batch, 0, self.config,
+                        torch.ones((), device=META))[0].backward()
 
     def parts(self, cache: Path | None = None) -> Parts:
         """Return the timed parts. cache: an empty folder, in which a full cache is made."""
@@ -105,7 +110,8 @@ class Stated:
 
     def __init__(self, settings: config.LRM, batch: dict, ids: list[Tensor], device: torch.device = DEVICE):
         self.loop, self.pixels, self.ids = official_lrm_loop.load(settings, device), batch["pixels"], ids
-        rows, labels, counts, compare = (batch[key].to(device) for key in ("rows", "labels", "counts", "compare"))
+        rows, labels, counts, compare = (batch[key].to(device)
+                                         for key in ("rows", "labels", "counts", "compare"))
         self.how = *encoding.timesteps(settings, 0, rows, compare, labels), counts
         self.latents: Tensor | None = None
 
@@ -139,7 +145,8 @@ class Bench:
         self.count(exact)
         before = waterfall.allocated()
         self.stated = Stated(self.config, self.batch, self.ids)
-        z = noise.normal(exact.seed, 0, self.batch["rows"].to(DEVICE), 0, 4, (4, size, size)).unflatten(0, (2, 2)).flatten(1, 2)
+        z = noise.normal(exact.seed, 0, self.batch["rows"].to(DEVICE), 0, 4,
+                         (4, size, size)).unflatten(0, (2, 2)).flatten(1, 2)
         with torch.no_grad():
             self.stated.encode(z[0])
             self.stated_loss = self.stated.loop.loss(*self.stated.arguments(), noise=z[1]).item()
@@ -151,8 +158,9 @@ class Bench:
         on_meta = {key: value.to(META) if key == "pixels" else value for key, value in self.batch.items()}
         ours, stated = Ours(exact, on_meta, device=META), Stated(exact, on_meta, self.ids, META)
         self.needed = waterfall.operations(ours.encode), waterfall.operations(ours.backward)
-        self.counted = {OURS: sum(self.needed), ROWS[0]: waterfall.operations(stated.encode) + waterfall.operations(
-            lambda: stated.loop.loss(*stated.arguments()).backward())}
+        self.counted = {OURS: sum(self.needed),
+                        ROWS[0]: waterfall.operations(stated.encode) + waterfall.operations(
+                            lambda: stated.loop.loss(*stated.arguments()).backward())}
 
 
 def batch(n: int, side: int) -> dict:
@@ -162,7 +170,8 @@ def batch(n: int, side: int) -> dict:
     first = torch.randint(2, (n,), generator=generator).float()
     first[-1] = 0.5
     no = torch.zeros(n, dtype=torch.bool)
-    return {"rows": torch.arange(n), "captions": [f"a photo of {i} red circles on a blue background" for i in range(n)],
+    return {"rows": torch.arange(n),
+            "captions": [f"a photo of {i} red circles on a blue background" for i in range(n)],
             "pixels": pixels.pin_memory() if CUDA else pixels, "labels": torch.stack([first, 1 - first]),
             "counts": torch.randint(1, 9, (n,), generator=generator), "compare": no, "corrupt": no}
 
@@ -192,9 +201,11 @@ def measure(bench: Bench, row: str, benchmark, cache: Path, results: Path | None
     found["loss_difference"] = (first[0] if ours else bench.stated_loss) - bench.loss
     if row in bench.counted:
         found["tflop"] = bench.counted[row] / 1e12
-        found["host_reads"] = waterfall.host_reads(run) if CUDA else None  # AdamW on a CPU reads its own step numbers
+        # AdamW on a CPU reads its own step numbers
+        found["host_reads"] = waterfall.host_reads(run) if CUDA else None
     found["launches"] = waterfall.launches(run)
-    found["peak_gb"] = (peak := waterfall.peak_bytes(run, before if ours else before - bench.official_bytes)) and peak / 1e9
+    found["peak_gb"] = ((peak := waterfall.peak_bytes(run, before if ours else before - bench.official_bytes))
+                        and peak / 1e9)
     found |= waterfall.measured(benchmark, bench.stated.parts(), parts, ROUNDS)
     needed = bench.needed[1] if row == CACHED else sum(bench.needed)
     return waterfall.keep(results, f"lrm-{bench.family}", __doc__.partition("\n")[0],
@@ -203,7 +214,8 @@ def measure(bench: Bench, row: str, benchmark, cache: Path, results: Path | None
 
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("family", PAIRS)
-def test(family: str, row: str, work: Path, benchmark, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test(family: str, row: str, work: Path, benchmark, tmp_path: Path,
+         request: pytest.FixtureRequest) -> None:
     waterfall.skip_if_known(request.config.getoption("--results"), f"lrm-{family}", row)
     rows = measure(loaded(family, work), row, benchmark, tmp_path, request.config.getoption("--results"))
     print("\n" + waterfall.table(rows))

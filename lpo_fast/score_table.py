@@ -82,8 +82,8 @@ def make(config: ScoreTable) -> Path:
         writer = csv.writer(file, lineterminator="\n")
         if first is None:
             writer.writerow(names)
-        for row in tqdm(scored(config, table, scorers, first or 0), desc="scores", unit="pair", initial=first or 0,
-                        total=len(table), disable=None):
+        for row in tqdm(scored(config, table, scorers, first or 0), desc="scores", unit="pair",
+                        initial=first or 0, total=len(table), disable=None):
             writer.writerow(row)
             file.flush()
         os.fsync(file.fileno())
@@ -157,7 +157,8 @@ def both(dataset: PairDataset, row: int) -> tuple[Image.Image, Image.Image] | No
         return None
 
 
-def gaps(name: str, given: str, scorer: Scorer, pictures: list, table: PairTable, rows: list[int]) -> list[float]:
+def gaps(name: str, given: str, scorer: Scorer, pictures: list, table: PairTable,
+         rows: list[int]) -> list[float]:
     """Return the gap of each row by one scorer; NaN for pairs that were not judged."""
     if not rows:
         return []

@@ -82,8 +82,8 @@ def parse(argv: list[str]) -> Demo | LRM | LPO:
     if not argv or argv[0].startswith("--") and argv[0] != "--help":
         argv = ["demo", *argv]
     settings = cli.parse(stages, argv, "train", description=(
-        "Latent reward models and latent preference optimization for Stable Diffusion. Defaults are those of the recipe for "
-        "the model that --model names; without one, SD1.5's."))
+        "Latent reward models and latent preference optimization for Stable Diffusion. Defaults are those of "
+        "the recipe for the model that --model names; without one, SD1.5's."))
     if isinstance(settings, LPO):
         cli.lora_flags(settings, defaults.lpo)
     return settings

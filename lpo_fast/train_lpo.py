@@ -1,7 +1,7 @@
 """The LPO loop: sample pairs for a batch of prompts, train the policy on them, repeat (arXiv 2502.01051).
 
-With many processes a prompt batch is batch_size prompts of each. The valid pairs of all ranks are pooled in an order that
-does not depend on who sampled them, shuffled, and dealt out; gradients are summed.
+With many processes a prompt batch is batch_size prompts of each. The valid pairs of all ranks are pooled in
+an order that does not depend on who sampled them, shuffled, and dealt out; gradients are summed.
 """
 
 import time
@@ -23,10 +23,11 @@ from lpo_fast.system import console, devices, distributed
 
 
 def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: score) -> Path:
-    """Run LPO; return the run directory. wrap_score may alter the reward (a control experiment, another scorer).
+    """Run LPO; return the run directory. wrap_score may alter the reward (a control
+    experiment, another scorer).
 
-    Raises InputError for what cannot be read, used, or written, also if the disk is full; the last saved state is then
-    complete.
+    Raises InputError for what cannot be read, used, or written, also if the disk is full;
+    the last saved state is then complete.
     """
     prompts, source = runs.lpo(config)
     distributed.state()
@@ -34,7 +35,8 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
         return _train(config, prompts, source, wrap_score)
 
 
-def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Callable[[Score], Score]) -> Path:
+def _train(config: LPO, prompts: list[str], source: Path | None,
+           wrap_score: Callable[[Score], Score]) -> Path:
     # 1) The policy, its reference, and the reward model; all texts are encoded here, once.
     device, out, texts = devices.device(), Path(config.out), [*prompts, *config.validation_prompts]
     devices.numerics(config.deterministic, config.tf32)
@@ -68,9 +70,9 @@ def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Cal
     total = batches.total(config, len(prompts), at)
     if config.in_place:
         run.save()  # replaces the state of the run that continues here
-    console.say(f"LPO on {device}, precision {policy.precision} | {len(prompts)} prompts | {at.done} of {total} batches "
-                f"done | {sum(p.numel() for p in trainable(policy.unet)):,} parameters train | "
-                f"{distributed.named(distributed.world_size())}")
+    console.say(f"LPO on {device}, precision {policy.precision} | {len(prompts)} prompts | {at.done} of "
+                f"{total} batches done | {sum(p.numel() for p in trainable(policy.unet)):,} parameters train "
+                f"| {distributed.named(distributed.world_size())}")
     work = partial(steps.work, policy, judge, sched, sampler.shape, config)
     meter = accounting.Meter(device, devices.DTYPES[policy.precision], work)
     profiler = profiling.Profiler(out if config.profile else None, "prompt batch", total - at.done)
@@ -113,8 +115,8 @@ def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Cal
     # 5) The final weights, and the same pictures as before.
     skips.summary(at.step)
     if at.step == 0:
-        console.say("warning: no pair was valid, so nothing was trained: lower --threshold-min and --threshold-max, or "
-                    "check the reward model's accuracy")
+        console.say("warning: no pair was valid, so nothing was trained: lower --threshold-min and "
+                    "--threshold-max, or check the reward model's accuracy")
     learner.finish()
     checkpoints.export(out, policy.unet, config)
     draw.compared("after")
@@ -136,8 +138,10 @@ def end_of_epoch(epoch: int, run: Run, learner: steps.Learner, draw: drawing.Dra
 
 
 def log_line(step: int, rows: list[dict[str, Any]], pairs: int, rate: dict[str, float]) -> str:
-    """Return the line of one prompt batch; loss and accuracy are means over its optimizer steps. rate: its timings."""
-    loss, accuracy = (sum(row[key] for row in rows) / max(len(rows), 1) for key in ("train_loss", "implicit_acc"))
+    """Return the line of one prompt batch; loss and accuracy are means over its optimizer steps.
+    rate: its timings."""
+    loss, accuracy = (sum(row[key] for row in rows) / max(len(rows), 1)
+                      for key in ("train_loss", "implicit_acc"))
     what = f"loss {loss:.3f} | acc {accuracy:.2f}" if rows else "no valid pair"
     return (f"step {step} | {what} | pairs {pairs} | {rate['seconds'] * 1e3:.0f} ms | "
             f"{rate['prompts_per_second']:.1f} prompts/s{accounting.text(rate)} | {console.memory()}")

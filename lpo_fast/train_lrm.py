@@ -1,4 +1,5 @@
-"""The LRM loop: preference pairs of pictures, noised to a random timestep, teach the denoiser to score latents."""
+"""The LRM loop: preference pairs of pictures, noised to a random timestep,
+teach the denoiser to score latents."""
 
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,11 @@ from lpo_fast.system import compilation, console, devices, distributed
 
 
 def train(config: LRM) -> Path:
-    """Train an LRM; return the run directory, whose checkpoint-final/ is the best LRM by validation accuracy, or the last.
+    """Train an LRM; return the run directory, whose checkpoint-final/ is the best LRM by validation
+    accuracy, or the last.
 
-    Raises InputError for what cannot be read, used, or written, also if the disk is full; the last saved state is then
-    complete.
+    Raises InputError for what cannot be read, used, or written, also if the disk is full;
+    the last saved state is then complete.
     """
     used = runs.lrm(config)
     distributed.state()
@@ -42,15 +44,16 @@ def _train(config: LRM, used: dict[str, PairTable]) -> Path:
     # 3) The run directory; a resumed run continues exactly where it was.
     selection.require_disk_space(out, lrm, config, validated="validation" in used)
     skips = monitor.SkippedSteps(out, learner.inputs)
-    run = Run(config, at, learner.parts(), steps.STEP, skips=skips, after_save=partial(selection.prune, out, at))
+    run = Run(config, at, learner.parts(), steps.STEP, skips=skips,
+              after_save=partial(selection.prune, out, at))
     logs.write_text(out / "config.yaml", official.render(config, lrm.family.name, distributed.world_size()))
     if run.resumed:
         run.restore("pairs", config.pairs, "--pairs")
     if at.step > config.max_steps:
         raise InputError(str(config.max_steps), f"the run in {out} is beyond, at step {at.step}", "use more",
                          "--max-steps")
-    console.say(f"LRM on {device}, precision {encoder.precision} | {data.number} of {len(used['train'].captions)} pairs | "
-                f"{at.step} of {config.max_steps} steps done | "
+    console.say(f"LRM on {device}, precision {encoder.precision} | {data.number} of "
+                f"{len(used['train'].captions)} pairs | {at.step} of {config.max_steps} steps done | "
                 f"{sum(p.numel() for p in lrm.parameters() if p.requires_grad):,} parameters train | "
                 f"{distributed.named(distributed.world_size())}")
     data.announce()
@@ -91,7 +94,8 @@ def _train(config: LRM, used: dict[str, PairTable]) -> Path:
     for use in data.held_out:
         shown = validate(use)
         run.log.log(use, at.step, checkpoint=step, **shown)
-        console.say(f"kept as final: step {step}, {use} accuracy {shown['accuracy']:.3f} at t = {validate.timesteps[0]}")
+        console.say(f"kept as final: step {step}, {use} accuracy {shown['accuracy']:.3f} at t = "
+                    f"{validate.timesteps[0]}")
     data.summary()
     skips.summary(config.max_steps)
     run.close()
@@ -115,5 +119,5 @@ def report(run: Run, clock: Clock, size: int, lag: int) -> None:
         run.at.stage["step_loss"] = row["loss"]
         each, idle = seconds / len(rows), waited / seconds
         run.log.time(global_step=step, seconds=each, pairs_per_second=size / each, data=idle)
-        console.say(f"step {step} | loss {row['loss']:.3f} | acc {row['accuracy']:.2f} | {each * 1e3:.0f} ms | "
-                    f"data {idle:.0%} | {size / each:.1f} pairs/s | {console.memory()}")
+        console.say(f"step {step} | loss {row['loss']:.3f} | acc {row['accuracy']:.2f} | {each * 1e3:.0f} ms "
+                    f"| data {idle:.0%} | {size / each:.1f} pairs/s | {console.memory()}")

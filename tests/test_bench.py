@@ -39,18 +39,20 @@ def test_every_operator_has_a_benchmark_and_the_same_small_size() -> None:
 
 
 def test_the_command_writes_results_row_by_row_and_keeps_others(tmp_path: Path) -> None:
-    command = ("-m", "pytest", "bench/bench_kernels.py::test_pair_select", "--benchmark-only", "-p", "no:cacheprovider", "--results",
-               str(tmp_path))
+    command = ("-m", "pytest", "bench/bench_kernels.py::test_pair_select", "--benchmark-only",
+               "-p", "no:cacheprovider", "--results", str(tmp_path))
     first = python(*command)
     assert first.returncode == 0, first.stdout + first.stderr
-    assert "| pair_select | small" in first.stdout and {path.suffix for path in tmp_path.iterdir()} == {".json", ".md"}
+    assert ("| pair_select | small" in first.stdout
+            and {path.suffix for path in tmp_path.iterdir()} == {".json", ".md"})
     path, = tmp_path.glob("*.json")
     rows = json.loads(path.read_text())
     if torch.cuda.is_available():
         return
     assert [(row["size"], row["pass"], row["how"]) for row in rows] == [
         ("small", "forward", "eager"), ("small", "forward", "compiled")]
-    assert all(min(row["bytes"], row["wall_us"], row["share"]) > 0 and row["torch"] == torch.__version__ for row in rows)
+    assert all(min(row["bytes"], row["wall_us"], row["share"]) > 0 and row["torch"] == torch.__version__
+               for row in rows)
     path.write_text(json.dumps([rows[0] | {"op": "another"}, rows[0] | {"wall_us": -1}]))
     assert python(*command, "-k", "eager").returncode == 0
     after = json.loads(path.read_text())
@@ -79,7 +81,8 @@ def test_rows_of_lrm_training(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest
     for row in rows:
         assert abs(row["loss_difference"]) < (0.1 if torch.cuda.is_available() else 1e-5)
         assert row["factor"] > 0 and min(row["ms"].values()) > 0
-    assert cached["needed_tflop"] < ours["needed_tflop"] == ours["tflop"] == stated["needed_tflop"] < stated["tflop"]
+    assert (cached["needed_tflop"] < ours["needed_tflop"] == ours["tflop"] == stated["needed_tflop"]
+            < stated["tflop"])
     folder, = (tmp_path / "results").iterdir()
     assert {path.name for path in folder.iterdir()} == {f"lrm-tiny.{kind}" for kind in ("json", "md", "png")}
 
@@ -87,16 +90,19 @@ def test_rows_of_lrm_training(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest
 def test_pytest_alone_collects_no_benchmark() -> None:
     collected = python("-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider").stdout
     assert "tests/test_bench.py" in collected and "bench/bench_" not in collected
-    collected = python("-m", "pytest", "bench/", "--benchmark-only", "--collect-only", "-q", "-p", "no:cacheprovider").stdout
+    collected = python("-m", "pytest", "bench/", "--benchmark-only", "--collect-only", "-q",
+                       "-p", "no:cacheprovider").stdout
     assert "bench/bench_kernels.py" in collected and "tests/" not in collected
 
 
 def row(how: str, wall: float, **others) -> dict:
-    return {"op": "op", "size": "big", "pass": "forward", "how": how, "wall_us": wall, "GB/s": 100.0, "share": 0.25, **others}
+    return {"op": "op", "size": "big", "pass": "forward", "how": how, "wall_us": wall, "GB/s": 100.0,
+            "share": 0.25, **others}
 
 
 def test_table() -> None:
-    rows = [row("eager", 50.0, gpu_us=40.0, launches=7), row("kernel", 20.0, gpu_us=10.0, launches=1, **{"GB/s": 2345.67}),
+    rows = [row("eager", 50.0, gpu_us=40.0, launches=7),
+            row("kernel", 20.0, gpu_us=10.0, launches=1, **{"GB/s": 2345.67}),
             row("compiled", 25.0, gpu_us=15.0, launches=3), row("eager", 8.0) | {"op": "another"},
             row("compiled", 1.0) | {"op": "not timed", "wall_us": 1} | {"pass": "backward"}]
     del rows[-1]["wall_us"]
@@ -104,15 +110,16 @@ def test_table() -> None:
         [cell.strip() for cell in line.strip("|").split("|")] for line in table(rows).splitlines())
     assert dict(zip(header, big, strict=True)) == {
         "op": "op", "size": "big", "pass": "forward", "eager µs": "40.0 (50.0)", "compiled µs": "15.0 (25.0)",
-        "kernel µs": "10.0 (20.0)", "× eager": "4.00", "× compiled": "1.50", "GB/s": "2345.7", "of copy": "25%",
-        "launches": "7/3/1"}
+        "kernel µs": "10.0 (20.0)", "× eager": "4.00", "× compiled": "1.50", "GB/s": "2345.7",
+        "of copy": "25%", "launches": "7/3/1"}
     assert another == ["another", "big", "forward", "(8.0)", "-", "-", "-", "-", "100.0", "25%", "-/-/-"]
     assert table([]).count("\n") == 2
     header, _, big = ([cell.strip() for cell in line.strip("|").split("|")] for line in table(
         [row("eager", 8.0), row("compiled", 4.0)]).splitlines())
+    # without a GPU nothing of kernels
     assert dict(zip(header, big, strict=True)) == {
-        "op": "op", "size": "big", "pass": "forward", "eager µs": "(8.0)", "compiled µs": "(4.0)", "× eager": "2.00",
-        "GB/s": "100.0", "of copy": "25%"}  # without a GPU nothing of kernels
+        "op": "op", "size": "big", "pass": "forward", "eager µs": "(8.0)", "compiled µs": "(4.0)",
+        "× eager": "2.00", "GB/s": "100.0", "of copy": "25%"}
 
 
 def test_markdown_is_aligned() -> None:
@@ -121,8 +128,9 @@ def test_markdown_is_aligned() -> None:
 
 
 def test_only_right_results_are_timed() -> None:
-    operator = Operator(kernel=lambda x: 1.01 * x, reference=lambda x: x, sizes={"small": {}}, small={"small": {}},
-                        inputs=lambda device: (torch.linspace(-1, 1, 9, device=device),), moved=lambda arguments, backward: 72)
+    operator = Operator(kernel=lambda x: 1.01 * x, reference=lambda x: x, sizes={"small": {}},
+                        small={"small": {}}, inputs=lambda device: (torch.linspace(-1, 1, 9, device=device),),
+                        moved=lambda arguments, backward: 72)
     with pytest.raises(AssertionError, match="<lambda> kernel forward, result 0: error of 0.0"):
         measure.run(operator, "small", "kernel", False, benchmark=None, copy_rate=1.0)
 

@@ -29,7 +29,8 @@ import torch._functorch.config
 from lpo_fast.verify.operators import Operator, error
 
 HERE = Path(__file__).resolve().parents[1]
-ROUNDS, ROUND = (20, 0.02) if torch.cuda.is_available() else (10, 0.003)  # rounds of a benchmark; seconds of one
+# rounds of a benchmark; seconds of one
+ROUNDS, ROUND = (20, 0.02) if torch.cuda.is_available() else (10, 0.003)
 GRAPH = 20  # least number of calls in a CUDA graph
 VARIANTS = ("eager", "compiled", "kernel")
 
@@ -90,10 +91,13 @@ def environment() -> dict[str, str]:
     """Return the device, versions, commit and date of a measurement."""
     import triton
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    return {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
-            "torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0],
-            "commit": commit or os.environ.get("COMMIT", "unknown"), "date": datetime.now(UTC).date().isoformat()}
+    commit = (subprocess.run(command, capture_output=True, text=True).stdout.strip()
+              if shutil.which("git") else "")
+    return {
+        "device": torch.cuda.get_device_name()
+            if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
+        "torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0],
+        "commit": commit or os.environ.get("COMMIT", "unknown"), "date": datetime.now(UTC).date().isoformat()}
 
 
 def run(operator: Operator, size: str, how: str, backward: bool, benchmark, copy_rate: float) -> dict:
@@ -111,7 +115,8 @@ def run(operator: Operator, size: str, how: str, backward: bool, benchmark, copy
     if how == "compiled":
         torch._dynamo.reset()
         function = torch.compile(function, fullgraph=True, dynamic=False)
-    row = {"op": operator.name, "size": size, "pass": direction, "how": how, "bytes": moved, "copies": len(inputs)}
+    row = {"op": operator.name, "size": size, "pass": direction, "how": how, "bytes": moved,
+           "copies": len(inputs)}
 
     with torch._functorch.config.patch(donated_buffer=False):  # the autograd graph is kept
         todo = operator.calls(function, inputs, backward)
@@ -123,7 +128,8 @@ def run(operator: Operator, size: str, how: str, backward: bool, benchmark, copy
     for _ in range(4):
         call()
     seconds = (clock() - start) / 4
-    benchmark.pedantic(call, rounds=ROUNDS, iterations=min(max(int(ROUND / seconds), 1), 1000), warmup_rounds=1)
+    benchmark.pedantic(call, rounds=ROUNDS, iterations=min(max(int(ROUND / seconds), 1), 1000),
+                       warmup_rounds=1)
     if benchmark.stats is None:
         return row
     wall = benchmark.stats.stats
@@ -133,20 +139,24 @@ def run(operator: Operator, size: str, how: str, backward: bool, benchmark, copy
         seconds = gpu_seconds(todo, torch.cuda.current_stream())
         row |= {"gpu_us": seconds * 1e6, "launches": launches(todo[0])}
     rate = moved / seconds
-    return row | {"GB/s": rate / 1e9, "copy GB/s": copy_rate / 1e9, "share": rate / copy_rate, **environment()}
+    return row | {"GB/s": rate / 1e9, "copy GB/s": copy_rate / 1e9, "share": rate / copy_rate,
+                  **environment()}
 
 
 def benchmarks(operator: Operator) -> Callable:
     """Return a pytest function over size × (forward, backward) × variant; no kernel without a GPU."""
     cuda = torch.cuda.is_available()
     directions = (False,) if operator.differentiable is None else (False, True)
-    cases = itertools.product(operator.sizes if cuda else operator.small, directions, VARIANTS if cuda else VARIANTS[:2])
+    cases = itertools.product(operator.sizes if cuda else operator.small, directions,
+                              VARIANTS if cuda else VARIANTS[:2])
 
     @pytest.mark.benchmark(timer=clock, group=operator.name)
-    @pytest.mark.parametrize("size, backward, how", [
-        pytest.param(*case, id=f"{case[0]}-{'backward' if case[1] else 'forward'}-{case[2]}") for case in cases])
-    def test(size: str, backward: bool, how: str, benchmark, copy_rate: float, record: Callable[[dict], None]) -> None:
-        stream = torch.cuda.Stream() if cuda else None  # a backward pass runs on the stream of its forward pass
+    @pytest.mark.parametrize("size, backward, how", [pytest.param(
+        *case, id=f"{case[0]}-{'backward' if case[1] else 'forward'}-{case[2]}") for case in cases])
+    def test(size: str, backward: bool, how: str, benchmark, copy_rate: float,
+             record: Callable[[dict], None]) -> None:
+        # a backward pass runs on the stream of its forward pass
+        stream = torch.cuda.Stream() if cuda else None
         with torch.cuda.stream(stream):
             row = run(operator, size, how, backward, benchmark, copy_rate)
         benchmark.extra_info.update(row)
@@ -171,8 +181,10 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable]) -> str:
     """Return a Markdown table with aligned columns."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]) + "\n"
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+             for row in cells]
+    return ("\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+            + "\n")
 
 
 def table(rows: Iterable[dict]) -> str:
@@ -199,10 +211,12 @@ def table(rows: Iterable[dict]) -> str:
         three = [variants.get(how) for how in VARIANTS]
         last = [row for row in three if row][-1]
         counts = "/".join(str(row.get("launches", "-")) if row else "-" for row in three)
-        lines.append([*key, *map(cell, three), *(times(row, last) for row in three[:2]), f"{last['GB/s']:.1f}",
-                      f"{last['share']:.0%}", counts])
-    header = ("op", "size", "pass", "eager µs", "compiled µs", "kernel µs", "× eager", "× compiled", "GB/s", "of copy",
-              "launches")
-    keep = [not lines or any(cell.strip("-/") for cell in column) for column in zip(*lines or [header], strict=True)]
-    header, *lines = ([cell for cell, kept in zip(row, keep, strict=True) if kept] for row in (header, *lines))
+        lines.append([*key, *map(cell, three), *(times(row, last) for row in three[:2]),
+                      f"{last['GB/s']:.1f}", f"{last['share']:.0%}", counts])
+    header = ("op", "size", "pass", "eager µs", "compiled µs", "kernel µs", "× eager", "× compiled", "GB/s",
+              "of copy", "launches")
+    keep = [not lines or any(cell.strip("-/") for cell in column)
+            for column in zip(*lines or [header], strict=True)]
+    header, *lines = ([cell for cell, kept in zip(row, keep, strict=True) if kept]
+                      for row in (header, *lines))
     return markdown(header, lines)

@@ -10,11 +10,13 @@ from torch import nn
 SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 UNETS = {  # the published unet/config.json; the rest are diffusers' defaults
     "sd15": SD15,
-    "sd21": {**SD15, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
+    "sd21": {**SD15, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
+             "use_linear_projection": True},
     "sdxl": {"sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
              "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": (5, 10, 20),
-             "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True, "addition_embed_type": "text_time",
+             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+             "attention_head_dim": (5, 10, 20), "transformer_layers_per_block": (1, 2, 10),
+             "use_linear_projection": True, "addition_embed_type": "text_time",
              "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816},
     # for CPUs: SD1.5 with a quarter of every width, on pictures of half the side
     "small": {"sample_size": 32, "cross_attention_dim": 192, "attention_head_dim": 4,
@@ -30,7 +32,8 @@ SMALL_L = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 12
 TEXTS = {"sd15": [CLIP_L], "sd21": [CLIP_H], "sdxl": [CLIP_L, CLIP_G], "small": [SMALL_L]}
 VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-VAES = {family: {**VAE, "sample_size": 512, "scaling_factor": 0.13025 if family == "sdxl" else 0.18215} for family in UNETS}
+VAES = {family: {**VAE, "sample_size": 512, "scaling_factor": 0.13025 if family == "sdxl" else 0.18215}
+        for family in UNETS}
 VAES["small"] |= {"block_out_channels": (32, 64, 128, 128)}
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
              "set_alpha_to_one": False, "steps_offset": 1}
@@ -54,7 +57,8 @@ def save_random(module: nn.Module, folder: Path, stem: str) -> None:
             tensors[name] = torch.full(tensor.shape, float(name.endswith("weight")), dtype=torch.float16)
         else:
             std = 0.02 if "embedding.weight" in name else tensor[0].numel() ** -0.5
-            tensors[name] = (normals.repeat(-(-tensor.numel() // BLOCK))[:tensor.numel()] * std).view(tensor.shape)
+            tensors[name] = ((normals.repeat(-(-tensor.numel() // BLOCK))[:tensor.numel()] * std)
+                             .view(tensor.shape))
     save_config(module, folder)
     save_file(tensors, folder / f"{stem}.safetensors", {"format": "pt"})
 
@@ -70,7 +74,8 @@ def make(family: str, folder: Path, save: Callable[[nn.Module, Path, str], None]
     from lpo_fast.shapes import PIPELINE
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(PIPELINE / "tokenizer", model_max_length=77)
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "vocab_size": 49408}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+           "vocab_size": 49408}
     kinds = {"": CLIPTextModel, "_2": CLIPTextModelWithProjection}
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel(**UNETS[family]), AutoencoderKL(**VAES[family])
@@ -101,7 +106,8 @@ def make_lrm(model: Path, folder: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     heads = {"visual_projection": (width, sum(checkpoint.feature_widths(unet, True)))}
     heads |= {} if family.time_ids else {"text_projection": (width, width)}
-    state = {head: {"weight": torch.randn(shape, generator=generator) * shape[1] ** -0.5} for head, shape in heads.items()}
+    state = {head: {"weight": torch.randn(shape, generator=generator) * shape[1] ** -0.5}
+             for head, shape in heads.items()}
     folder.mkdir(parents=True)
     (folder / "unet").symlink_to((model / "unet").absolute())
     torch.save(state | {"logit_scale": 2.6592}, folder / "state_dict.pt")

@@ -32,8 +32,8 @@ class Reads(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        to_host = function._opname in ("_to_copy", "copy_") and isinstance(out, Tensor) and out.device.type == "cpu" and any(
-            isinstance(x, Tensor) and x.is_cuda for x in args)
+        to_host = (function._opname in ("_to_copy", "copy_") and isinstance(out, Tensor)
+                   and out.device.type == "cpu" and any(isinstance(x, Tensor) and x.is_cuda for x in args))
         first = args[0] if args else None
         on_host = torch.cuda.is_available() and isinstance(first, Tensor) and not first.is_cuda
         self.count += function._opname in READS and not on_host or to_host
@@ -114,7 +114,8 @@ def measured(benchmark, base: dict[str, Callable], parts: dict[str, Callable], r
     wall = [sum(own.values()) for _, own in pairs]
     return {
         "ms": {name: statistics.median(own[name] for _, own in pairs) * 1e3 for name in parts},
-        "whole_ms": statistics.median(wall) * 1e3, "fastest_ms": min(wall) * 1e3, "slowest_ms": max(wall) * 1e3,
+        "whole_ms": statistics.median(wall) * 1e3,
+        "fastest_ms": min(wall) * 1e3, "slowest_ms": max(wall) * 1e3,
         "official_ms": statistics.median(sum(b.values()) for b, _ in pairs) * 1e3, "rounds": rounds,
         "factor": statistics.median(sum(b.values()) / sum(own.values()) for b, own in pairs),
         "factors": [sum(b.values()) / sum(own.values()) for b, own in pairs]}
@@ -154,7 +155,8 @@ def keep(folder: Path | None, name: str, about: str, row: dict) -> list[dict]:
     rows = [row if r["row"] == row["row"] else r for r in rows] + ([] if row["row"] in names else [row])
     keys = ("device", "torch", "triton", "python", "commit", "date")
     made = sorted({", ".join(f"{k} {r[k]}" for k in keys) for r in rows})
-    page = f"# {name}\n\n{about}\n\n{table(rows)}\n![waterfall]({name}.png)\n\n" + "".join(f"- {line}\n" for line in made)
+    page = (f"# {name}\n\n{about}\n\n{table(rows)}\n![waterfall]({name}.png)\n\n"
+            + "".join(f"- {line}\n" for line in made))
     write(path, rows, page)
     picture(rows, path.with_suffix(".png"))
     return rows
@@ -164,7 +166,8 @@ def skip_if_known(folder: Path | None, name: str, row: str) -> None:
     """Skip a benchmark whose row was measured on this device at this commit, so that a run can resume."""
     path, now = folder and folder / machine() / f"{name}.json", environment()
     rows = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else []
-    if any(r["row"] == row and all(r[key] == now[key] for key in ("device", "torch", "commit")) for r in rows):
+    if any(r["row"] == row and all(r[key] == now[key] for key in ("device", "torch", "commit"))
+           for r in rows):
         pytest.skip(f"already measured at this commit, in {path}; remove it to measure again")
 
 

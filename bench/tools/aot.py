@@ -40,9 +40,10 @@ from lpo_fast.verify.operators import OPERATORS, Operator
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # With 64 bytes in flight per thread, 32 KB per multiprocessor: hides the latency of an H100's memory.
 MIN_WARPS = 16
-# Of a multiprocessor, by compute capability: warps, blocks, KB of shared memory (CUDA C++ Programming Guide, "Compute
-# Capabilities"). All have 65,536 registers.
-LIMITS = {80: (64, 32, 164), 86: (48, 16, 100), 89: (48, 24, 100), 90: (64, 32, 228), 100: (64, 32, 228), 120: (48, 24, 100)}
+# Of a multiprocessor, by compute capability: warps, blocks, KB of shared memory (CUDA C++ Programming Guide,
+# "Compute Capabilities"). All have 65,536 registers.
+LIMITS = {80: (64, 32, 164), 86: (48, 16, 100), 89: (48, 24, 100), 90: (64, 32, 228), 100: (64, 32, 228),
+          120: (48, 24, 100)}
 
 
 class Row(NamedTuple):
@@ -73,7 +74,8 @@ class Unfilled(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (torch.randn, torch.rand, torch.randint):
             kwargs = {k: v for k, v in (kwargs or {}).items() if k not in ("generator", "low", "high")}
-            kwargs.setdefault("size", next((a for a in reversed(args) if isinstance(a, (tuple, list, torch.Size))), args))
+            kwargs.setdefault(
+                "size", next((a for a in reversed(args) if isinstance(a, (tuple, list, torch.Size))), args))
             if function is torch.randint:
                 kwargs.setdefault("dtype", torch.int64)
             return torch.zeros(**kwargs)
@@ -98,7 +100,8 @@ def source(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict]:
     kernel, backend = launch.kernel, make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*launch.arguments, num_warps=launch.warps, **launch.constants)
-    options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, options, bound, specialization, options)
     return ASTSource(kernel, signature, constants, attributes), options.__dict__
 
 
@@ -107,7 +110,8 @@ def tool(name: str, cubin: bytes, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([TOOLS / name, *options, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([TOOLS / name, *options, file.name], capture_output=True, text=True,
+                              check=True).stdout
 
 
 def accesses(sass: str, instruction: str) -> dict[int, int]:
@@ -125,7 +129,8 @@ def resident(arch: int, warps: int, registers: int, shared: int) -> int:
     return warps * min(most // warps, blocks, by_registers, by_memory)
 
 
-def examine(op: str, size: str, launch: Launch, what: ASTSource, options: dict, target: GPUTarget, narrow: str) -> Row:
+def examine(op: str, size: str, launch: Launch, what: ASTSource, options: dict, target: GPUTarget,
+            narrow: str) -> Row:
     """Compile one launch; return its row."""
     arch = target.arch
     row = Row(op, size, launch.kernel.__name__, arch, "×".join(map(str, launch.grid)), launch.warps)
@@ -135,16 +140,18 @@ def examine(op: str, size: str, launch: Launch, what: ASTSource, options: dict, 
         print(f"{op} {size} {row.kernel} sm_{arch}: {error}", file=sys.stderr)
         return row._replace(verdict="does not compile")
     cubin, shared = compiled.asm["cubin"], compiled.metadata.shared
-    usage = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", cubin, "-res-usage"))}
+    usage = {k: int(v)
+             for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", cubin, "-res-usage"))}
     sass = tool("nvdisasm", cubin, "-c")
     spills, local = len(re.findall(r"\b(?:STL|LDL)\b", sass)), usage["STACK"] + usage["LOCAL"]
     load, store = accesses(sass, "(?:LDG|LDGSTS)"), accesses(sass, "STG")
     fits = resident(arch, launch.warps, usage["REG"], shared)
     verdict = ("spills" if spills or local else f"only {fits} warps fit" if fits < MIN_WARPS else
-               (f"narrow: {narrow}" if narrow else "NARROW") if max([*load, *store], default=0) < 16 else "ok")
+               (f"narrow: {narrow}" if narrow else "NARROW") if max([*load, *store], default=0) < 16 else
+               "ok")
     load, store = (" ".join(f"{n}×{width}" for width, n in found.items()) or "-" for found in (load, store))
-    return row._replace(registers=usage["REG"], shared=shared, spills=spills, local=local, load=load, store=store,
-                        resident=fits, verdict=verdict)
+    return row._replace(registers=usage["REG"], shared=shared, spills=spills, local=local, load=load,
+                        store=store, resident=fits, verdict=verdict)
 
 
 def examine_all(operator: Operator, size: str, archs: Iterable[int]) -> dict[tuple[str, int], Row]:
@@ -154,7 +161,8 @@ def examine_all(operator: Operator, size: str, archs: Iterable[int]) -> dict[tup
         for arch in archs:
             target = GPUTarget("cuda", arch, 32)
             what, options = source(launch, target)
-            if (identity := (what.hash(), arch)) not in found:  # a forward pass launches the same with a graph and without
+            # a forward pass launches the same with a graph and without
+            if (identity := (what.hash(), arch)) not in found:
                 narrow = operator.narrow.get(launch.kernel.__name__, "")
                 found[identity] = examine(operator.name, size, launch, what, options, target, narrow)
     if not found:
@@ -176,20 +184,23 @@ def report(found: Iterable[dict[tuple[str, int], Row]]) -> tuple[str, int]:
             rows[identity] = row._replace(sizes=sizes)
     ordered = sorted(rows.values(), key=lambda row: (row.op, row.kernel, row.sizes, row.arch))
     bad = [row for row in ordered if row.verdict != "ok" and not row.verdict.startswith("narrow: ")]
-    text = (f"Compiled ahead of time by Triton {triton.__version__}, python bench/tools/aot.py. load, store: instructions "
-            "× bytes per thread; local: bytes; resident: warps per multiprocessor.\n\n"
-            f"{markdown(Row._fields, ordered)}\n{len(ordered)} launches compiled, {len(bad)} with problems.\n")
+    text = (f"Compiled ahead of time by Triton {triton.__version__}, python bench/tools/aot.py. load, store: "
+            "instructions × bytes per thread; local: bytes; resident: warps per multiprocessor.\n\n"
+            f"{markdown(Row._fields, ordered)}\n{len(ordered)} launches compiled, {len(bad)} "
+            "with problems.\n")
     return text, 1 if bad or not ordered else 0
 
 
 def main() -> int:
     """Print the table; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="op", help=f"{', '.join(OPERATORS)}; all by default")
     parser.add_argument("--arch", nargs="+", type=int, choices=LIMITS, default=[80, 90, 100])
     parser.add_argument("--out", type=Path, help="write the table there too")
     options = parser.parse_args()
-    if unknown := ", ".join(op for op in options.ops if op not in OPERATORS):  # choices would refuse an empty list
+    # choices would refuse an empty list
+    if unknown := ", ".join(op for op in options.ops if op not in OPERATORS):
         parser.error(f"no such operator: {unknown}; there are {', '.join(OPERATORS)}")
     tasks = [(op, size, [arch]) for op in options.ops or OPERATORS
              for size in OPERATORS[op].sizes | OPERATORS[op].variants for arch in options.arch]

@@ -64,7 +64,8 @@ def row(name: str, work: Path, scratch: Path) -> list[object]:
     else:
         evaluate.write_pairs(scratch / "pairs.parquet", 64, 0, held_out=False)
         given += ["--pairs", str(scratch / "pairs.parquet")]
-    phases = [line.split()[-1].replace(",", "") for line in run(stage, *given, "--dry-run") if line.startswith("most while")]
+    phases = [line.split()[-1].replace(",", "") for line in run(stage, *given, "--dry-run")
+              if line.startswith("most while")]
     estimate = max(map(float, phases))
     if not CUDA:
         return [name, gigabytes, f"{estimate:.2f}", "no GPU", ""]
@@ -74,7 +75,8 @@ def row(name: str, work: Path, scratch: Path) -> list[object]:
 
 def main() -> None:
     """Measure all settings; print and write the table after each row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", choices=[[], *SETTINGS], default=[], help="default: all")
     parser.add_argument("--out", type=Path, help="file of the table")
     args, rows = parser.parse_args(), []
@@ -85,7 +87,8 @@ def main() -> None:
             table = markdown(["setting", "GB of the GPU", "GiB by --dry-run", "GiB measured", "ratio"], rows)
             print(table, flush=True)
             if args.out:
-                args.out.write_text(f"# Peak memory\n\n`python bench/tools/memory.py`; {stamp()}.\n\n{table}", encoding="utf-8")
+                args.out.write_text(f"# Peak memory\n\n`python bench/tools/memory.py`; {stamp()}.\n\n{table}",
+                                    encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -89,9 +89,8 @@ def lpo(config: LPO) -> list[str]:
             return judge.score(x, t, words[index])
     with meta.on_cuda():
         sampling = meta.measure(lambda: lpo_sampling.trajectory(
-            actor.predict, score, sched, meta.empty(1000),
-            CounterNoise(config.seed, 0, index, shape), index, guidance=config.guidance_scale, num_candidates=k,
-            window=(0, 1)))
+            actor.predict, score, sched, meta.empty(1000), CounterNoise(config.seed, 0, index, shape), index,
+            guidance=config.guidance_scale, num_candidates=k, window=(0, 1)))
         drawing = meta.measure(lambda: actor.predict(meta.empty(size, *shape), index, index))
         training = meta.training_pass(lambda: lpo_steps.evaluate(
             actor, sched, pairs, meta.empty(n), beta=config.beta, eps=config.clip_eps,
@@ -110,8 +109,10 @@ def lpo(config: LPO) -> list[str]:
     base = sum(always.values())
     phases = {
         "loading": loading,
-        f"sampling, {size} prompts, {k * size} candidates": base + (sampling.peak if config.compiled == "none" else 0),
-        f"training, {n} pairs{'' if config.checkpointing == 'none' else f' with {config.checkpointing} checkpointing'}":
+        f"sampling, {size} prompts, {k * size} candidates":
+            base + (sampling.peak if config.compiled == "none" else 0),
+        f"training, {n} "
+        f"pairs{'' if config.checkpointing == 'none' else f' with {config.checkpointing} checkpointing'}":
             base + training.peak - gradients + gradients // cut}
     if config.pictures or config.validation_prompts:
         phases["drawing pictures, VAE in fp32"] = base + held(vae) + max(decoding.peak, drawing.peak)
@@ -167,8 +168,9 @@ def lrm(config: LRM) -> list[str]:
     def forward() -> Tensor:
         with devices.autocast(precision):
             unit = encode_features(reward, ids, [i[:1] for i in ids], x, t)
-        return loss.preference(*unit, reward.logit_scale.exp(), label, label, t[0], t.T, loss_type=config.loss_type,
-                               batch_coeff=config.batch_coeff, aux_loss_coeff=config.aux_loss_coeff)
+        return loss.preference(*unit, reward.logit_scale.exp(), label, label, t[0], t.T,
+                               loss_type=config.loss_type, batch_coeff=config.batch_coeff,
+                               aux_loss_coeff=config.aux_loss_coeff)
     with meta.on_cuda():
         encoding = meta.measure(lambda: lrm_encoding.encode(
             vae, meta.empty(encoded_at_once, 3, pixels, pixels), precision))
@@ -189,16 +191,14 @@ def lrm(config: LRM) -> list[str]:
                           "text encoders": list(reward.text_encoders.parameters()),
                           "projections, logit scale": heads_of(reward), "VAE": list(vae.parameters())}), "",
         *memory_table(always, training.kept, gradients, phases, optimizers), "",
-        f"an optimizer step: {own} pairs per process in {-(-own // n)} micro-batches; "
-        f"{config.max_steps} steps",
-        *([f"--cache-latents: {kept[0]:,} pictures to add, {kept[1] / 2**30:,.2f} GiB of disk space"]
-          if kept else []),
-        *table(["network evaluations", "per pair", "per step"], [
+        f"an optimizer step: {own} pairs per process in {-(-own // n)} micro-batches; {config.max_steps} "
+        "steps", *([f"--cache-latents: {kept[0]:,} pictures to add, {kept[1] / 2**30:,.2f} GiB of disk space"]
+                   if kept else []), *table(["network evaluations", "per pair", "per step"], [
             ["VAE's encoder", 2, 2 * own],
-            [f"denoiser, down and mid ({evaluations // 2} per picture)", evaluations, evaluations * own]]), "",
-        *table(["TFLOP", "per pair", "per step"], [
-            [name, f"{x / 1e12:,.2f}", f"{x * own / 1e12:,.1f}"] for name, x in (
-                ("VAE", work[0]), ("training", work[1]), ("total", sum(work)))])]
+            [f"denoiser, down and mid ({evaluations // 2} per picture)", evaluations, evaluations * own]]),
+        "", *table(["TFLOP", "per pair", "per step"],
+                   [[name, f"{x / 1e12:,.2f}", f"{x * own / 1e12:,.1f}"] for name, x in (
+                       ("VAE", work[0]), ("training", work[1]), ("total", sum(work)))])]
 
 
 def processes() -> int:

@@ -30,9 +30,10 @@ from lpo_fast.system import devices, launch
 
 META = torch.device("meta")
 # Functions whose inputs autocast casts to half precision, or to fp32, on CUDA; others keep their dtypes.
-HALF = {F.linear, F.conv2d, F.scaled_dot_product_attention, torch.matmul, torch.bmm, torch.baddbmm, torch.addmm,
-        Tensor.matmul, Tensor.__matmul__}
-FULL = {F.group_norm, F.layer_norm, F.softmax, torch.softmax, Tensor.softmax, torch.exp, torch.pow, Tensor.pow}
+HALF = {F.linear, F.conv2d, F.scaled_dot_product_attention, torch.matmul, torch.bmm, torch.baddbmm,
+        torch.addmm, Tensor.matmul, Tensor.__matmul__}
+FULL = {F.group_norm, F.layer_norm, F.softmax, torch.softmax, Tensor.softmax, torch.exp, torch.pow,
+        Tensor.pow}
 ENCODED = 64  # prompts encoded at a time (texts.encode_prompts)
 
 
@@ -58,8 +59,8 @@ class Cuda(TorchFunctionMode):
         kwargs, device = kwargs or {}, devices.device().type
         if torch.is_autocast_enabled(device) and func in HALF | FULL:
             dtype = torch.float32 if func in FULL else torch.get_autocast_dtype(device)
-            args, kwargs = tree_map(
-                lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, (args, kwargs))
+            args, kwargs = tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point()
+                                    else x, (args, kwargs))
         return (fused_attention if func is F.scaled_dot_product_attention else func)(*args, **kwargs)
 
 
@@ -160,7 +161,8 @@ def policy(config: LPO, precision: str, text: Text) -> Policy:
         unet.enable_gradient_checkpointing(partial(checkpointed, precision, config.checkpointing))
     family = families.family_of(unet.config)
     sizes = denoisers.size_conditions(locate.model(config), family, unet, config.resolution)
-    return Policy(unet, text, sizes if sizes is None else sizes.to(META), full=config.full, precision=precision)
+    return Policy(unet, text, sizes if sizes is None else sizes.to(META), full=config.full,
+                  precision=precision)
 
 
 def checkpointed(precision: str, how: str, block: Callable, *inputs) -> Tensor:

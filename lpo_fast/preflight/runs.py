@@ -41,12 +41,13 @@ def lpo(config: LPO) -> tuple[list[str], Path | None]:
     optimization.check_optimizer(config.optimizer)
     attention.check_attention(config.attention)
     if config.shard and devices.precision(config.mixed_precision, "fp16") == "fp16":
-        raise InputError(config.mixed_precision, "means fp16 here, whose scaled loss --shard does not support",
-                         "use bf16, or drop --shard", "--mixed-precision")
+        raise InputError(config.mixed_precision, "means fp16 here, whose scaled loss --shard "
+                         "does not support", "use bf16, or drop --shard", "--mixed-precision")
     prompts = read_prompts(config.prompts, config.caption_key)
     if config.lora:
         loras.read_lora(Path(config.lora))
-    source = checkpoints.find_checkpoint(Path(config.resume_from), config.full) if config.resume_from else None
+    source = (checkpoints.find_checkpoint(Path(config.resume_from), config.full)
+              if config.resume_from else None)
     if source and (done := checkpoints.epoch_of(source) + 1) >= config.epochs:
         raise InputError(config.resume_from, f"{source.name} has finished epoch {done - 1}",
                          f"use --epochs above {done}", "--resume-from")
@@ -101,7 +102,8 @@ def training_pairs(config: LRM) -> dict[str, PairTable]:
     scores = mpcf.read_scores(config.scores) if config.scores else None
     used = {}
     for use, path, flag, split in (("train", config.pairs, "--pairs", config.train_split),
-                                   ("validation", config.validation_pairs, "--validation-pairs", config.validation_split),
+                                   ("validation", config.validation_pairs,
+                                    "--validation-pairs", config.validation_split),
                                    ("test", config.test_pairs, "--test-pairs", config.test_split)):
         if path or use == "train":
             table = preferences.read(path, flag, config.columns, split, config.cache_dir)
@@ -110,15 +112,15 @@ def training_pairs(config: LRM) -> dict[str, PairTable]:
     for use in used:
         if use != "train" and used[use].source.identity() & used["train"].source.identity():
             effect = ", and it selects the best LRM" if use == "validation" else ""
-            console.say(f"warning: --{use}-pairs shares rows with --pairs ({config.pairs}): its accuracy says "
-                        f"little about other pairs{effect}")
+            console.say(f"warning: --{use}-pairs shares rows with --pairs ({config.pairs}): its accuracy "
+                        f"says little about other pairs{effect}")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if len(used["train"]) < processes:
         raise InputError(str(processes), f"processes, but there are {len(used['train'])} pairs to train on",
                          f"start at most {len(used['train'])}", "WORLD_SIZE")
     if config.batch_size % (config.accumulate * processes):
-        raise InputError(str(config.batch_size), f"pairs cannot be divided evenly among {processes} processes "
-                         f"and {config.accumulate} micro-batches",
+        raise InputError(str(config.batch_size), f"pairs cannot be divided evenly among {processes} "
+                         f"processes and {config.accumulate} micro-batches",
                          f"use a multiple of {config.accumulate * processes}", "--batch-size")
     return used
 
@@ -176,5 +178,5 @@ def same_models(config: RunDirectory) -> None:
     environment = configs.read_config(out, "--out", "environment.json")
     for name, commit in environment.get("models", {}).items():
         if locate.RESOLVED.get(name, commit) != commit:
-            raise InputError(locate.RESOLVED[name], f"{name} has changed: the run in {config.out} used {commit}",
-                             "name that commit (--revision, or NAME@COMMIT)", "--out")
+            raise InputError(locate.RESOLVED[name], f"{name} has changed: the run in {config.out} "
+                             f"used {commit}", "name that commit (--revision, or NAME@COMMIT)", "--out")

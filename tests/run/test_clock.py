@@ -14,4 +14,5 @@ def test_more_workers_than_cores(monkeypatch: pytest.MonkeyPatch, capsys) -> Non
     assert not capsys.readouterr().out
     clock.Clock(3)
     told = capsys.readouterr().out
-    assert "warning: --num-workers 3 in each of 4 processes, but this machine has 8 cores: use at most 2" in told
+    assert ("warning: --num-workers 3 in each of 4 processes, but this machine has 8 cores: use at most 2"
+            in told)

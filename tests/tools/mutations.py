@@ -1,4 +1,5 @@
-"""Small ways to break the method, each of which a test must notice: ``python tests/tools/mutate.py`` tries them."""
+"""Small ways to break the method, each of which a test must notice:
+``python tests/tools/mutate.py`` tries them."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -70,8 +71,7 @@ MUTATIONS: list[Mutation] = [
         ("threshold upside down", "low + (curve - first)", "high - (curve - first)"),
         ("threshold from the first timestep", "low + (curve - first)", "low + (curve - last)"),
         ("gap of half the threshold", "return 2 * torch.atanh", "return 1 * torch.atanh"),
-        ("threshold of probabilities taken for a gap", "2 * torch.atanh(threshold.clamp(0, 1))",
-         "threshold"),
+        ("threshold of probabilities taken for a gap", "2 * torch.atanh(threshold.clamp(0, 1))", "threshold"),
         ("sigma for variance", "\"variance\": sigma**2", "\"variance\": sigma")),
     *of("method/schedule.py", "method/test_schedule.py",
         ("t for p", "a_p = a[p]", "a_p = a"),
@@ -112,8 +112,7 @@ MUTATIONS: list[Mutation] = [
     *of("lrm/reward.py", "lrm/test_reward.py",
         ("mid feature without guidance", "[*flags, guided]", "[*flags, False]"),
         ("down features guided", "guided and self.multi_scale_cfg and i >= first_guided", "guided"),
-        ("first stage of SDXL guided", "self.multi_scale_cfg and i >= first_guided",
-         "self.multi_scale_cfg"),
+        ("first stage of SDXL guided", "self.multi_scale_cfg and i >= first_guided", "self.multi_scale_cfg"),
         ("guidance below 1 is not off", ".float().clamp(min=1)", ".float()"),
         ("guidance schedule upside down", "np.interp(np.arange(TIMESTEPS), at, scale)",
          "np.interp(np.arange(TIMESTEPS), at, scale[::-1])"),
@@ -135,7 +134,8 @@ MUTATIONS: list[Mutation] = [
         ("kernel: difference of rounded outputs",
          "(null - null_ref) + guidance * ((text - text_ref) - (null - null_ref))",
          "m - m_ref"),
-        ("kernel: clip without effect on the difference", "tl.where(\n            inside, mean_difference, sqrt",
+        ("kernel: clip without effect on the difference",
+         "tl.where(\n            inside, mean_difference, sqrt",
          "tl.where(\n            inside | True, mean_difference, sqrt"),
         ("kernel: channels-last read as NCHW",
          "position = element % HW * C + element // HW if LAST else element\n    null",
@@ -181,8 +181,7 @@ MUTATIONS: list[Mutation] = [
         ("orders depend on no item", "torch.tensor([item]), ORDER", "torch.tensor([0]), ORDER"),
         ("integers reach high", "[0][0, :, 0] % high", "[0][0, :, 0] % (high + 1)")),
     *of("lpo/steps.py", "method/test_loss.py",
-        ("passes weigh alike, however full", "micro.valid / len(pairs.t)",
-         "micro.valid / micro.valid.sum()"),
+        ("passes weigh alike, however full", "micro.valid / len(pairs.t)", "micro.valid / micro.valid.sum()"),
         ("padding is real", "._replace(valid=real)", "._replace(valid=real | True)"),
         ("clip width ignored", "eps=config.clip_eps,\n                           guidance",
          "eps=1e9,\n                           guidance"),
@@ -198,17 +197,15 @@ MUTATIONS: list[Mutation] = [
     *of("lpo/steps.py", "system/test_distributed.py",
         ("processes train on the same pairs", "rank + first * world, rank +",
          "0 * rank + first * world, 0 * rank +")),
-    *of("lpo/batches.py", "system/test_distributed.py",
-        ("pooled pairs in the order of who made them",
-         "kept.take((number * len(index) + place).argsort())",
-         "kept")),
+    *of("lpo/batches.py", "system/test_distributed.py", ("pooled pairs in the order of who made them",
+                                                         "kept.take((number * len(index) + place).argsort())",
+                                                         "kept")),
     *of("lpo/batches.py", "lpo/test_run.py",
         ("a stopped batch is sampled anew",
          "            self.pairs = LatentPairs(*(x.to(devices.device()) for x in self.pairs))",
          "            self.pairs = None")),
     *of("config.py", "test_train.py lpo/test_run.py official/test_lpo_loop.py",
-        ("training without guidance", "return self.guidance_scale if self.train_cfg else 1.0",
-         "return 1.0"),
+        ("training without guidance", "return self.guidance_scale if self.train_cfg else 1.0", "return 1.0"),
         ("guidance in training always", "return self.guidance_scale if self.train_cfg else 1.0",
          "return self.guidance_scale")),
     *of("run/monitor.py", "run/test_guard.py",
@@ -406,14 +403,12 @@ MUTATIONS: list[Mutation] = [
          "config.mixed_precision, \"bf16\"), None,\n"),
         ("the LRM's gradients are not clipped", "config.max_grad_norm, -(-self.own", "1e9, -(-self.own")),
     *of("train_lrm.py",
-        "lrm/test_run.py::test_checkpoints "
-        "lrm/test_run.py::test_no_validation_pair_decodes "
+        "lrm/test_run.py::test_checkpoints lrm/test_run.py::test_no_validation_pair_decodes "
         "lrm/test_run.py::test_the_handed_on_model_is_the_one_that_is_judged",
         ("the last weights are judged", "        selection.restore(lrm, out / selection.FINAL)\n",
          "        pass\n")),
     *of("lrm/validation.py",
-        "lrm/test_run.py::test_checkpoints "
-        "lrm/test_run.py::test_no_validation_pair_decodes "
+        "lrm/test_run.py::test_checkpoints lrm/test_run.py::test_no_validation_pair_decodes "
         "lrm/test_run.py::test_the_handed_on_model_is_the_one_that_is_judged",
         ("no pair decodes, and nobody says so", "if corrupt is not None and not count:", "if False:")),
     *of("lrm/selection.py", "lrm/test_run.py::test_checkpoints",
@@ -432,7 +427,8 @@ MUTATIONS: list[Mutation] = [
          "            pass")),
     *of("lpo/batches.py",
         "system/test_distributed.py::test_another_number_of_processes_goes_on_with_the_next_prompts",
-        ("prompts are counted in batches", "at.epoch, self.count, at.prompts)[0]", "at.epoch, self.count, at.batch * size)[0]")),
+        ("prompts are counted in batches", "at.epoch, self.count, at.prompts)[0]",
+         "at.epoch, self.count, at.batch * size)[0]")),
     *of("lpo/judging.py", "preflight/test_settings.py",
         ("the reward model's guidance is its own", "config.lrm_guidance or None", "None"),
         ("its down features' guidance is its own", "\"multi_scale_cfg\": config.lrm_multi_scale_cfg}",
@@ -469,8 +465,7 @@ MUTATIONS: list[Mutation] = [
         ("ties have signed gaps", "np.abs(first - second)", "first - second"),
         ("a stopped table begins again", "scored(config, table, scorers, first or 0)",
          "scored(config, table, scorers, 0)")),
-    *of("data/mpcf.py", "data/test_data.py",
-        ("the filter keeps its bound", "(clip > 0)", "(clip >= 0)")),
+    *of("data/mpcf.py", "data/test_data.py", ("the filter keeps its bound", "(clip > 0)", "(clip >= 0)")),
     *of("system/reading.py",
         "robustness/test_bad_data.py::test_a_compressed_checkpoint_and_a_tensor_larger_than_its_file",
         ("compressed checkpoints are unpacked",

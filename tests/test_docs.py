@@ -23,8 +23,8 @@ BY_HAND = [page for page in PAGES if page.name != "settings.md"]
 LIMIT = 9216  # bytes of README.md: a screen and a half
 # Flags of other programs, and official ones that our command takes over.
 FOREIGN = set("""--benchmark-only --config --config-file --config-name --config-path --constraint --editable
-    --help --kills --master-addr --master-port --nnodes --no --node-rank --nproc-per-node --num-processes --ranks
-    --results --seconds --strict --triton --use-deepspeed""".split())
+    --help --kills --master-addr --master-port --nnodes --no --node-rank --nproc-per-node --num-processes
+    --ranks --results --seconds --strict --triton --use-deepspeed""".split())
 pytestmark = pytest.mark.skipif(not (ROOT / "mkdocs.yml").is_file(), reason="no checkout")
 
 

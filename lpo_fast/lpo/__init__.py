@@ -1,0 +1,1 @@
+"""Stage 2: align a policy with a latent reward model."""

@@ -24,11 +24,11 @@ from lpo_fast.system import compilation, devices, distributed
 
 @dataclass
 class Progress(session.Progress):
-    """Where an LPO run stands.
+    """Where an LPO run is.
 
-    epoch: the one under way. batch, prompts: batches done and prompts sampled in it. done: batches of the whole run, start:
-    those before --resume-from. pairs: pairs of the current batch that are still to be trained on, None between batches;
-    index: the batch's prompt numbers. texts: digest of the prompts.
+    epoch: the current one; batch, prompts: batches done and prompts sampled in it. done: batches of the whole
+    run; start: those done before --resume-from. pairs: pairs of the current batch not yet trained on, None
+    between batches; index: the batch's prompt numbers. texts: digest of the prompts.
     """
 
     epoch: int = 0
@@ -65,11 +65,16 @@ class Progress(session.Progress):
 class Sampler:
     """Makes pairs from prompts: sampling's constants on the device, and the compiled step."""
 
-    def __init__(self, policy: Policy, judge: Judge, score: Score, sched: Schedule, config: LPO, prompts: int):
-        """Compile the step as --compile says. score: the judge's, possibly altered; prompts: how many train."""
+    def __init__(self, policy: Policy, judge: Judge, score: Score, sched: Schedule, config: LPO,
+                 prompts: int):
+        """Compile the step as --compile says.
+
+        score: the judge's score, possibly altered. prompts: the number of training prompts.
+        """
         self.policy, self.judge, self.score, self.sched, self.config = policy, judge, score, sched, config
         low, high = config.threshold_min, config.threshold_max
-        self.gap = select.gaps(sched, config.threshold_shape, low, low if config.threshold_shape == "none" else high)
+        self.gap = select.gaps(sched, config.threshold_shape, low,
+                               low if config.threshold_shape == "none" else high)
         self.shape = policies.latent_shape(config, policy.unet)
         self.count, self.slots = prompts, min(config.batch_size, -(-prompts // distributed.world_size()))
         self.step = compilation.compiled(sampling.choose, config.compiled, graphs=True)
@@ -77,42 +82,49 @@ class Sampler:
                                 sched.alphas_cumprod, self.gap)
 
     def fetch(self, at: Progress) -> int:
-        """Choose the next batch's prompts, unless pairs of the current one are left; prefetch their text features.
+        """Choose the next batch's prompts, unless pairs of the current one are left;
+        prefetch their text features.
 
-        Returns the number of prompts. Raises InputError if this world size cannot hold the text of the current batch.
+        Returns the number of prompts. Raises InputError if this world size cannot hold the
+        current batch's text.
         """
         size = self.config.batch_size * distributed.world_size()
         if at.pairs is None or at.index is None:
             at.index = order(self.config, at.epoch, self.count, at.prompts)[0]
             at.prompts += len(at.index)
         elif isinstance(self.policy.text, TextWindow) and len(at.index) > size:
-            raise InputError(str(distributed.world_size()), "processes hold the text of too few prompts for the "
-                             f"{len(at.index)} of the unfinished batch", "resume with at least as many as before",
-                             "WORLD_SIZE")
+            raise InputError(str(distributed.world_size()), "processes hold the text of too few prompts for "
+                             f"the {len(at.index)} of the unfinished batch",
+                             "resume with at least as many as before", "WORLD_SIZE")
         self.policy.prefetch(at.index.cpu())
         self.judge.prefetch(at.index.cpu())
         return len(at.index)
 
     def pairs(self, at: Progress) -> tuple[LatentPairs, dict[str, object]]:
-        """Return the batch's valid pairs in random order, and its metrics. Raises InputError if memory is too small."""
+        """Return the batch's valid pairs in random order, and its metrics.
+
+        Raises InputError if the GPU's memory is too small.
+        """
         assert at.index is not None, "fetch comes first"
         config, index = self.config, at.index.to(devices.device())
         try:
-            pairs, metrics = sample_pairs(self.policy, self.score, self.sched, self.gap, self.shape, index, config,
-                                          at.epoch, slots=self.slots, step=self.step)
+            pairs, metrics = sample_pairs(self.policy, self.score, self.sched, self.gap, self.shape, index,
+                                          config, at.epoch, slots=self.slots, step=self.step)
         except torch.OutOfMemoryError as error:
             raise InputError(str(self.slots), "prompts at a time do not fit into the GPU's memory "
-                             f"({str(error).splitlines()[0]})", "use a smaller --batch-size", "--batch-size") from error
+                             f"({str(error).splitlines()[0]})", "use a smaller --batch-size",
+                             "--batch-size") from error
         return shuffled(pairs, config, at.epoch, at.batch), metrics
 
 
 def sample_pairs(policy: Policy, score: Score, sched: Schedule, gap: Tensor, shape: tuple[int, int, int],
                  index: Tensor, config: Sampling, epoch: int, *, slots: int = 0,
                  step: Callable = sampling.choose) -> tuple[LatentPairs, dict[str, object]]:
-    """Return the valid pairs of all processes for prompt numbers ``index``, step-major, and metrics of the batch.
+    """Return the valid pairs of all ranks for prompt numbers ``index``, step-major, and the batch's metrics.
 
-    slots: prompts that each process samples. A process with fewer repeats the first prompt of the batch and drops its
-    pairs: shapes never change, and a process without a prompt still takes part. step: see ``sampling.trajectory``.
+    slots: prompts that each rank samples. A rank with fewer repeats the first prompt of the batch and drops
+    its pairs: shapes never change, and a rank without a prompt still takes part. step: see
+    ``sampling.trajectory``.
     """
     own = index[distributed.rank()::distributed.world_size()]
     some = torch.cat([own, index[:1].expand(max(slots - len(own), len(own) == 0))])
@@ -120,32 +132,36 @@ def sample_pairs(policy: Policy, score: Score, sched: Schedule, gap: Tensor, sha
         policy.predict, score, sched, gap, CounterNoise(config.seed, epoch, some, shape), some, step=step,
         guidance=config.guidance_scale, num_candidates=config.num_candidates, window=config.window)
     steps, real = len(scores), torch.arange(len(some), device=some.device) < len(own)
+    # [prompts, steps] or [prompts, steps, K]
     times, valid, scores = distributed.gather(*(x.movedim(-1, 0)[:len(own)].contiguous() for x in (
-        pairs.t.view(steps, -1), pairs.valid.view(steps, -1).int(), scores)))  # [prompts, steps] or [prompts, steps, K]
+        pairs.t.view(steps, -1), pairs.valid.view(steps, -1).int(), scores)))
     everything = pairs._replace(t=times.T.flatten(), valid=valid.T.flatten().bool())
     metrics = batch_metrics(everything, scores.movedim(0, -1))
     kept = pairs.take(pairs.valid & real.repeat(steps))
     kept = LatentPairs(*distributed.gather(*kept[:-1], kept.valid.int()))
-    number, place = ((a[:, None] == b).int().argmax(1) for a, b in ((kept.t, sched.timesteps), (kept.prompt, index)))
+    number, place = ((a[:, None] == b).int().argmax(1)
+                     for a, b in ((kept.t, sched.timesteps), (kept.prompt, index)))
     return kept.take((number * len(index) + place).argsort())._replace(valid=kept.valid.bool()), metrics
 
 
 def batch_metrics(pairs: LatentPairs, scores: Tensor) -> dict[str, object]:
-    """What one prompt batch gave. pairs: all of them, step-major; scores: [steps, K, B]."""
+    """Return the metrics of a prompt batch. pairs: all of them, step-major; scores: [steps, K, B]."""
     t, valid = pairs.t, pairs.valid
     bands = {"even_large": t > 751, "large": (t > 501) & (t <= 751), "mid": (t >= 251) & (t <= 501),
              "small": (t > 1) & (t < 251)}
     steps, _, size = scores.shape
     counts = {f"{name}_noise_samples_num": int((valid & band).sum()) for name, band in bands.items()}
     return {"preference_scores_mean": scores.mean().item(), "preference_scores_std": scores.std().item(),
-            "total_valid_samples_num": int(valid.sum()), **counts, "timesteps": t.view(steps, size)[:, 0].tolist(),
+            "total_valid_samples_num": int(valid.sum()), **counts,
+            "timesteps": t.view(steps, size)[:, 0].tolist(),
             "valid_by_timestep": valid.view(steps, size).sum(1).tolist(), "pairs_possible": len(t)}
 
 
 def order(config: Prompts, epoch: int, prompts: int, done: int = 0) -> list[Tensor]:
-    """Return the prompt batches of an epoch, for all processes together, that are left after ``done`` prompts.
+    """Return the prompt batches of an epoch, for all ranks together, that are left after ``done`` prompts.
 
-    The order of the prompts is a function of the seed and the epoch; only the cut into batches depends on the world size.
+    The order of the prompts is a function of the seed and the epoch;
+    the world size only sets the batches' size.
     """
     size = config.batch_size * distributed.world_size()
     numbers = noise.permutation(config.seed, epoch, 0, prompts) if config.shuffle else torch.arange(prompts)
@@ -171,12 +187,13 @@ def total(config: LPO, prompts: int, at: Progress) -> int:
     count = min(at.done + batches_left(config, prompts, at), last)
     if at.epoch > config.epochs or at.done > count:
         key = "epochs" if at.epoch > config.epochs else "max_batches"
-        raise InputError(str(getattr(config, key)), f"the run in {config.out} is beyond: {at.epoch} epochs and "
-                         f"{at.done} batches are done", "use more, or start from a checkpoint_{epoch}", cli.flag(key))
+        raise InputError(str(getattr(config, key)), f"the run in {config.out} is beyond: {at.epoch} epochs "
+                         f"and {at.done} batches are done", "use more, or start from a checkpoint_{epoch}",
+                         cli.flag(key))
     return int(count)
 
 
 def shuffled(pairs: LatentPairs, config: Seed, epoch: int, batch: int) -> LatentPairs:
-    """The valid pairs in random order: a function of the seed, the epoch and the batch."""
+    """Return the valid pairs in random order, a function of the seed, the epoch, and the batch."""
     index = pairs.valid.nonzero()[:, 0]
     return pairs.take(index[noise.permutation(config.seed, epoch, batch + 1, len(index)).to(index.device)])

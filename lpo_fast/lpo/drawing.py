@@ -1,4 +1,4 @@
-"""Pictures: drawn with a policy, for the report and for validation."""
+"""Pictures drawn with a policy, for the report and for validation."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +19,13 @@ from lpo_fast.system import distributed, writing
 
 
 class Drawer:
-    """Draws with the policy. Prompts: those that train, then validation's.
+    """Draws pictures with the policy. Prompt numbers: the training prompts, then the validation prompts.
 
-    The main process writes; if the denoiser is sharded, the others draw too, since all run it together.
+    The main process writes; if the denoiser is sharded, the other ranks draw too, since all run it together.
     """
 
-    def __init__(self, config: LPO, policy: Policy, sched: Schedule, prompts: list[str], shape: tuple[int, int, int]):
+    def __init__(self, config: LPO, policy: Policy, sched: Schedule, prompts: list[str],
+                 shape: tuple[int, int, int]):
         self.config, self.policy, self.sched, self.prompts, self.shape = config, policy, sched, prompts, shape
         self.folder, self.draws = Path(config.out) / "pictures", distributed.is_main() or config.shard
 
@@ -33,22 +34,26 @@ class Drawer:
         with writing.writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         pixels = pictures(self.policy.predict, self.sched, locate.vae(self.config), prompts, self.shape,
-                                   guidance=self.config.guidance_scale, seed=self.config.seed, batch=self.config.batch_size,
-                                   prefetch=self.policy.prefetch)
+                          guidance=self.config.guidance_scale, seed=self.config.seed,
+                          batch=self.config.batch_size, prefetch=self.policy.prefetch)
         return [Image.fromarray(picture.numpy()) for picture in pixels]
 
     def compared(self, when: str) -> None:
-        """The first prompts, with the same noise ``when`` it is "before" and "after", for the report."""
+        """Draw the first prompts for the report, with the same noise when ``when`` is "before" and "after".
+        """
         count = min(self.config.pictures, len(self.prompts))
         pictures = self._draw(torch.arange(count)) if count and self.draws else []
         if pictures and distributed.is_main():
             with writing.writing(self.folder):
                 for i, picture in enumerate(pictures):
                     picture.save(self.folder / f"{i:03d}_{when}.png")
-            logs.write_json(self.folder / "captions.json", [{"caption": prompt} for prompt in self.prompts[:count]])
+            logs.write_json(self.folder / "captions.json",
+                            [{"caption": prompt} for prompt in self.prompts[:count]])
 
     def validation(self, epoch: int) -> list[Image.Image]:
-        """validation_{epoch}.png: a row a validation prompt, the same noise every time; the single pictures."""
+        """Write validation_{epoch}.png, one row per validation prompt, always with the same noise;
+        return the pictures.
+        """
         each, prompts = self.config.validation_pictures, self.config.validation_prompts
         if not prompts or not self.draws:
             return []
@@ -72,9 +77,9 @@ PICTURE_EPOCH = 0xFFFFFFFF  # pictures for reports have noise of their own
 def pictures(predict: Predict, sched: Schedule, model: Path, prompts: Tensor, shape: tuple[int, int, int], *,
              guidance: float, seed: int, batch: int, items: Tensor | None = None,
              prefetch: Callable[[Tensor], None] = lambda prompts: None) -> Tensor:
-    """uint8 [N, H, W, 3] pictures for prompt numbers [N], decoded by the VAE of ``model`` (or that is ``model``).
+    """Return pictures, uint8 [N, H, W, 3], for prompt numbers [N], decoded by the VAE of (or at) ``model``.
 
-    items: the numbers that key their noise (default: 0 … N−1). prefetch: ``Policy.prefetch``.
+    items: numbers that key the noise (default: 0 … N−1). prefetch: ``Policy.prefetch``.
     """
     device = sched.table.device
     vae: Any = vaes.load_vae(model)
@@ -84,7 +89,8 @@ def pictures(predict: Predict, sched: Schedule, model: Path, prompts: Tensor, sh
     for index, item in zip(prompts.split(batch), items.to(device).split(batch), strict=True):
         prefetch(index)
         index = index.to(device)
-        latents = sampling.generate(predict, sched, CounterNoise(seed, PICTURE_EPOCH, item, shape), index, guidance=guidance)
+        latents = sampling.generate(predict, sched, CounterNoise(seed, PICTURE_EPOCH, item, shape), index,
+                                    guidance=guidance)
         for part in latents.split(4):  # decoding is what takes memory
             decoded = vae.decode(part / vae.config.scaling_factor).sample
             drawn.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu())

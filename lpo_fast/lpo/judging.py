@@ -19,8 +19,9 @@ def load_reward(config: LPO, device: torch.device, weights: bool = True) -> Late
     path, base, model = locate.lrm(config), locate.base(config), locate.model(config)
     size = vaes.pixels(model, json.loads((model / "unet" / "config.json").read_text()), config.resolution)
     settings = {"guidance_scale": config.lrm_guidance or None, "multi_scale_cfg": config.lrm_multi_scale_cfg}
-    lrm = checkpoint.load_lrm(path, base, resolution=size,  # of the latents that it scores, whatever it was trained at
-                              weights=weights, **{k: v for k, v in settings.items() if v is not None}).to(device)
+    lrm = checkpoint.load_lrm(
+        path, base, resolution=size,  # of the latents that it scores, whatever it was trained at
+        weights=weights, **{k: v for k, v in settings.items() if v is not None}).to(device)
     devices.layout(lrm.unet)
     if config.fused_norms:
         fused_norms.fuse_norms(lrm.unet)
@@ -33,7 +34,8 @@ def load_score(config: LPO, prompts: list[str], device: torch.device) -> "Judge"
     lrm = load_reward(config, device)
     tokenizers = texts.load_tokenizers(locate.tokenizer(config), lrm.family)
     precision = devices.precision(config.mixed_precision, "fp16")
-    text = policies.encoded(config, lrm.family, tokenizers, list(lrm.text_encoders), prompts, False, precision)
+    text = policies.encoded(config, lrm.family, tokenizers, list(lrm.text_encoders), prompts, False,
+                            precision)
     lrm.text_encoders = nn.ModuleList()  # never needed again
     if precision != "no":
         lrm.unet.to(devices.DTYPES[precision])
@@ -41,7 +43,7 @@ def load_score(config: LPO, prompts: list[str], device: torch.device) -> "Judge"
 
 
 class Judge:
-    """A reward model as a ``Score``: of latents, timesteps and prompt numbers."""
+    """A reward model as a ``Score`` of latents, timesteps, and prompt numbers."""
 
     def __init__(self, lrm: LatentRewardModel, text: Text | TextWindow, precision: str):
         self.lrm, self.text, self.precision, self.prefetch = lrm, text, precision, text.prefetch

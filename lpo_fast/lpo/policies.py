@@ -1,4 +1,4 @@
-"""The policy: the denoiser that trains, its reference, its text features and its sampler; loading and drawing with it."""
+"""The policy: the denoiser that trains, its reference, its text features, and its sampler's schedule."""
 
 import copy
 import json
@@ -23,11 +23,14 @@ from lpo_fast.system import compilation, console, devices, distributed
 
 
 class Policy:
-    """The denoiser that trains and its reference: the same weights with the adapters off, or a frozen copy of them."""
+    """The denoiser that trains and its reference: the same weights with the adapters off, or a frozen copy.
+    """
 
-    def __init__(self, unet: UNet2DConditionModel, text: Text | TextWindow, sizes: Tensor | None, *, full: bool,
-                 precision: str = "no", compile: str = "none", sharded: bool = False, attention: str = "sdpa"):
-        self.unet, self.text, self.sizes, self.precision, self.attention = unet, text, sizes, precision, attention
+    def __init__(self, unet: UNet2DConditionModel, text: Text | TextWindow, sizes: Tensor | None,
+                 *, full: bool, precision: str = "no", compile: str = "none", sharded: bool = False,
+                 attention: str = "sdpa"):
+        self.unet, self.text, self.sizes, self.precision, self.attention = (
+            unet, text, sizes, precision, attention)
         self.frozen = copy.deepcopy(unet).requires_grad_(False) if full else None
         for network in filter(None, (unet, self.frozen)) if sharded else ():
             sharding.shard(network, precision)
@@ -35,19 +38,20 @@ class Policy:
         self._compiled = compilation.compiled(self._evaluate, compile)
 
     def predict(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
-        """Outputs [2B, C, H, W], null pass first, in the network's precision; x_t [B, C, H, W], t, prompt numbers [B].
+        """Return outputs [2B, C, H, W], null branch first, in the network's precision.
 
-        For batches of any size, and inside what is compiled; ``train`` and ``reference`` are compiled for one size.
+        x_t: [B, C, H, W]; t, prompts (prompt numbers): [B]. For batches of any size, and inside compiled
+        functions; ``train`` and ``reference`` are compiled for one size.
         """
         return self._evaluate(self.unet, x_t, t, prompts)
 
     def train(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
-        """The same for a training step."""
+        """Return the same as ``predict``, for a training step."""
         return self._compiled(self.unet, x_t, t, prompts)
 
     @torch.no_grad()
     def reference(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
-        """The same of the model that training started from."""
+        """Return the outputs of the model that training started from."""
         if self.frozen is not None:
             return self._compiled(self.frozen, x_t, t, prompts)
         with loras.adapters_off(self.adapters):
@@ -55,7 +59,7 @@ class Policy:
 
     @contextmanager
     def plain(self) -> Iterator[None]:
-        """Within the block nothing is compiled: torch's modes, which count operations, look into plain code alone."""
+        """Compile nothing within the block: torch's modes, which count operations, need plain code."""
         compiled, self._compiled = self._compiled, self._evaluate
         try:
             yield
@@ -74,7 +78,8 @@ def add_lora(unet: UNet2DConditionModel, config: Weights) -> None:
         parameter.data = parameter.data.float()
 
 
-def load_denoiser(config: LPO, device: torch.device, precision: str, weights: bool = True) -> UNet2DConditionModel:
+def load_denoiser(config: LPO, device: torch.device, precision: str,
+                  weights: bool = True) -> UNet2DConditionModel:
     """Load the denoiser that a run trains, with its LoRA; without weights on the meta device."""
     # Frozen weights are never in memory in more than the precision of the network.
     dtype = torch.float32 if config.full else devices.DTYPES[precision]
@@ -92,9 +97,10 @@ def load_denoiser(config: LPO, device: torch.device, precision: str, weights: bo
 
 
 def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy, Schedule]:
-    """The policy with a LoRA attached (or all weights trainable), its text features and its sampler's schedule.
+    """Load the policy, with a LoRA attached or all weights trainable, and its sampler's schedule;
+    encode the texts.
 
-    prompts: those that train, then --validation-prompts.
+    prompts: the training prompts, then --validation-prompts.
     """
     model = locate.model(config)
     precision = devices.precision(config.mixed_precision, "fp16")
@@ -106,34 +112,38 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
     own = prompts[:len(prompts) - len(config.validation_prompts)]
     too_long = sum(len(ids) > tokenizers[0].model_max_length for ids in tokenizers[0](own).input_ids)
     if too_long:
-        console.say(f"{too_long} of {len(own)} prompts exceed {tokenizers[0].model_max_length} tokens and are cut")
+        console.say(f"{too_long} of {len(own)} prompts exceed {tokenizers[0].model_max_length} "
+                    "tokens and are cut")
     sizes = denoisers.size_conditions(model, family, unet, config.resolution)
     sizes = None if sizes is None else sizes.to(device)
     scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
     sched = schedule.from_config(scheduler, config.num_steps, config.eta).to(device)
-    policy = Policy(unet, text, sizes, full=config.full, precision=precision, compile=config.compiled, sharded=config.shard,
-                    attention=config.attention)
+    policy = Policy(unet, text, sizes, full=config.full, precision=precision, compile=config.compiled,
+                    sharded=config.shard, attention=config.attention)
     if config.attention == "auto":
         x, index = torch.zeros(config.batch_size, *latent_shape(config, unet), device=device), torch.zeros(
             config.batch_size, dtype=torch.int64, device=device)
-        policy.attention = attention.faster_attention(torch.no_grad()(partial(policy.predict, x, index, index)), unet)
+        policy.attention = attention.faster_attention(
+            torch.no_grad()(partial(policy.predict, x, index, index)), unet)
         for network in (unet, policy.frozen) if policy.frozen else (unet,):
             attention.attention(network, policy.attention)
     return policy, sched
 
 
-def encoded(config: Prompts, family: Family, tokenizers: list[CLIPTokenizer], encoders: list[nn.Module], prompts: list[str],
-            zero_null: bool, precision: str) -> Text | TextWindow:
-    """Text features of all prompts, on the device if they fit, else within reach of it."""
-    text = texts.encode_prompts(family, tokenizers, encoders, prompts, zero_null=zero_null, dtype=devices.DTYPES[precision],
-                                   placement=devices.text_placement)
+def encoded(config: Prompts, family: Family, tokenizers: list[CLIPTokenizer], encoders: list[nn.Module],
+            prompts: list[str], zero_null: bool, precision: str) -> Text | TextWindow:
+    """Return the text features of all prompts, on the device if they fit, else in pinned memory of the host.
+    """
+    text = texts.encode_prompts(family, tokenizers, encoders, prompts, zero_null=zero_null,
+                                dtype=devices.DTYPES[precision], placement=devices.text_placement)
     if text.null is None or text.context.device == text.null.context.device:
         return text
-    console.say(f"text features of {len(prompts)} prompts take {text.context.nbytes / 1e9:.1f} GB and stay in the host's memory")
+    console.say(f"text features of {len(prompts)} prompts take {text.context.nbytes / 1e9:.1f} GB and stay "
+                "in the host's memory")
     return TextWindow(text, config.batch_size * distributed.world_size())
 
 
 def latent_shape(config: Model, unet: Any) -> tuple[int, int, int]:
-    """(C, H, W) of the latents that the policy makes."""
+    """Return (C, H, W) of the policy's latents."""
     size = config.resolution // vaes.pixels_per_latent(locate.model(config)) or unet.config.sample_size
     return unet.config.in_channels, size, size

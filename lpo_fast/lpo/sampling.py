@@ -1,7 +1,8 @@
-"""Sampling with a choice: at every denoising step K candidates, the best and the worst of which make a pair.
+"""Sampling with K candidates per denoising step; the best and the worst of each step make a pair.
 
-Shapes are static and nothing is read back to the host inside a trajectory: every step makes B pairs, and a mask says
-which are valid. The trajectory goes on from a uniformly random candidate (arXiv 2502.01051, section 3.3).
+Shapes are static and nothing is read back to the host inside a trajectory: every step makes B pairs, and a
+mask marks the valid ones. The trajectory continues from a uniformly random candidate (arXiv 2502.01051,
+section 3.3).
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ from lpo_fast.method import noise
 from lpo_fast.method.noise import Counter
 from lpo_fast.method.schedule import Schedule
 
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t [B,C,H,W], t [B], prompts [B]) → [2B,C,H,W], null pass first
+# (x_t [B,C,H,W], t [B], prompts [B]) → [2B,C,H,W], null pass first
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [N,C,H,W], t [N], prompts [N]) → scores [N]
 
 
@@ -32,7 +34,7 @@ class LatentPairs(NamedTuple):
     valid: Tensor
 
     def take(self, index: Tensor | slice) -> "LatentPairs":
-        """Some of the pairs, by number or by mask."""
+        """Return some of the pairs, by number, slice, or mask."""
         return LatentPairs(*(field[index] for field in self))
 
     @property
@@ -55,11 +57,13 @@ class CounterNoise:
     shape: tuple[int, int, int]
 
     def initial(self) -> Tensor:
-        """x_T, [B, C, H, W]."""
+        """Return x_T, [B, C, H, W]."""
         return noise.normal(self.seed, self.epoch, self.prompts, noise.INITIAL, 1, self.shape)[0]
 
     def steps(self, count: int) -> Iterator[tuple[Counter, Counter]]:
-        """Of each denoising step, where the candidates' noise and the choice among them come from: one counter for both."""
+        """Yield, for each denoising step, the counters of the candidates' noise and of the choice:
+        the same counter.
+        """
         device = self.prompts.device
         run = torch.tensor([self.seed, self.epoch], device=device)
         for step in torch.arange(count, device=device):
@@ -67,11 +71,13 @@ class CounterNoise:
             yield counter, counter
 
 
-def choose(predict: Predict, score: Score, sched: Schedule, gap: Tensor, x: Tensor, t: Tensor, prompts: Tensor,
-           z: Tensor | Counter, choice: Tensor | Counter, guidance: float, k: int) -> tuple[Tensor, ...]:
-    """One denoising step from x [B, C, H, W]: winner, loser, valid [B], the scores [K, B] of its candidates, and the next x.
+def choose(predict: Predict, score: Score, sched: Schedule, gap: Tensor, x: Tensor, t: Tensor,
+           prompts: Tensor, z: Tensor | Counter, choice: Tensor | Counter, guidance: float,
+           k: int) -> tuple[Tensor, ...]:
+    """Take one denoising step from x [B, C, H, W] at t [B].
 
-    A pure function of its arguments without a host read: what ``compilation.compiled`` compiles.
+    Returns winner, loser, valid [B], the scores [K, B] of the candidates, and the next x. A pure function of
+    its arguments without host reads, so that ``compilation.compiled`` can compile it.
     """
     x_p = ddim_candidates(sched, x, predict(x, t, prompts), t, guidance=guidance, noise=z, candidates=k)
     scores = score(x_p.flatten(0, 1), t.repeat(k), prompts.repeat(k)).view(k, -1)
@@ -80,24 +86,28 @@ def choose(predict: Predict, score: Score, sched: Schedule, gap: Tensor, x: Tens
 
 
 @torch.no_grad()
-def trajectory(predict: Predict, score: Score, sched: Schedule, gap: Tensor, draw: CounterNoise, prompts: Tensor, *,
+def trajectory(predict: Predict, score: Score, sched: Schedule,
+               gap: Tensor, draw: CounterNoise, prompts: Tensor, *,
                guidance: float, num_candidates: int, window: tuple[int, int] | None = None,
                step: Callable[..., tuple[Tensor, ...]] = choose) -> tuple[LatentPairs, Tensor]:
-    """Denoise B prompts; a pair a step. Returns the (steps · B) pairs, step-major, and the scores [steps, K, B].
+    """Denoise B prompts, with one pair per step; return the (steps · B) pairs, step-major,
+    and scores [steps, K, B].
 
-    gap: [N] smallest score gap of a valid pair by timestep (``select.gaps``). window: before its first step one unscored
-    candidate is drawn and no pair made, before its second the trajectory ends (default: all steps). All candidates are
-    scored at the current step's t. step: ``choose``, or what was compiled of it.
+    gap: [N] smallest score gap of a valid pair by timestep (``select.gaps``). window: (first, end); before
+    step ``first``, one unscored candidate is drawn and no pair made, and the trajectory ends before step
+    ``end`` (default: all steps). All candidates are scored at the current step's t. step: ``choose``,
+    possibly compiled.
     """
     x, steps, all_scores = draw.initial(), [], []
     start, stop = window or (0, len(sched.timesteps))
     for number, (z, choice) in enumerate(draw.steps(stop)):
         t = sched.timesteps[number].repeat(len(prompts))
         if number < start:
-            x = ddim_candidates(sched, x, predict(x, t, prompts), t, guidance=guidance, noise=z, candidates=1)[0]
+            x = ddim_candidates(sched, x, predict(x, t, prompts), t, guidance=guidance, noise=z,
+                                candidates=1)[0]
             continue
-        winner, loser, valid, scores, following = step(predict, score, sched, gap, x, t, prompts, z, choice, guidance,
-                                                       num_candidates)
+        winner, loser, valid, scores, following = step(predict, score, sched, gap, x, t, prompts, z, choice,
+                                                       guidance, num_candidates)
         steps.append(LatentPairs(x, winner, loser, t, prompts, valid))
         all_scores.append(scores)
         x = following
@@ -105,8 +115,9 @@ def trajectory(predict: Predict, score: Score, sched: Schedule, gap: Tensor, dra
 
 
 @torch.no_grad()
-def generate(predict: Predict, sched: Schedule, draw: CounterNoise, prompts: Tensor, *, guidance: float) -> Tensor:
-    """Denoise B prompts all the way without candidates: latents x_0 [B, C, H, W]."""
+def generate(predict: Predict, sched: Schedule, draw: CounterNoise, prompts: Tensor, *,
+             guidance: float) -> Tensor:
+    """Denoise B prompts without candidates; return the latents x_0 [B, C, H, W]."""
     x = draw.initial()
     for timestep, (z, _) in zip(sched.timesteps, draw.steps(len(sched.timesteps)), strict=True):
         t = timestep.expand(len(prompts))

@@ -1,4 +1,4 @@
-"""An LPO optimizer step: pairs in, metrics out."""
+"""The LPO optimizer step: pairs in, metrics out."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -22,23 +22,29 @@ from lpo_fast.system import console, distributed
 STEP = (*METRICS, "grad_norm")
 
 
-def evaluate(policy: Policy, sched: Schedule, pairs: LatentPairs, weight: Tensor, *, guidance: float, beta: float,
-             eps: float) -> StepDPO:
-    """One policy and one reference evaluation serve both members of each pair. weight: [N], see ``loss.step_dpo``."""
+def evaluate(policy: Policy, sched: Schedule, pairs: LatentPairs, weight: Tensor, *, guidance: float,
+             beta: float, eps: float) -> StepDPO:
+    """Evaluate policy and reference once for each pair, and return the loss and its metrics.
+
+    One evaluation serves both members of a pair. weight: [N], see ``loss.step_dpo``.
+    """
     at = pairs.x_t, pairs.t, pairs.prompt
-    return pair_loss(sched, pairs.x_t, pairs.winner, pairs.loser, pairs.t, policy.train(*at), policy.reference(*at),
-                     weight, guidance=guidance, beta=beta, eps=eps)
+    return pair_loss(sched, pairs.x_t, pairs.winner, pairs.loser, pairs.t, policy.train(*at),
+                     policy.reference(*at), weight, guidance=guidance, beta=beta, eps=eps)
 
 
 def padded(pairs: LatentPairs, size: int) -> LatentPairs:
-    """Exactly ``size`` pairs: the last ones repeat the first, marked as not valid, so that shapes never change."""
+    """Return exactly ``size`` pairs; padding repeats the first pair, marked as not valid,
+    so shapes never change.
+    """
     index = torch.arange(size, device=pairs.t.device)
     real = index < len(pairs.t)
     return pairs.take(torch.where(real, index, 0))._replace(valid=real)
 
 
 def micro_batches(pairs: LatentPairs, size: int) -> Iterator[LatentPairs]:
-    """This process's part of an optimizer step's pairs, ``size`` at a time; as many times in every process."""
+    """Yield this rank's share of an optimizer step's pairs, ``size`` at a time, equally often on every rank.
+    """
     rank, world, total = distributed.rank(), distributed.world_size(), len(pairs.t)
     for first in range(0, -(-total // world), size):
         part = pairs.take(slice(rank + first * world, rank + (first + size) * world, world))
@@ -46,16 +52,18 @@ def micro_batches(pairs: LatentPairs, size: int) -> Iterator[LatentPairs]:
             pairs.valid[:1]).expand(size))
 
 
-def train_step(policy: Policy, sched: Schedule, pairs: LatentPairs, update: OptimizerStep, config: PairLoss) -> Tensor:
-    """One optimizer step on up to train_batch_size · accumulate pairs a process; its metrics, STEP, on the device.
+def train_step(policy: Policy, sched: Schedule, pairs: LatentPairs, update: OptimizerStep,
+               config: PairLoss) -> Tensor:
+    """Take one optimizer step on at most train_batch_size · accumulate pairs per rank.
 
-    A step without a finite gradient changes nothing (see run/optimization.py).
+    Returns its metrics, STEP, on the device. A step without a finite gradient changes nothing
+    (see run/optimization.py).
     """
     def gradients(size: int) -> Tensor:
         metrics = torch.zeros(len(METRICS), device=pairs.t.device)
         for micro in micro_batches(pairs, size):
-            out = evaluate(policy, sched, micro, micro.valid / len(pairs.t), beta=config.beta, eps=config.clip_eps,
-                           guidance=config.train_guidance)
+            out = evaluate(policy, sched, micro, micro.valid / len(pairs.t), beta=config.beta,
+                           eps=config.clip_eps, guidance=config.train_guidance)
             update.scaler.scale(out.loss).backward()
             metrics = metrics + out.totals
         return metrics
@@ -70,15 +78,17 @@ class Learner:
         """Make the optimizer over the policy's trained weights. texts: of all prompt numbers."""
         self.policy, self.sched, self.texts, self.config = policy, sched, texts, config
         self.weights, self.ema = states.Trained(policy.unet), None
-        self.optimizer = optimization.optimizer(
-            config.optimizer, policy.unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
-            betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
+        self.optimizer = optimization.optimizer(config.optimizer, policy.unet.parameters(),
+                                                lr=config.learning_rate, weight_decay=config.weight_decay,
+                                                betas=(config.adam_beta1, config.adam_beta2),
+                                                eps=config.adam_epsilon)
         scaler = optimization.scaler(device, policy.precision)
         self.update = OptimizerStep(
-            self.optimizer, torch.amp.GradScaler(enabled=False) if config.shard else scaler, config.max_grad_norm,
-            config.train_batch_size, "use --checkpointing, or a smaller --train-batch-size with a larger --accumulate",
-            halves=not config.shard)
-        self.size = config.train_batch_size * config.accumulate * distributed.world_size()  # pairs per optimizer step
+            self.optimizer, torch.amp.GradScaler(enabled=False) if config.shard else scaler,
+            config.max_grad_norm, config.train_batch_size, "use --checkpointing, or a smaller "
+            "--train-batch-size with a larger --accumulate", halves=not config.shard)
+        # pairs per optimizer step
+        self.size = config.train_batch_size * config.accumulate * distributed.world_size()
 
     def average(self) -> None:
         """Start the weight average, if there is one, from the current weights."""
@@ -101,7 +111,8 @@ class Learner:
         return self.optimizer.param_groups[0]["lr"]
 
     def step(self, fed: LatentPairs) -> Tensor:
-        """Take one optimizer step; return its metrics, STEP, on the device. A skipped step leaves the average as it is."""
+        """Take one optimizer step; return its metrics, STEP, on the device.
+        A skipped step leaves the average as it is."""
         metrics = train_step(self.policy, self.sched, fed, self.update, self.config)
         if self.ema and metrics[-1].isfinite():
             self.ema.step(trainable(self.policy.unet))
@@ -110,8 +121,9 @@ class Learner:
     def inputs(self, fed: LatentPairs) -> dict[str, Any]:
         """Return what ``replay`` needs to run the step on these pairs again."""
         numbers = fed.prompt.unique().cpu()
-        return {"config": asdict(self.config), "prompts": [self.texts[n] for n in numbers], "numbers": numbers,
-                "size": self.update.pairs, "pairs": [x.cpu() for x in fed], "weights": self.weights.state_dict()}
+        return {"config": asdict(self.config), "prompts": [self.texts[n] for n in numbers],
+                "numbers": numbers, "size": self.update.pairs, "pairs": [x.cpu() for x in fed],
+                "weights": self.weights.state_dict()}
 
     def finish(self) -> None:
         """Put the weight average, if there is one, in place of the weights."""
@@ -120,8 +132,9 @@ class Learner:
             console.say(f"exporting the average of the weights, --ema-decay {self.config.ema_decay:g}")
 
 
-def work(policy: Policy, score: Score, sched: Schedule, shape: tuple[int, int, int], config: PairLoss) -> dict[str, int]:
-    """Operations that a prompt's sampling and a pair's training need."""
+def work(policy: Policy, score: Score, sched: Schedule, shape: tuple[int, int, int],
+         config: PairLoss) -> dict[str, int]:
+    """Return the operations needed to sample one prompt and to train on one pair."""
     x, t = torch.zeros(1, *shape, device=sched.table.device), sched.timesteps[:1]
     pair, k, (first, last) = LatentPairs(x, x, x, t, t * 0, t > 0), config.num_candidates, config.window
     with accounting.countable(policy.unet), policy.plain():

@@ -1,4 +1,4 @@
-"""What an LRM is trained on: pictures to noisy latents, captions to token ids, and the draws of timesteps and mirroring."""
+"""An LRM's training inputs: noisy latents, token ids, and random timesteps and mirroring."""
 
 import json
 from collections.abc import Callable
@@ -19,15 +19,18 @@ from lpo_fast.method.schedule import Schedule
 from lpo_fast.models import texts, vaes
 from lpo_fast.system import compilation, devices
 
-ENCODED = 2**22  # pixels at a time, SDXL's 4 or SD1.5's 16 pictures: 7 GiB in bf16 by --dry-run; SDXL's 32 pairs at once: 113
+# pixels at a time, SDXL's 4 or SD1.5's 16 pictures: 7 GiB in bf16 by --dry-run; SDXL's 32 pairs at once: 113
+ENCODED = 2**22
 NEIGHBOUR, MIRROR, OFFSET = 1, 2, 4  # "steps" of a pair's further draws; its latents' and its timestep's is 0
 
 
 class Encoder:
-    """Pictures to noisy latents and captions to token ids: all that stands before the LRM and does not train."""
+    """Turns pictures into noisy latents and captions into token ids:
+    everything before the LRM that does not train.
+    """
 
-    def __init__(self, model: Path, lrm: LatentRewardModel, seed: int, precision: str, vae: Path | None = None,
-                 noise_offset: float = 0.0, compile: str = "none"):
+    def __init__(self, model: Path, lrm: LatentRewardModel, seed: int, precision: str,
+                 vae: Path | None = None, noise_offset: float = 0.0, compile: str = "none"):
         self.device = device = next(lrm.parameters()).device
         scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
         self.vae_path = vae or model
@@ -42,25 +45,32 @@ class Encoder:
 
     @cached_property
     def vae(self) -> Any:
-        """Loaded when a picture is to be encoded: where all latents are cached, never."""
+        """Load the VAE when the first picture is to be encoded: never, if all latents are cached."""
         vae: Any = vaes.load_vae(self.vae_path)
         return vae.to(self.device)
 
-    def moments(self, pixels: Tensor, flips: Tensor | None = None, compiled: Callable | None = None) -> Tensor:
-        """The VAE's moments (``encode``) [2, B, 2C, h, w] of pixels [2, B, 3, H, W], mirrored where flips, bool [2, B], says
-        so. In equal parts of at most ENCODED pixels, which come to the device one by one."""
+    def moments(self, pixels: Tensor, flips: Tensor | None = None,
+                compiled: Callable | None = None) -> Tensor:
+        """Return the VAE's moments (``encode``) [2, B, 2C, h, w] of pixels [2, B, 3, H, W].
+
+        flips: bool [2, B], which pictures are mirrored. Encoded in equal parts of at most ENCODED pixels,
+        which are moved to the device one by one.
+        """
         size, made = part_size(pixels.shape[1] * 2, pixels.shape[-1]), []
         for i, part in enumerate(pixels.flatten(0, 1).split(size)):
             part = part.to(self.device, non_blocking=True)
             if flips is not None:
                 part = mirrored(part, flips.flatten().split(size)[i])
             made.append((compiled or encode)(self.vae, part, self.precision))
-        return torch.cat(made).contiguous().unflatten(0, (2, -1))  # as in the cache: another layout, other roundings
+        # as in the cache: another layout, other roundings
+        return torch.cat(made).contiguous().unflatten(0, (2, -1))
 
     def posterior(self, batch: dict, cache: Cache | None = None, flips: Tensor | None = None,
                   compiled: Callable | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, fp32 [2, B, C, h, w] each, of the VAE's posterior for the pictures of a batch
-        (``pairs.collate``): from the cache, or from the pixels, which then go into the cache."""
+        """Return mean and standard deviation, fp32 [2, B, C, h, w] each, of the VAE's posterior for a batch.
+
+        batch: see ``dataset.collate``. Taken from the cache, or computed from the pixels and then cached.
+        """
         moments = batch["moments"].to(self.device, non_blocking=True) if "moments" in batch else None
         if "pixels" in batch:
             made = self.moments(batch["pixels"], flips, compiled)
@@ -74,19 +84,21 @@ class Encoder:
         return split(moments)
 
     def latents(self, mean: Tensor, std: Tensor, rows: Tensor, step: int, t: Tensor) -> Tensor:
-        """x_t [2, B, C, h, w] at timesteps t ([B] or [2, B]) from a sample of the posterior, independent noise for the two.
+        """Return x_t [2, B, C, h, w] at timesteps t ([B] or [2, B]), from samples of the posterior.
 
-        Noise is keyed by (seed, step, row): candidates 0 and 1 are the posterior's, 2 and 3 the diffusion's.
+        Noise is independent for the two pictures and keyed by (seed, step, row): candidates 0 and 1 are the
+        posterior's, 2 and 3 the diffusion's.
         """
         z = noise.normal(self.seed, step, rows, 0, 4, tuple(mean.shape[2:]))
         x0, eps = (mean + std * z[:2]) * self.vae_config["scaling_factor"], z[2:]
         if self.noise_offset:
-            eps = eps + self.noise_offset * noise.normal(self.seed, step, rows, OFFSET, 2, (mean.shape[2], 1, 1))
+            eps = eps + self.noise_offset * noise.normal(self.seed, step, rows, OFFSET, 2,
+                                                         (mean.shape[2], 1, 1))
         x_t = schedule.add_noise(self.sched, x0.flatten(0, 1), eps.flatten(0, 1), t.expand(2, -1).flatten())
         return x_t.view_as(mean)
 
     def ids(self, captions: list[str]) -> tuple[list[Tensor], list[Tensor]]:
-        """Token ids of captions and of the null prompt, a tensor an encoder."""
+        """Return the token ids of captions and of the null prompt, one tensor per encoder."""
         own, null = ([i.to(self.device, non_blocking=True) for i in ids]
                      for ids in (texts.tokenize(self.tokenizers, captions), self.null_ids))
         return own, null
@@ -94,25 +106,32 @@ class Encoder:
 
 @torch.no_grad()
 def encode(vae: Any, pixels: Tensor, precision: str) -> Tensor:
-    """Mean and log-variance [n, 2C, h, w] of the VAE's posterior for pixels [n, 3, H, W], in the networks' precision."""
+    """Return mean and log-variance [n, 2C, h, w] of the VAE's posterior for pixels [n, 3, H, W],
+    in ``precision``.
+    """
     with devices.autocast(precision):
         return vae.encode(pixels).latent_dist.parameters
 
 
 def split(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, fp32 [2, B, C, h, w] each, of moments [2, B, 2C, h, w]; diffusers' bounds."""
+    """Return mean and standard deviation, fp32 [2, B, C, h, w] each, of moments [2, B, 2C, h, w],
+    bounded as in diffusers.
+    """
     mean, log_variance = moments.float().chunk(2, 2)
     return mean, (0.5 * log_variance.clamp(-30, 20)).exp()
 
 
 def part_size(count: int, side: int) -> int:
-    """Pictures that the VAE encodes at a time, of ``count`` of side² pixels."""
+    """Return how many of ``count`` pictures of side² pixels the VAE encodes at a time."""
     return -(-count // min(-(-count * side**2 // ENCODED), count))
 
 
 def timesteps(config: LRM, step: int, rows: Tensor, compare: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Timesteps [2, B] of the pairs of a step, and their labels [2, B]: of a picture compared with itself (compare [B])
-    the second is a neighbour timestep_interval away, and the less noisy one is preferred. Keyed by (seed, step, row)."""
+    """Return timesteps [2, B] and labels [2, B] of the pairs of a step. Keyed by (seed, step, row).
+
+    Where compare [B] is True, a picture is compared with itself at a timestep that is timestep_interval away,
+    and the less noisy one is preferred.
+    """
     if not config.variable_timestep:
         return torch.full_like(labels, config.constant_timestep, dtype=torch.int64), labels
     every = torch.arange(1, config.largest_timestep + 1, 50, device=rows.device)
@@ -128,10 +147,11 @@ def timesteps(config: LRM, step: int, rows: Tensor, compare: Tensor, labels: Ten
 
 
 def flips(config: Noising, step: int, rows: Tensor) -> Tensor:
-    """bool [2, B]: which pictures are mirrored, each with probability ½. Keyed by (seed, step, row)."""
+    """Return which pictures are mirrored, bool [2, B], each with probability 1/2. Keyed by (seed, step, row).
+    """
     return torch.stack([noise.integers(config.seed, step, rows, MIRROR + side, 2) for side in (0, 1)]) == 1
 
 
 def mirrored(pixels: Tensor, flips: Tensor) -> Tensor:
-    """pixels [n, 3, H, W], mirrored where flips, bool [n], says so."""
+    """Return pixels [n, 3, H, W], mirrored where flips, bool [n], is True."""
     return torch.where(flips[:, None, None, None], pixels.flip(-1), pixels)

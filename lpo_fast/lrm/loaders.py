@@ -15,13 +15,13 @@ from lpo_fast.system import console, distributed
 
 
 class Loaders:
-    """Loaders by use: "train", and "validation" and "test" where pairs are given for them.
+    """Data loaders by use: "train", and "validation" and "test" where pairs are given for them.
 
     caches: the latent caches, by use. corrupt: pairs whose pictures did not decode, by use.
     """
 
     def __init__(self, config: LRM, used: dict[str, PairTable], encoder: Encoder):
-        """used: the chosen pairs of each use (``preflight.runs.lrm``)."""
+        """Open the loaders. used: the chosen pairs of each use (``preflight.runs.lrm``)."""
         self.config, self.used, world = config, used, distributed.world_size()
         self.caches = {use: latent_cache.of(config, pairs, encoder.precision)
                        for use, pairs in used.items() if config.cache_latents}
@@ -29,7 +29,8 @@ class Loaders:
         self.sets = {use: PairDataset(pairs, resolution, self.caches.get(use)) for use, pairs in used.items()}
         self.corrupt = {use: Corrupt(pairs, config.max_corrupt) for use, pairs in used.items()}
         self.fetch = partial(DataLoader, collate_fn=collate, num_workers=config.num_workers,
-                             persistent_workers=config.num_workers > 0, pin_memory=encoder.device.type == "cuda")
+                             persistent_workers=config.num_workers > 0,
+                             pin_memory=encoder.device.type == "cuda")
         size = config.batch_size // config.accumulate // world
         self.held_out = {use: self.fetch(pairs, size, sampler=range(distributed.rank(), len(pairs), world))
                          for use, pairs in self.sets.items() if use != "train"}
@@ -48,14 +49,15 @@ class Loaders:
 
     def train(self, step: int) -> DataLoader:
         """Return this rank's training batches from optimizer step ``step`` on."""
-        return self.fetch(self.sets["train"], batch_sampler=list(steps.batches(self.config, self.number, step)))
+        return self.fetch(self.sets["train"],
+                          batch_sampler=list(steps.batches(self.config, self.number, step)))
 
     def announce(self) -> None:
         """Print how many latents the caches hold."""
         for use, cache in self.caches.items():
             found = latent_cache.numbers(self.used[use])
-            console.say(f"latents of {use} pairs: {cache.folder} holds {len(found) - cache.missing(found):,} of "
-                        f"{len(found):,}")
+            console.say(f"latents of {use} pairs: {cache.folder} holds {len(found) - cache.missing(found):,} "
+                        f"of {len(found):,}")
 
     def summary(self) -> None:
         """Print how many pairs were left out, if any."""

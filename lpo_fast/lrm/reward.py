@@ -1,9 +1,11 @@
-"""The latent reward model (LRM): the diffusion model itself scores a noisy latent (arXiv 2502.01051, section 3.2).
+"""The latent reward model (LRM): the diffusion model itself scores a noisy latent (arXiv
+2502.01051, section 3.2).
 
     S(x, t, prompt) = exp(logit_scale) · < V/|V| , T/|T| >
 
-V projects the average-pooled maps of the denoiser's down and mid blocks; the mid feature is guided (visual feature
-enhancement): V_mid = null + g·(text − null). T is the prompt's pooled embedding. Up blocks are never used nor loaded.
+V projects the average-pooled maps of the denoiser's down and mid blocks, with guidance on the mid feature
+(visual feature enhancement): V_mid = null + g·(text − null). T is the prompt's pooled embedding. Up blocks
+are not loaded.
 """
 
 from collections.abc import Sequence
@@ -24,9 +26,9 @@ TIMESTEPS = 1000  # of training
 
 
 def guidance_table(scale: Sequence[float]) -> Tensor:
-    """g of every training timestep, fp32 [1000]: ``scale``, spread evenly from t = 0 to 999 and interpolated linearly.
+    """Return g of every training timestep, fp32 [1000]: ``scale``, interpolated linearly from t = 0 to 999.
 
-    Guidance below 1 is none: g is at least 1.
+    Values below 1 mean no guidance: g is at least 1.
     """
     at = np.linspace(0, TIMESTEPS - 1, len(scale))
     return torch.from_numpy(np.interp(np.arange(TIMESTEPS), at, scale)).float().clamp(min=1)
@@ -35,19 +37,19 @@ def guidance_table(scale: Sequence[float]) -> Tensor:
 class LatentRewardModel(nn.Module):
     """Scores noisy latents. Parameters: denoiser (down and mid), text encoders, projections, logit_scale.
 
-    guidance_scale: g of the mid feature, one number or several over the timesteps (``guidance_table``); where none is above
-    1 the null pass is not run. multi_scale: pool every down block too.
-    multi_scale_cfg: guide the down features as well (SDXL leaves its first stage alone, as the official code does).
-    sizes: SDXL's time ids [1, 6]. base: the model that it was made from, resolution: the pixels of the pictures that it scores,
-    as lrm.json records them.
+    guidance_scale: g of the mid feature, one number or several over the timesteps (``guidance_table``); if
+    none is above 1, the null branch is not run. multi_scale: pool every down block too. multi_scale_cfg:
+    apply guidance to the down features as well (SDXL's first stage is left out, as in the official code).
+    sizes: SDXL's time ids [1, 6]. base, resolution: the model that it was made from and the size of its
+    pictures in pixels, recorded in lrm.json.
     """
 
     unet: Any  # a denoiser of diffusers
 
     def __init__(self, family: Family, unet: Any, text_encoders: Sequence[nn.Module],
                  visual_projection: Tensor, text_projection: Tensor | None, logit_scale: Tensor, *,
-                 multi_scale: bool = True, multi_scale_cfg: bool = False, guidance_scale: float | Sequence[float] = 7.5,
-                 sizes: Tensor | None = None, base: str = "", resolution: int = 0):
+                 multi_scale: bool = True, multi_scale_cfg: bool = False, guidance_scale: float
+                 | Sequence[float] = 7.5, sizes: Tensor | None = None, base: str = "", resolution: int = 0):
         super().__init__()
         self.base, self.resolution = base, resolution
         self.family, self.unet = family, unet
@@ -56,20 +58,23 @@ class LatentRewardModel(nn.Module):
         self.text_projection = None if text_projection is None else linear(text_projection)
         self.logit_scale = nn.Parameter(torch.as_tensor(logit_scale, dtype=torch.float32))
         self.multi_scale, self.multi_scale_cfg = multi_scale, multi_scale_cfg
-        self.guidance_scale = tuple(guidance_scale) if isinstance(guidance_scale, Sequence) else (guidance_scale,)
+        self.guidance_scale = (tuple(guidance_scale) if isinstance(guidance_scale, Sequence) else
+                               (guidance_scale,))
         self.guidance: Tensor
         self.sizes: Tensor | None
         self.register_buffer("guidance", guidance_table(self.guidance_scale), persistent=False)
         self.register_buffer("sizes", sizes, persistent=False)
 
     def encode(self, ids: list[Tensor], null_ids: list[Tensor]) -> Text:
-        """Text features with gradient, of ids [B, L] (one tensor an encoder) and of the null prompt's ids [1, L]."""
+        """Return text features with gradient, of ids [B, L] (one tensor per encoder)
+        and of the null prompt's ids [1, L].
+        """
         both = [torch.cat([i, n]) for i, n in zip(ids, null_ids, strict=True)]
         text = texts.encode(self.family, list(self.text_encoders), both)
         return Text(text.context[:-1], text.pooled[:-1], text[-1:])
 
     def image_features(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
-        """V/|V| [B, P] of latents x [B, C, H, W] at timesteps t [B]; text: one prompt a latent."""
+        """Return V/|V| [B, P] of latents x [B, C, H, W] at timesteps t [B]; text: one prompt per latent."""
         guided = max(self.guidance_scale) > 1
         passes = (torch.cat([x, x]), torch.cat([t, t]), text.guided()) if guided else (x, t, text)
         stages, mid = denoisers.down_mid(self.unet, *passes, self.sizes)
@@ -79,23 +84,23 @@ class LatentRewardModel(nn.Module):
         return normalized(self.visual_projection, v)
 
     def text_features(self, text: Text) -> Tensor:
-        """T/|T| [B, P]."""
+        """Return T/|T| [B, P]."""
         return normalized(self.text_projection, text.pooled)
 
     def score(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
-        """S(x, t, prompt), [B] in fp32. x: [B, C, H, W]; t: int64 [B]; text: features of B prompts."""
+        """Return S(x, t, prompt), fp32 [B]. x: [B, C, H, W]; t: int64 [B]; text: features of B prompts."""
         return self.logit_scale.exp() * (self.image_features(x, t, text) * self.text_features(text)).sum(-1)
 
 
 def normalized(projection: nn.Linear | None, features: Tensor) -> Tensor:
-    """Project (if there is a projection) and scale to unit length, in fp32: scores differ by little."""
+    """Project, if there is a projection, and scale to unit length, in fp32: scores differ by little."""
     with devices.autocast("no"):
         features = features.float()
         return F.normalize(features if projection is None else projection(features), dim=-1, eps=0)
 
 
 def linear(weight: Tensor) -> nn.Linear:
-    """A layer without bias from its weight [out, in]."""
+    """Return a layer without bias from its weight [out, in]."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.float().clone())
     return layer
@@ -103,12 +108,14 @@ def linear(weight: Tensor) -> nn.Linear:
 
 def encode_features(lrm: LatentRewardModel, ids: list[Tensor], null_ids: list[Tensor], x: Tensor,
                     t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``features`` of token ids: all of a training step's forward pass that has gradient, one null prompt a batch."""
+    """Return ``features`` from token ids: all of a training step's forward pass that has gradient."""
     return features(lrm, lrm.encode(ids, null_ids), x, t)
 
 
 def features(lrm: LatentRewardModel, text: Text, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit features (text, image_0, image_1), each [B, P], of noisy pairs x [2, B, C, h, w] at t ([B] or [2, B])."""
+    """Return unit features (text, image_0, image_1), each [B, P],
+    of noisy pairs x [2, B, C, h, w] at t ([B] or [2, B]).
+    """
     both = texts.concatenate([text, text])
     image_0, image_1 = lrm.image_features(x.flatten(0, 1), t.expand(2, -1).flatten(), both).chunk(2)
     return lrm.text_features(text), image_0, image_1

@@ -1,4 +1,4 @@
-"""What an LRM run keeps: the checkpoints that deserve it, checkpoint-final, and whether the disk has room for them."""
+"""Which checkpoints an LRM run keeps, checkpoint-final, and whether the disk has room for them."""
 
 import shutil
 from dataclasses import dataclass, field
@@ -19,10 +19,10 @@ from lpo_fast.system import console, distributed, writing
 
 @dataclass
 class Progress(session.Progress):
-    """Where an LRM run stands.
+    """Where an LRM run is.
 
-    checkpoints: (step, validation accuracy) of those kept. stage: training_stage.json. corrupt: pairs left out, by use.
-    pairs: digest of the training pairs. untrained: validation accuracy before the first step.
+    checkpoints: (step, validation accuracy) of those kept. stage: training_stage.json. corrupt: pairs left
+    out, by use. pairs: digest of the training pairs. untrained: validation accuracy before the first step.
     """
 
     checkpoints: list[tuple[int, float]] = field(default_factory=list)
@@ -46,35 +46,41 @@ class Progress(session.Progress):
     def stepped(self, rate: float, epoch: int) -> None:
         """Note an optimizer step in the stage; epoch: steps per epoch."""
         number = self.step - 1
-        self.stage |= {"epoch": number // epoch, "step": number % epoch + 1, "lr": rate, "global_step": self.step}
+        self.stage |= {"epoch": number // epoch, "step": number % epoch + 1, "lr": rate,
+                       "global_step": self.step}
 
 
 FINAL, CHECKPOINT = "checkpoint-final", "checkpoint-gstep{}"
 
 
 def restore(lrm: LatentRewardModel, folder: Path) -> None:
-    """Weights of a checkpoint in every process, of which the main one alone need see the directory."""
+    """Load a checkpoint's weights in every process; only the main one needs to see the directory."""
     if distributed.is_main():
         lrm.load_state_dict(checkpoint.load_lrm(folder).state_dict())
     distributed.broadcast(lrm.parameters())
 
 
 def keep(config: Selection, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], at: Progress) -> None:
-    """Save the LRM just validated unless an earlier one (after step 0) is better, so of equals the later is kept; forget
-    checkpoints that are too many, which ``prune`` removes. The best one stays in any case if it becomes checkpoint-final."""
+    """Save the LRM just validated, unless an earlier one (after step 0) is better;
+    of equals, the later is kept.
+
+    Checkpoints beyond the limit are dropped from ``at``; ``prune`` removes them. The best one always stays if
+    it becomes checkpoint-final.
+    """
     out, accuracy = Path(config.out), at.stage["metrics"]["accuracy"]
     if config.save_only_if_best and any(accuracy < known for _, known in at.checkpoints):
         return
     at.checkpoints = [*(known for known in at.checkpoints if known[0] != at.step), (at.step, accuracy)]
     if distributed.is_main():
         save(lrm, tokenizers, out / CHECKPOINT.format(at.step), at.stage)
-    order = sorted(at.checkpoints, key=lambda known: (known[1] if config.keep_best else 0, known[0]), reverse=True)
+    order = sorted(at.checkpoints, key=lambda known: (known[1] if config.keep_best else 0, known[0]),
+                   reverse=True)
     best = [max(order, key=lambda known: (known[1], known[0]))] if config.final_checkpoint == "best" else []
     at.checkpoints = sorted({*order[:config.keep_checkpoints or len(order)], *best})
 
 
 def prune(out: Path, at: Progress) -> None:
-    """Remove checkpoints that the run does not keep, once no saved state names them. The main process does it."""
+    """Remove, in the main process, checkpoints that the run does not keep, once no saved state names them."""
     if not distributed.is_main():
         return
     kept = {CHECKPOINT.format(step) for step, _ in at.checkpoints}
@@ -84,17 +90,18 @@ def prune(out: Path, at: Progress) -> None:
 
 
 def save(lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], folder: Path, stage: dict) -> None:
-    """An LRM's directory with the official training_stage.json."""
+    """Write an LRM directory with the official training_stage.json."""
     with writing.replacing(folder) as aside:
         checkpoint.save_lrm(lrm, tokenizers, aside)
         logs.write_json(aside / "training_stage.json", stage)
 
 
 def require_disk_space(out: Path, lrm: LatentRewardModel, config: LRM, validated: bool) -> None:
-    """Raise InputError unless the disk has room for the most that the run will still write: states and checkpoints.
+    """Raise InputError unless the disk has room for the most that the run will still write.
 
-    The main process checks. validated: whether there are checkpoints. The state counts three times: it, the one before,
-    and the next one while it is written. Checkpoints written only if they are the best are counted as if the first were.
+    The main process checks. validated: whether checkpoints are written. The state counts three times: the
+    current one, the previous one, and the next one while it is written. With --save-only-if-best, one
+    checkpoint is counted.
     """
     if not distributed.is_main():
         return
@@ -112,11 +119,14 @@ def require_disk_space(out: Path, lrm: LatentRewardModel, config: LRM, validated
         times = min(times, config.keep_checkpoints + 1)  # the new one is there before the oldest goes
     there = len(list(out.glob(CHECKPOINT.format("*"))))
     size = (3 - len(states.saved_states(out))) * state + (max(times - there, 0) + 1) * whole
-    writing.require_disk_space(out, size, "make room, limit --keep-checkpoints, or choose a directory on another disk")
+    writing.require_disk_space(out, size,
+                               "make room, limit --keep-checkpoints, or choose a directory on another disk")
 
 
-def export_final(config: Selection, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], at: Progress) -> int:
-    """Write checkpoint-final, the best of the checkpoints or the LRM as it is; return the step that it is of."""
+def export_final(config: Selection, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer],
+                 at: Progress) -> int:
+    """Write checkpoint-final, the best of the checkpoints or the LRM as it is; return the step that it is of.
+    """
     out = Path(config.out)
     last = config.final_checkpoint == "last" or not at.checkpoints
     step = at.step if last else max(at.checkpoints, key=lambda known: (known[1], known[0]))[0]

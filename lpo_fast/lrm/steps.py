@@ -1,4 +1,4 @@
-"""An LRM optimizer step: pairs of pictures in, metrics out."""
+"""The LRM optimizer step: pairs of pictures in, metrics out."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -22,14 +22,16 @@ STEP = ("loss", "accuracy", "grad_norm", "logit_scale")
 
 
 def parts(batch: dict, size: int) -> list[dict]:
-    """A step's batch, ``size`` pairs at a time."""
+    """Return a step's batch in parts of ``size`` pairs."""
     along = {"labels", "mean", "std"}  # [2, B, …]
-    return [{key: value[i:i + size] if key not in along else value[:, i:i + size] for key, value in batch.items()}
-            for i in range(0, len(batch["rows"]), size)]
+    return [{key: value[i:i + size] if key not in along else value[:, i:i + size]
+             for key, value in batch.items()} for i in range(0, len(batch["rows"]), size)]
 
 
 def encoded(encoder: Encoder, batch: dict, step: int, config: Noising, cache: Cache | None = None) -> dict:
-    """A batch (``pairs.collate``) on the device, with mean and std of its pictures' posterior in their place."""
+    """Return a batch (``dataset.collate``) on the device,
+    with its pictures' posterior mean and std instead of pixels.
+    """
     rows = batch["rows"].to(encoder.device, non_blocking=True)
     mean, std = encoder.posterior(
         batch, cache, encoding.flips(config, step, rows) if config.hflip else None, encoder.train_encode)
@@ -38,12 +40,12 @@ def encoded(encoder: Encoder, batch: dict, step: int, config: Noising, cache: Ca
         "rows": rows, "mean": mean, "std": std, "corrupt": batch["corrupt"]}
 
 
-def train_step(lrm: LatentRewardModel, encoder: Encoder, batch: dict, step: int, update: OptimizerStep, config: LRM,
-               cache: Cache | None = None) -> Tensor:
-    """One optimizer step of all processes, each with its part of the pairs; its metrics, which are those of all: STEP, [4].
+def train_step(lrm: LatentRewardModel, encoder: Encoder, batch: dict, step: int, update: OptimizerStep,
+               config: LRM, cache: Cache | None = None) -> Tensor:
+    """Take one optimizer step, each rank with its share of the pairs; return the global metrics, STEP, [4].
 
-    Pairs that do not decode go through the networks, but not into the loss. One process reads nothing back from the device.
-    A step without a finite gradient changes nothing (see run/optimization.py).
+    Pairs that do not decode pass through the networks, but do not enter the loss. A single process reads
+    nothing back from the device. A step without a finite gradient changes nothing (see run/optimization.py).
     """
     batch = encoded(encoder, batch, step, config, cache)
     good = (~batch["corrupt"]).to(encoder.device, non_blocking=True)
@@ -63,45 +65,52 @@ def train_step(lrm: LatentRewardModel, encoder: Encoder, batch: dict, step: int,
 
 def pair_loss(lrm: LatentRewardModel, encoder: Encoder, batch: dict, step: int, config: LRM,
               weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A pass's share of the step's loss, and its number of right pairs.
+    """Return a forward pass's share of the step's loss, and its number of correctly ranked pairs.
 
-    weight: Σ_j 1/n_j over the step's pairs, of which the loss takes the share of this pass. Every process computes the loss
-    of all processes' pairs, and its gradient for its own.
+    weight: Σ_j 1/n_j over the step's pairs. Every rank computes the loss of all ranks' pairs,
+    and its gradient for its own.
     """
     rows = batch["rows"]
     t, labels = encoding.timesteps(config, step, rows, batch["compare"], batch["labels"])
     x = encoder.latents(batch["mean"], batch["std"], rows, step, t)
     with devices.autocast(encoder.precision):
         unit = encoder.train_features(lrm, *encoder.ids(batch["captions"]), x, t)
-    good = (~batch["corrupt"]).nonzero()[:, 0].to(encoder.device, non_blocking=True)  # found on the host, which need not wait
+    # found on the host, which need not wait
+    good = (~batch["corrupt"]).nonzero()[:, 0].to(encoder.device, non_blocking=True)
     text, image_0, image_1, label_0, label_1, counts, t = distributed.gather(
         *(feature[good] for feature in unit), *labels[:, good], batch["counts"][good], t[:, good].T)
     scale = lrm.logit_scale.exp()  # its gradient is the same in every process, and counts once
     share = ((1 / counts).sum() / weight).nan_to_num()
-    value = share * loss.preference(
-        text, image_0, image_1, scale if distributed.rank() == 0 else scale.detach(), label_0, label_1, counts, t,
-        loss_type=config.loss_type, batch_coeff=config.batch_coeff, aux_loss_coeff=config.aux_loss_coeff)
-    return value, correct(((image_0 - image_1) * text).sum(-1).detach(), torch.stack([label_0, label_1])).sum()
+    value = share * loss.preference(text, image_0, image_1, scale if distributed.rank() == 0 else
+                                    scale.detach(), label_0, label_1, counts, t, loss_type=config.loss_type,
+                                    batch_coeff=config.batch_coeff, aux_loss_coeff=config.aux_loss_coeff)
+    return (value,
+            correct(((image_0 - image_1) * text).sum(-1).detach(), torch.stack([label_0, label_1])).sum())
 
 
 def correct(margin: Tensor, labels: Tensor) -> Tensor:
-    """[B]: 1 where the preferred picture scores higher, ½ for a tie of scores or of labels. margin: S_0 − S_1 [B]."""
+    """Return 1 where the preferred picture scores higher, 1/2 for a tie of scores or labels, else 0: [B].
+
+    margin: S_0 − S_1 [B].
+    """
     return 0.5 + 0.5 * margin.sign() * (labels[0] - labels[1]).sign()
 
 
 def steps_per_epoch(config: LRM, pairs: int) -> int:
-    """Steps of whole batches in a pass over the pairs; the rest is left to the next pass's order."""
+    """Return the number of complete batches in a pass over the pairs; the rest is left out of that epoch."""
     return pairs // (own_size(config, pairs) * distributed.world_size())
 
 
 def own_size(config: LRM, pairs: int) -> int:
-    """Pairs of a step in each process."""
+    """Return the pairs per step and rank."""
     return min(config.batch_size, pairs) // distributed.world_size()
 
 
 def batches(config: LRM, pairs: int, step: int) -> Iterator[list[int]]:
-    """This process's pair numbers of every batch from ``step`` on: each epoch a new order, a function of the seed and the
-    epoch."""
+    """Yield this rank's pair numbers for every batch from ``step`` on.
+
+    Each epoch has a new order, a function of the seed and the epoch.
+    """
     own, world, each = own_size(config, pairs), distributed.world_size(), steps_per_epoch(config, pairs)
     for k in range(step, config.max_steps):
         if k % each == 0 or k == step:
@@ -113,19 +122,23 @@ def batches(config: LRM, pairs: int, step: int) -> Iterator[list[int]]:
 class Learner:
     """Trains an LRM: its optimizer, gradient scaler, and learning-rate schedule."""
 
-    def __init__(self, lrm: LatentRewardModel, encoder: Encoder, config: LRM, pairs: int, cache: Cache | None = None):
-        """Make the optimizer over the parameters that train. pairs: how many train; cache: of their latents."""
-        self.lrm, self.encoder, self.config, self.cache, world = lrm, encoder, config, cache, distributed.world_size()
+    def __init__(self, lrm: LatentRewardModel, encoder: Encoder, config: LRM, pairs: int,
+                 cache: Cache | None = None):
+        """Make the optimizer over the parameters that train. pairs: how many train; cache: of their latents.
+        """
+        self.lrm, self.encoder, self.config, self.cache, world = (
+            lrm, encoder, config, cache, distributed.world_size())
         self.weights, self.own = states.Trained(lrm), own_size(config, pairs)
         self.size, self.epoch = self.own * world, steps_per_epoch(config, pairs)
         self.optimizer = optimization.optimizer(config.optimizer, lrm.parameters(), lr=config.learning_rate,
                                                 weight_decay=config.weight_decay)
         factor = optimization.learning_rate(config.warmup, config.warmup_steps, config.max_steps)
         self.decay = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        # Negatives from the batch are those of one pass, and with several ranks all make their passes together.
+        # Negatives from the batch are those of one pass,
+        # and with several ranks all make their passes together.
         self.update = OptimizerStep(self.optimizer, optimization.scaler(encoder.device, encoder.precision),
-                                    config.max_grad_norm, -(-self.own // config.accumulate),
-                                    "use a larger --accumulate", halves=config.loss_type == "pair" and world == 1)
+                                    config.max_grad_norm, -(-self.own // config.accumulate), "use a larger "
+                                    "--accumulate", halves=config.loss_type == "pair" and world == 1)
 
     def parts(self) -> dict[str, Any]:
         """Return what is saved. The scaler is left out unless in fp16: else its scale is always 1."""
@@ -155,7 +168,8 @@ def load_reward(config: LRM, device: torch.device, weights: bool = True) -> Late
     lrm = checkpoint.new_lrm(
         locate.model(config), weights=weights, clip=locate.clip(config),
         generator=torch.Generator().manual_seed(config.seed), resolution=config.resolution,
-        multi_scale=config.multi_scale, multi_scale_cfg=config.multi_scale_cfg, guidance_scale=config.guidance_scale)
+        multi_scale=config.multi_scale, multi_scale_cfg=config.multi_scale_cfg,
+        guidance_scale=config.guidance_scale)
     lrm.logit_scale.data.fill_(config.logit_scale)
     lrm.to(device).train()
     lrm.text_encoders.requires_grad_(not config.freeze_text_encoder)
@@ -168,6 +182,7 @@ def load_reward(config: LRM, device: torch.device, weights: bool = True) -> Late
 def load(config: LRM, device: torch.device) -> tuple[LatentRewardModel, Encoder]:
     """Load the LRM that is to be trained, and what makes its inputs."""
     lrm = load_reward(config, device)
-    encoder = Encoder(locate.model(config), lrm, config.seed, devices.precision(config.mixed_precision, "bf16"), locate.vae(config),
+    encoder = Encoder(locate.model(config), lrm, config.seed,
+                      devices.precision(config.mixed_precision, "bf16"), locate.vae(config),
                       config.noise_offset, config.compile)
     return lrm, encoder

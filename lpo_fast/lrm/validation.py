@@ -35,7 +35,7 @@ class Validator:
 @torch.no_grad()
 def validate(lrm: LatentRewardModel, encoder: Encoder, loader: DataLoader, timesteps: list[int],
              corrupt: Corrupt | None = None) -> dict[str, Any]:
-    """Accuracy on held-out pairs at each timestep; ``accuracy`` is the one at the first, t = 1."""
+    """Measure accuracy on held-out pairs at each timestep; ``accuracy`` is the one at the first, t = 1."""
     lrm.eval()
     device = encoder.device
     right = torch.zeros(len(timesteps) + 1, dtype=torch.float64, device=device)  # and the number of pairs
@@ -43,7 +43,8 @@ def validate(lrm: LatentRewardModel, encoder: Encoder, loader: DataLoader, times
         if corrupt is not None:
             corrupt.count(batch)
         good = (~batch["corrupt"]).nonzero()[:, 0].to(device)
-        rows, posterior = batch["rows"].to(device), encoder.posterior(batch, cast(PairDataset, loader.dataset).cache)
+        rows, posterior = (batch["rows"].to(device),
+                           encoder.posterior(batch, cast(PairDataset, loader.dataset).cache))
         with devices.autocast(encoder.precision):
             words = lrm.encode(*encoder.ids(batch["captions"]))
         right[-1] += len(good)
@@ -52,13 +53,14 @@ def validate(lrm: LatentRewardModel, encoder: Encoder, loader: DataLoader, times
             with devices.autocast(encoder.precision):
                 x = encoder.latents(*posterior, rows, VALIDATION_EPOCH - timestep, t)
                 text, image_0, image_1 = reward.features(lrm, words, x, t)
-            right[k] += steps.correct(((image_0 - image_1) * text).sum(-1), batch["labels"].to(device))[good].sum()
+            right[k] += steps.correct(((image_0 - image_1) * text).sum(-1),
+                                      batch["labels"].to(device))[good].sum()
     lrm.train()
     if corrupt is not None:
         corrupt.share()
     *shares, count = [*(distributed.all_sum(right)[:-1] / right[-1]).tolist(), int(right[-1])]
     if corrupt is not None and not count:
-        raise InputError(corrupt.pairs.source.path, "has no pair whose pictures decode", "mend them, or name other pairs",
-                         corrupt.pairs.source.flag)
+        raise InputError(corrupt.pairs.source.path, "has no pair whose pictures decode",
+                         "fix them, or name other pairs", corrupt.pairs.source.flag)
     accuracy = dict(zip(map(str, timesteps), shares, strict=True))
     return {"accuracy": accuracy[str(timesteps[0])], "accuracy_by_timestep": accuracy, "n": count}

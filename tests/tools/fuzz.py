@@ -1,4 +1,4 @@
-"""Feed generated damage to every reader of outside data: python tests/tools/fuzz.py [--seconds 60] [READER …].
+"""Feed damage to every reader of outside data: python tests/tools/fuzz.py [--seconds 60] [READER …].
 
 A reader may return or raise InputError; of a picture anything that is no MemoryError, since those are left
 out and counted. Whatever else comes out, a call that takes longer than SLOW, or a reader that takes none of

@@ -77,8 +77,8 @@ def from_config(config: dict, num_steps: int, eta: float = 1.0) -> Schedule:
 
     x0 is clipped only if the config contains ``clip_sample: true`` (DDIM's own default would clip).
 
-    >>> config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset":
-    1}
+    >>> config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+    ...           "steps_offset": 1}
     >>> from_config(config, 4).timesteps
     tensor([751, 501, 251,   1])
     """

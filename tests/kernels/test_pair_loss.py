@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,52 +17,12 @@ from lpo_fast.method.schedule import Schedule
 from lpo_fast.system import launch
 from lpo_fast.verify.golden import Golden
 from tests.helpers.models import DEVICE
+from tests.helpers.pair_loss import SETTINGS, Batch, batch, schedules
 from tests.helpers.tolerance import EPS, allowed, assert_close
 
 pytestmark = pytest.mark.usefixtures("kernels")
 KINDS = ["epsilon", "v_prediction", "sample"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SETTINGS = {"guidance": 5.0, "beta": 500.0, "eps": 0.1}
-
-
-def schedules(kind: str, clip: float | None = None) -> Schedule:
-    a = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
-    return schedule.ddim(a, torch.arange(951, 0, -50), 20, 1.0, kind, clip).to(DEVICE).to(torch.float32)
-
-
-class Batch(NamedTuple):
-    """The tensors of ``pair_loss``, in its order after the schedule."""
-
-    x_t: Tensor
-    winner: Tensor
-    loser: Tensor
-    t: Tensor
-    policy: Tensor
-    reference: Tensor
-    weight: Tensor
-
-    def double(self) -> "Batch":
-        return Batch(*(x.double() if x.is_floating_point() else x for x in self))
-
-
-def batch(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, last: bool = False, latent: float = 1.0,
-          output: float = 1.0, apart: float = 1e-3, seed: int = 0) -> Batch:
-    """N random pairs; latent, output: standard deviations; apart:
-    relative difference of policy and reference."""
-    random = torch.Generator().manual_seed(seed)
-    n = shape[0]
-
-    def draw(scale: float, *size: int) -> Tensor:
-        return torch.randn(size, generator=random) * scale
-
-    reference = draw(output, 2 * n, *shape[1:])
-    policy = reference + draw(output * apart, 2 * n, *shape[1:])
-    t = torch.randint(20, (n,), generator=random) * 50 + 1
-    memory = torch.channels_last if last else torch.contiguous_format
-    policy, reference = (x.to(dtype).to(DEVICE).contiguous(memory_format=memory) for x in (policy, reference))
-    latents = [draw(latent, *shape).to(DEVICE) for _ in range(3)]
-    weight = torch.rand(n, generator=random) * (torch.arange(n) % 3 != 2)  # every third is padding
-    return Batch(*latents, t.to(DEVICE), policy.requires_grad_(), reference, weight.to(DEVICE))
 
 
 def sizes(sched: Schedule, b: Batch, guidance: float, cast: bool = False) -> dict[str, Tensor]:
@@ -323,48 +282,3 @@ def test_golden_vectors(golden: Golden) -> None:
         sched = wide.to(torch.float32)
         check(sched, b, *run(sched, b, **chosen), **chosen, exact=exact,
               exact_grad=3 * torch.cat([own["grad_uncond"], own["grad_cond"]]))
-
-
-@pytest.mark.parametrize("change, message", [
-    ({"x_t": torch.zeros(3, 4, 7)}, "x_t has shape (3, 4, 7), expected (N, C, H, W)"),
-    ({"x_t": torch.zeros(3, 4, 0, 5)}, "no elements"),
-    ({"winner": torch.zeros(3, 4, 7, 6)}, "winner has shape (3, 4, 7, 6), expected (3, 4, 7, 5)"),
-    ({"loser": torch.zeros(3, 4, 7, 5, dtype=torch.float64)},
-     "loser is torch.float64, expected torch.float32"), ({"x_t": torch.zeros(
-        3, 4, 7, 5, dtype=torch.float16)}, "x_t is torch.float16, expected torch.float32 or torch.float64"),
-    ({"winner": torch.zeros(3, 4, 7, 5, requires_grad=True)},
-     "winner requires a gradient, but the operator has none"),
-    ({"t": torch.zeros(3)}, "t is torch.float32, expected torch.int64"),
-    ({"t": torch.zeros(2, dtype=torch.int64)}, "t has shape (2,), expected (3,)"),
-    ({"policy": torch.zeros(3, 4, 7, 5)}, "policy has shape (3, 4, 7, 5), expected (6, 4, 7, 5)"),
-    ({"reference": torch.zeros(6, 4, 7, 5, dtype=torch.int64)}, "reference is torch.int64"),
-    ({"reference": torch.zeros(6, 4, 7, 5, requires_grad=True)},
-     "reference requires a gradient, but the operator has none"),
-    ({"weight": torch.zeros(3, dtype=torch.bool)}, "weight is torch.bool, expected torch.float32"),
-    ({"weight": torch.zeros(3, requires_grad=True)}, "weight requires a gradient, but the operator has none"),
-    ({"weight": torch.zeros(3, dtype=torch.float64)}, "weight is torch.float64, expected torch.float32"),
-    ({"policy": torch.zeros(6, 4, 7, 5, dtype=torch.float64)},
-     "policy is torch.float64, expected torch.float32 or torch.float16 or torch.bfloat16"),
-    ({"reference": torch.zeros(6, 4, 7, 5, dtype=torch.float64)},
-     "reference is torch.float64, expected torch.float32"),
-    ({"policy": (torch.zeros(3, 4, 7, 5),) * 2}, "policy is of type tuple, expected Tensor"),
-    ({"x_t": None}, "x_t is of type NoneType, expected Tensor"),
-    ({"guidance": torch.tensor(5.0)}, "guidance is of type Tensor, expected int or float"),
-    ({"beta": True}, "beta is of type bool, expected int or float"),
-    ({"eps": -0.1}, "eps is -0.1, expected a finite number of at least 0"),
-    ({"eps": -1}, "eps is -1.0, expected"), ({"sched": replace(
-        schedules("epsilon"), table=torch.zeros(0, 7))}, "sched.table has shape (0, 7): no timesteps"),
-    ({"weight": torch.zeros(3, device="meta")}, "weight is on meta"),
-    ({"guidance": math.nan}, "guidance is nan, expected a finite number"),
-    ({"guidance": math.inf}, "guidance is inf"), ({"beta": -math.inf}, "beta is -inf"),
-    ({"eps": math.nan}, "eps is nan"),
-])
-def test_rejects(change: dict, message: str) -> None:
-    b = batch((3, 4, 7, 5))
-    def here(x):
-        return (x.to(DEVICE) if isinstance(x, Schedule) or isinstance(x, Tensor) and x.device.type == "cpu"
-                else x)
-    moved = {name: here(x) for name, x in change.items()}
-    with pytest.raises(ValueError) as error:
-        pair_loss(**{"sched": schedules("epsilon")} | b._asdict() | SETTINGS | moved)
-    assert message in str(error.value)

@@ -21,7 +21,6 @@ from lpo_fast.errors import InputError
 from lpo_fast.lrm import checkpoint
 from lpo_fast.models import denoisers, families, locate, texts, vaes
 from lpo_fast.preflight import models, runs
-from lpo_fast.system import writing
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -322,31 +321,6 @@ def test_two_processes_convert_a_single_file_once(tiny_sd: Path, tmp_path: Path,
     (folder,) = folders
     assert len(made) == 1 and {part.name for part in folder.iterdir()} == {"unet", "vae"}
     assert {p.name for p in folder.parent.iterdir()} == {folder.name, f".{folder.name}.lock"}
-
-
-def test_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    target, other = tmp_path / "it.arrow", tmp_path / "it.arrow2.x-1"
-    other.write_text("not ours")
-    for left in (".it.arrow.node-77.new", "it.arrow.node-78"):
-        (tmp_path / left).mkdir()
-    with pytest.raises(KeyboardInterrupt), writing.make_once(target) as aside:
-        aside.write_text("half")
-        raise KeyboardInterrupt
-    assert {p.name for p in tmp_path.iterdir()} == {other.name, ".it.arrow.lock"}
-    with writing.make_once(target) as aside:
-        aside.write_text("whole")
-    with writing.make_once(target) as aside:
-        assert aside is None and target.read_text() == "whole"
-    monkeypatch.setattr(writing.fcntl, "flock",
-                        lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
-    with writing.make_once(tmp_path / "folder") as aside:  # another process is faster
-        aside.mkdir()
-        shutil.copytree(tmp_path, tmp_path / "folder",
-                        ignore=lambda *_: [p.name for p in tmp_path.iterdir() if p != target])
-    assert "cannot be locked (No locks available)" in capsys.readouterr().err
-    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["it.arrow"]
-    assert {p.name for p in tmp_path.iterdir()} == {other.name, ".it.arrow.lock", "it.arrow", "folder",
-                                                    ".folder.lock"}
 
 
 def test_a_pickle_that_would_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

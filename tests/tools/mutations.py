@@ -471,7 +471,7 @@ MUTATIONS: list[Mutation] = [
          "if sum(member.file_size for member in members.infolist()) >",
          "if 1e99 <"),
         ("a tensor may be larger than its file", " or leaf.nbytes > leaf.untyped_storage().nbytes()", "")),
-    *of("system/reading.py", "robustness/test_bad_data.py::test_configs_that_are_refused",
+    *of("system/reading.py", "robustness/test_bad_configs.py::test_configs_that_are_refused",
         ("of a key twice the last counts", "if name in found:", "if False:"),
         ("YAML's aliases are followed", "if any(isinstance(token, yaml.AliasToken)",
          "if False and any(True")),

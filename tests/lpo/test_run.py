@@ -278,8 +278,8 @@ def test_deterministic_runs_are_equal_in_every_byte(settings: config.LPO, tmp_pa
 def test_a_resumed_run_is_not_beyond_what_is_asked_for(settings: config.LPO) -> None:
     """Nothing is exported under settings that other weights belong to; what memory and speed want may change."""
     train_lpo.train(replace(settings, epochs=2))
-    with pytest.raises(InputError, match="--epochs 1: the run in .* is beyond: 2 epochs and 6 batches are done"):
+    with pytest.raises(InputError, match="--epochs 1: is less than the run in .* has done, 2 epochs and 6 batches"):
         train_lpo.train(replace(settings, epochs=1, resume=True))
-    with pytest.raises(InputError, match="--max-batches 4: the run in .* is beyond: 2 epochs and 6 batches are done"):
+    with pytest.raises(InputError, match="--max-batches 4: is less than the run in .* has done, 2 epochs and 6 batches"):
         train_lpo.train(replace(settings, epochs=2, max_batches=4, resume=True))
     train_lpo.train(replace(settings, epochs=2, resume=True, checkpointing="selective"))

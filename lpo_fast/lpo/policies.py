@@ -1,4 +1,4 @@
-"""The policy: the denoiser that trains, its reference, its text features and its sampler; loading and drawing with it."""
+"""Load the policy: the denoiser to be trained, its reference, its text features and its sampler's schedule."""
 
 import copy
 import json
@@ -22,10 +22,20 @@ from lpo_fast.system import compilation, console, devices, distributed
 
 
 class Policy:
-    """The denoiser that trains and its reference: the same weights with the adapters off, or a frozen copy of them."""
+    """Evaluate the denoiser being trained and its reference.
+
+    The reference is the denoiser with its adapters off or, if all weights are trained, a frozen copy of the
+    initial weights.
+    """
 
     def __init__(self, unet: UNet2DConditionModel, text: Text | TextWindow, sizes: Tensor | None, *, full: bool,
                  precision: str = "no", compile: str = "none", sharded: bool = False, attention: str = "sdpa"):
+        """Set up the networks and compile their training steps.
+
+        full: train all weights. sizes: SDXL's time ids [1, 6], or None. precision: "no", "fp16" or "bf16".
+        compile: see ``compilation.compiled``. sharded: shard the weights across ranks (FSDP). attention: the
+        implementation in use.
+        """
         self.unet, self.text, self.sizes, self.precision, self.attention = unet, text, sizes, precision, attention
         self.frozen = copy.deepcopy(unet).requires_grad_(False) if full else None
         for network in (unet, self.frozen) if sharded else ():
@@ -34,19 +44,20 @@ class Policy:
         self._compiled = compilation.compiled(self._evaluate, compile)
 
     def predict(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
-        """Outputs [2B, C, H, W], null pass first, in the network's precision; x_t [B, C, H, W], t, prompt numbers [B].
+        """Return outputs [2B, C, H, W], null branch first, in the network's precision.
 
-        For batches of any size, and inside what is compiled; ``train`` and ``reference`` are compiled for one size.
+        x_t: [B, C, H, W]. t, prompts: int64 [B], timesteps and prompt numbers. This is not compiled, so B may
+        vary and compiled functions may call it; ``train`` and ``reference`` are compiled for one B.
         """
         return self._evaluate(self.unet, x_t, t, prompts)
 
     def train(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
-        """The same for a training step."""
+        """Return what ``predict`` returns, with gradient, for a training step."""
         return self._compiled(self.unet, x_t, t, prompts)
 
     @torch.no_grad()
     def reference(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
-        """The same of the model that training started from."""
+        """Return what ``predict`` returns for the reference, the model that training started from."""
         if self.frozen is not None:
             return self._compiled(self.frozen, x_t, t, prompts)
         with loras.adapters_off(self.adapters):
@@ -54,7 +65,7 @@ class Policy:
 
     @contextmanager
     def plain(self) -> Iterator[None]:
-        """Within the block nothing is compiled: torch's modes, which count operations, look into plain code alone."""
+        """Run the block without compiled code, which torch's counter of operations cannot inspect."""
         compiled, self._compiled = self._compiled, self._evaluate
         try:
             yield
@@ -67,18 +78,21 @@ class Policy:
 
 
 def add_lora(unet: nn.Module, config: Weights) -> None:
-    """Attach the LoRA that a run trains, in fp32."""
+    """Attach the run's LoRA to a denoiser, with trainable weights in fp32."""
     loras.add_lora(unet, config.rank, config.alpha or config.rank, config.targets, config.seed)
     for parameter in loras.trainable(unet):
         parameter.data = parameter.data.float()
 
 
 def load_denoiser(config: LPO, device: torch.device, precision: str, weights: bool = True) -> UNet2DConditionModel:
-    """Load the denoiser that a run trains, with its LoRA; without weights on the meta device."""
-    # Frozen weights are never in memory in more than the precision of the network.
+    """Load the denoiser to be trained, with its LoRA; weights=False leaves it on the meta device.
+
+    Raises InputError if files are missing or do not fit.
+    """
+    # Frozen weights are loaded in the network's precision, which takes less memory than fp32.
     dtype = torch.float32 if config.full else devices.DTYPES[precision]
     unet = denoisers.load_unet(locate.model(config), dtype, weights)
-    unet = devices.layout(unet.to("cpu" if config.shard else device)).eval()  # sharded: a GPU may not hold it
+    unet = devices.layout(unet.to("cpu" if config.shard else device)).eval()  # sharded: it may not fit into one GPU
     if config.fused_norms:
         fused_norms.fuse_norms(unet)
     attention.attention(unet, "sdpa" if config.attention == "auto" else config.attention)
@@ -91,9 +105,10 @@ def load_denoiser(config: LPO, device: torch.device, precision: str, weights: bo
 
 
 def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy, Schedule]:
-    """The policy with a LoRA attached (or all weights trainable), its text features and its sampler's schedule.
+    """Load the policy, with a LoRA attached or all weights trainable, and its sampler's schedule.
 
-    prompts: those that train, then --validation-prompts.
+    prompts: the training prompts, then --validation-prompts; all are encoded here. Raises InputError if files
+    are missing or do not fit.
     """
     model = locate.model(config)
     precision = devices.precision(config.mixed_precision, "fp16")
@@ -102,37 +117,43 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
     encoders = [e.to(device).eval() for e in texts.load_text(model, family)]
     tokenizers = texts.load_tokenizers(model, family)
     text = encoded(config, family, tokenizers, encoders, prompts, family.zero_null, precision)
-    own = prompts[:len(prompts) - len(config.validation_prompts)]
-    too_long = sum(len(ids) > tokenizers[0].model_max_length for ids in tokenizers[0](own).input_ids)
+    training = prompts[:len(prompts) - len(config.validation_prompts)]
+    limit = tokenizers[0].model_max_length
+    too_long = sum(len(ids) > limit for ids in tokenizers[0](training).input_ids)
     if too_long:
-        console.say(f"{too_long} of {len(own)} prompts exceed {tokenizers[0].model_max_length} tokens and are cut")
+        console.say(f"{too_long} of {len(training)} prompts exceed {limit} tokens and are truncated")
     sizes = denoisers.size_conditions(model, family, unet, config.resolution)
     sizes = None if sizes is None else sizes.to(device)
     scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
     sched = schedule.from_config(scheduler, config.num_steps, config.eta).to(device)
-    policy = Policy(unet, text, sizes, full=config.full, precision=precision, compile=config.compiled, sharded=config.shard,
-                    attention=config.attention)
+    policy = Policy(unet, text, sizes, full=config.full, precision=precision, compile=config.compiled,
+                    sharded=config.shard, attention=config.attention)
     if config.attention == "auto":
-        x, index = torch.zeros(config.batch_size, *latent_shape(config, unet), device=device), torch.zeros(
-            config.batch_size, dtype=torch.int64, device=device)
+        x = torch.zeros(config.batch_size, *latent_shape(config, unet), device=device)
+        index = torch.zeros(config.batch_size, dtype=torch.int64, device=device)
         policy.attention = attention.faster_attention(torch.no_grad()(partial(policy.predict, x, index, index)), unet)
         for network in (unet, policy.frozen) if policy.frozen else (unet,):
             attention.attention(network, policy.attention)
     return policy, sched
 
 
-def encoded(config: Prompts, family: Family, tokenizers: list[CLIPTokenizer], encoders: list[nn.Module], prompts: list[str],
-            zero_null: bool, precision: str) -> Text | TextWindow:
-    """Text features of all prompts, on the device if they fit, else within reach of it."""
-    text = texts.encode_prompts(family, tokenizers, encoders, prompts, zero_null=zero_null, dtype=devices.DTYPES[precision],
-                                   placement=devices.text_placement)
+def encoded(config: Prompts, family: Family, tokenizers: list[CLIPTokenizer], encoders: list[nn.Module],
+            prompts: list[str], zero_null: bool, precision: str) -> Text | TextWindow:
+    """Return the text features of all prompts, on the device if they fit.
+
+    Else they are kept in host memory, and each batch's features are copied to the device (``TextWindow``).
+    zero_null: replace the null prompt's features by zeros. precision: "no", "fp16" or "bf16".
+    """
+    text = texts.encode_prompts(family, tokenizers, encoders, prompts, zero_null=zero_null,
+                                dtype=devices.DTYPES[precision], placement=devices.text_placement)
     if text.context.device == text.null.context.device:
         return text
-    console.say(f"text features of {len(prompts)} prompts take {text.context.nbytes / 1e9:.1f} GB and stay in the host's memory")
+    console.say(f"text features of {len(prompts)} prompts take {text.context.nbytes / 1e9:.1f} GB and are kept "
+                "in host memory")
     return TextWindow(text, config.batch_size * distributed.world_size())
 
 
 def latent_shape(config: Model, unet: UNet2DConditionModel) -> tuple[int, int, int]:
-    """(C, H, W) of the latents that the policy makes."""
+    """Return (C, H, W) of the latents that the policy generates."""
     size = config.resolution // vaes.pixels_per_latent(locate.model(config)) or unet.config.sample_size
     return unet.config.in_channels, size, size

@@ -1,4 +1,4 @@
-"""What an LRM is trained on: pictures to noisy latents, captions to token ids, and the draws of timesteps and mirroring."""
+"""Prepare an LRM's inputs: encode pictures to noisy latents and captions to token ids, and draw timesteps."""
 
 import json
 from collections.abc import Callable
@@ -19,15 +19,24 @@ from lpo_fast.method.schedule import Schedule
 from lpo_fast.models import texts, vaes
 from lpo_fast.system import compilation, devices
 
-ENCODED = 2**22  # pixels at a time, SDXL's 4 or SD1.5's 16 pictures: 7 GiB in bf16 by --dry-run; SDXL's 32 pairs at once: 113
-NEIGHBOUR, MIRROR, OFFSET = 1, 2, 4  # "steps" of a pair's further draws; its latents' and its timestep's is 0
+# Pixels that the VAE encodes at a time: 4 pictures of SDXL or 16 of SD1.5, which take 7 GiB in bf16 (--dry-run);
+# 32 pairs of SDXL at once would take 113 GiB.
+ENCODED = 2**22
+# Counter numbers ("steps" of method/noise.py) of a pair's further draws; 0 is for its latents and its timestep.
+NEIGHBOR, MIRROR, OFFSET = 1, 2, 4
 
 
 class Encoder:
-    """Pictures to noisy latents and captions to token ids: all that stands before the LRM and does not train."""
+    """Encode pictures to noisy latents and captions to token ids: the inputs of the LRM, without gradient."""
 
     def __init__(self, model: Path, lrm: LatentRewardModel, seed: int, precision: str, vae: Path | None = None,
                  noise_offset: float = 0.0, compile: str = "none"):
+        """Load the tokenizers and the noise schedule of a model; the VAE is loaded when first used.
+
+        model: a diffusers directory. seed: of all draws. precision: "no", "fp16" or "bf16". vae: a directory
+        with another VAE. noise_offset: scale of the noise added per channel. compile: see
+        ``compilation.compiled``.
+        """
         self.device = device = next(lrm.parameters()).device
         scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
         self.vae_path = vae or model
@@ -35,31 +44,40 @@ class Encoder:
         self.tokenizers: list[CLIPTokenizer] = texts.load_tokenizers(model, lrm.family)
         self.sched: Schedule = schedule.from_config(scheduler, 20).to(device)
         self.noise_offset = noise_offset
-        self.seed, self.precision, self.null_ids = seed, precision, texts.tokenize(self.tokenizers, [""])
+        self.seed = seed
+        self.precision = precision
+        self.null_ids = texts.tokenize(self.tokenizers, [""])
         self.train_encode = compilation.compiled(encode, compile)
         self.train_features = compilation.compiled(reward.encode_features, compile)
         self.resolution = lrm.unet.config.sample_size * 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
     @cached_property
     def vae(self) -> AutoencoderKL:
-        """Loaded when a picture is to be encoded: where all latents are cached, never."""
+        """Return the VAE, loaded when a picture is first encoded: not at all if all latents are cached."""
         return vaes.load_vae(self.vae_path).to(self.device)
 
     def moments(self, pixels: Tensor, flips: Tensor | None = None, compiled: Callable | None = None) -> Tensor:
-        """The VAE's moments (``encode``) [2, B, 2C, h, w] of pixels [2, B, 3, H, W], mirrored where flips, bool [2, B], says
-        so. In equal parts of at most ENCODED pixels, which come to the device one by one."""
-        size, made = part_size(pixels.shape[1] * 2, pixels.shape[-1]), []
+        """Return the VAE's moments (``encode``) [2, B, 2C, h, w] of pixels [2, B, 3, H, W].
+
+        flips: bool [2, B], which pictures to mirror. compiled: a compiled ``encode``. The pictures are copied to
+        the device and encoded in equal parts of at most ENCODED pixels.
+        """
+        size = part_size(pixels.shape[1] * 2, pixels.shape[-1])
+        made = []
         for i, part in enumerate(pixels.flatten(0, 1).split(size)):
             part = part.to(self.device, non_blocking=True)
             if flips is not None:
                 part = mirrored(part, flips.flatten().split(size)[i])
             made.append((compiled or encode)(self.vae, part, self.precision))
-        return torch.cat(made).contiguous().unflatten(0, (2, -1))  # as in the cache: another layout, other roundings
+        return torch.cat(made).contiguous().unflatten(0, (2, -1))  # as in the cache: layouts round differently
 
     def posterior(self, batch: dict, cache: Cache | None = None, flips: Tensor | None = None,
                   compiled: Callable | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, fp32 [2, B, C, h, w] each, of the VAE's posterior for the pictures of a batch
-        (``pairs.collate``): from the cache, or from the pixels, which then go into the cache."""
+        """Return the mean and standard deviation, fp32 [2, B, C, h, w] each, of the VAE's posterior of a batch.
+
+        batch: from ``dataset.collate``; its pictures are pixels, cached moments, or some of each. cache: stores
+        the moments of encoded pictures. flips, compiled: see ``moments``.
+        """
         moments = batch["moments"].to(self.device, non_blocking=True) if "moments" in batch else None
         if "pixels" in batch:
             made = self.moments(batch["pixels"], flips, compiled)
@@ -70,9 +88,10 @@ class Encoder:
         return split(moments)
 
     def latents(self, mean: Tensor, std: Tensor, rows: Tensor, step: int, t: Tensor) -> Tensor:
-        """x_t [2, B, C, h, w] at timesteps t ([B] or [2, B]) from a sample of the posterior, independent noise for the two.
+        """Return noisy latents x_t, fp32 [2, B, C, h, w], from samples of the posterior (``posterior``).
 
-        Noise is keyed by (seed, step, row): candidates 0 and 1 are the posterior's, 2 and 3 the diffusion's.
+        rows: int64 [B]. t: int64 [B] or [2, B], timesteps. The noise of a pair's two pictures is independent
+        and keyed by (seed, step, row): candidates 0 and 1 sample the posterior, 2 and 3 are the diffusion noise.
         """
         z = noise.normal(self.seed, step, rows, 0, 4, tuple(mean.shape[2:]))
         x0, eps = (mean + std * z[:2]) * self.vae_config["scaling_factor"], z[2:]
@@ -82,39 +101,49 @@ class Encoder:
         return x_t.view_as(mean)
 
     def ids(self, captions: list[str]) -> tuple[list[Tensor], list[Tensor]]:
-        """Token ids of captions and of the null prompt, a tensor an encoder."""
+        """Return token ids of B captions, int64 [B, L], and of the null prompt, [1, L]; one tensor per encoder."""
         return tuple([i.to(self.device, non_blocking=True) for i in ids]
                      for ids in (texts.tokenize(self.tokenizers, captions), self.null_ids))
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: Tensor, precision: str) -> Tensor:
-    """Mean and log-variance [n, 2C, h, w] of the VAE's posterior for pixels [n, 3, H, W], in the networks' precision."""
+    """Return moments [n, 2C, h, w], mean and log variance of the VAE's posterior, of pixels [n, 3, H, W].
+
+    precision: of the networks, "no", "fp16" or "bf16".
+    """
     with devices.autocast(precision):
         return vae.encode(pixels).latent_dist.parameters
 
 
 def split(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, fp32 [2, B, C, h, w] each, of moments [2, B, 2C, h, w]; diffusers' bounds."""
+    """Return the mean and standard deviation, fp32 [2, B, C, h, w] each, of moments [2, B, 2C, h, w].
+
+    The log variance is clamped to [-30, 20], the bounds of diffusers' DiagonalGaussianDistribution.
+    """
     mean, log_variance = moments.float().chunk(2, 2)
     return mean, (0.5 * log_variance.clamp(-30, 20)).exp()
 
 
 def part_size(count: int, side: int) -> int:
-    """Pictures that the VAE encodes at a time, of ``count`` of side² pixels."""
+    """Return how many pictures the VAE encodes at a time, of ``count`` pictures with side² pixels each."""
     return -(-count // min(-(-count * side**2 // ENCODED), count))
 
 
 def timesteps(config: LRM, step: int, rows: Tensor, compare: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Timesteps [2, B] of the pairs of a step, and their labels [2, B]: of a picture compared with itself (compare [B])
-    the second is a neighbour timestep_interval away, and the less noisy one is preferred. Keyed by (seed, step, row)."""
+    """Draw timesteps, int64 [2, B], of a step's pairs; return them and the pairs' labels [2, B].
+
+    rows: int64 [B]. compare: bool [B], pairs of a picture with itself; with --compare-between-timestep, their
+    second timestep is timestep_interval places from the first one, in either direction, and the less noisy
+    picture is preferred. labels: [2, B], of the other pairs. Keyed by (seed, step, row).
+    """
     if not config.variable_timestep:
         return torch.full_like(labels, config.constant_timestep, dtype=torch.int64), labels
     every = torch.arange(1, config.largest_timestep + 1, 50, device=rows.device)
     first = noise.integers(config.seed, step, rows, 0, len(every))
     if not config.compare_between_timestep:
         return every[first].expand(2, -1), labels
-    up = noise.integers(config.seed, step, rows, NEIGHBOUR, 2) == 1
+    up = noise.integers(config.seed, step, rows, NEIGHBOR, 2) == 1
     up = torch.where(first < config.timestep_interval, True, up)
     up = torch.where(first >= len(every) - config.timestep_interval, False, up)
     second = torch.where(compare, first + torch.where(up, 1, -1) * config.timestep_interval, first)
@@ -123,10 +152,10 @@ def timesteps(config: LRM, step: int, rows: Tensor, compare: Tensor, labels: Ten
 
 
 def flips(config: Noising, step: int, rows: Tensor) -> Tensor:
-    """bool [2, B]: which pictures are mirrored, each with probability ½. Keyed by (seed, step, row)."""
+    """Draw which pictures are mirrored, bool [2, B], each with probability ½, keyed by (seed, step, row)."""
     return torch.stack([noise.integers(config.seed, step, rows, MIRROR + side, 2) for side in (0, 1)]) == 1
 
 
 def mirrored(pixels: Tensor, flips: Tensor) -> Tensor:
-    """pixels [n, 3, H, W], mirrored where flips, bool [n], says so."""
+    """Return pixels [n, 3, H, W], mirrored where flips, bool [n], is true."""
     return torch.where(flips[:, None, None, None], pixels.flip(-1), pixels)

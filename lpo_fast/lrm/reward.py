@@ -1,9 +1,10 @@
-"""The latent reward model (LRM): the diffusion model itself scores a noisy latent (arXiv 2502.01051, section 3.2).
+"""Score noisy latents with a diffusion model: the latent reward model, LRM (arXiv 2502.01051, section 3.2).
 
     S(x, t, prompt) = exp(logit_scale) · < V/|V| , T/|T| >
 
-V projects the average-pooled maps of the denoiser's down and mid blocks; the mid feature is guided (visual feature
-enhancement): V_mid = null + g·(text − null). T is the prompt's pooled embedding. Up blocks are never used nor loaded.
+V projects the average-pooled maps of the denoiser's down and mid blocks; the mid feature is guided (visual
+feature enhancement): V_mid = null + g·(text − null). T projects the prompt's pooled embedding. Up blocks are
+neither used nor loaded.
 """
 
 from collections.abc import Sequence
@@ -19,26 +20,30 @@ from lpo_fast.models.families import Family
 from lpo_fast.models.texts import Text
 from lpo_fast.system import devices
 
-TIMESTEPS = 1000  # of training
+TIMESTEPS = 1000  # of the diffusion model's training
 
 
 def guidance_table(scale: Sequence[float]) -> Tensor:
-    """g of every training timestep, fp32 [1000]: ``scale``, spread evenly from t = 0 to 999 and interpolated linearly.
+    """Return the guidance scale g of every training timestep, fp32 [1000].
 
-    Guidance below 1 is none: g is at least 1.
+    The numbers of ``scale`` are spread evenly from t = 0 to 999 and interpolated linearly. Values below 1
+    become 1, which means no guidance.
     """
     at = np.linspace(0, TIMESTEPS - 1, len(scale))
     return torch.from_numpy(np.interp(np.arange(TIMESTEPS), at, scale)).float().clamp(min=1)
 
 
 class LatentRewardModel(nn.Module):
-    """Scores noisy latents. Parameters: denoiser (down and mid), text encoders, projections, logit_scale.
+    """Score noisy latents.
 
-    guidance_scale: g of the mid feature, one number or several over the timesteps (``guidance_table``); where none is above
-    1 the null pass is not run. multi_scale: pool every down block too.
-    multi_scale_cfg: guide the down features as well (SDXL leaves its first stage alone, as the official code does).
-    sizes: SDXL's time ids [1, 6]. base: the model that it was made from, resolution: the pixels of the pictures that it scores,
-    as lrm.json records them.
+    Parameters: the denoiser's down and mid blocks, the text encoders, the projections, and logit_scale.
+
+    visual_projection: [P, sum of pooled channels]. text_projection: [P, E]; None: the pooled text is already
+    projected. guidance_scale: g of the mid feature, one number or several over the timesteps
+    (``guidance_table``); if none is above 1, the null branch is not evaluated. multi_scale: pool every down
+    block too. multi_scale_cfg: guide the down features as well (except SDXL's first stage, for equality with
+    the official code). sizes: SDXL's time ids [1, 6]. base, resolution: the origin of the model and the side of
+    the pictures that it scores, in pixels, which lrm.json records.
     """
 
     def __init__(self, family: Family, unet: nn.Module, text_encoders: Sequence[nn.Module],
@@ -57,39 +62,49 @@ class LatentRewardModel(nn.Module):
         self.register_buffer("sizes", sizes, persistent=False)
 
     def encode(self, ids: list[Tensor], null_ids: list[Tensor]) -> Text:
-        """Text features with gradient, of ids [B, L] (one tensor an encoder) and of the null prompt's ids [1, L]."""
+        """Return text features, with gradient, of ids int64 [B, L] and of the null prompt's ids [1, L].
+
+        Each list holds one tensor per text encoder.
+        """
         both = [torch.cat([i, n]) for i, n in zip(ids, null_ids, strict=True)]
         text = texts.encode(self.family, list(self.text_encoders), both)
         return Text(text.context[:-1], text.pooled[:-1], text[-1:])
 
     def image_features(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
-        """V/|V| [B, P] of latents x [B, C, H, W] at timesteps t [B]; text: one prompt a latent."""
+        """Return V/|V|, fp32 [B, P], of latents x [B, C, H, W] at timesteps t int64 [B].
+
+        text: features of B prompts, one per latent.
+        """
         guided = max(self.guidance_scale) > 1
-        passes = (torch.cat([x, x]), torch.cat([t, t]), text.guided()) if guided else (x, t, text)
-        stages, mid = denoisers.down_mid(self.unet, *passes, self.sizes)
-        down, first_guided = stages if self.multi_scale else [], 1 if self.family.time_ids else 0
+        inputs = (torch.cat([x, x]), torch.cat([t, t]), text.guided()) if guided else (x, t, text)
+        stages, mid = denoisers.down_mid(self.unet, *inputs, self.sizes)
+        down = stages if self.multi_scale else []
+        first_guided = 1 if self.family.time_ids else 0
         flags = [guided and self.multi_scale_cfg and i >= first_guided for i in range(len(down))]
         v = reward_pool([*down, mid], [*flags, guided], t, self.guidance)
         return normalized(self.visual_projection, v)
 
     def text_features(self, text: Text) -> Tensor:
-        """T/|T| [B, P]."""
+        """Return T/|T|, fp32 [B, P], of the features of B prompts."""
         return normalized(self.text_projection, text.pooled)
 
     def score(self, x: Tensor, t: Tensor, text: Text) -> Tensor:
-        """S(x, t, prompt), [B] in fp32. x: [B, C, H, W]; t: int64 [B]; text: features of B prompts."""
+        """Return S(x, t, prompt), fp32 [B]. x: [B, C, H, W]. t: int64 [B]. text: features of B prompts."""
         return self.logit_scale.exp() * (self.image_features(x, t, text) * self.text_features(text)).sum(-1)
 
 
 def normalized(projection: nn.Linear | None, features: Tensor) -> Tensor:
-    """Project (if there is a projection) and scale to unit length, in fp32: scores differ by little."""
+    """Project features (if there is a projection) and scale them to unit length, in fp32.
+
+    Half precision would not resolve the small differences of scores.
+    """
     with devices.autocast("no"):
         features = features.float()
         return F.normalize(features if projection is None else projection(features), dim=-1, eps=0)
 
 
 def linear(weight: Tensor) -> nn.Linear:
-    """A layer without bias from its weight [out, in]."""
+    """Return a linear layer without bias, with a copy of ``weight`` [out, in] in fp32."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.float().clone())
     return layer
@@ -97,12 +112,18 @@ def linear(weight: Tensor) -> nn.Linear:
 
 def encode_features(lrm: LatentRewardModel, ids: list[Tensor], null_ids: list[Tensor], x: Tensor,
                     t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``features`` of token ids: all of a training step's forward pass that has gradient, one null prompt a batch."""
+    """Return ``features`` of token ids: the part of a training step's forward pass that has gradient.
+
+    ids, null_ids: see ``LatentRewardModel.encode``. x, t: see ``features``.
+    """
     return features(lrm, lrm.encode(ids, null_ids), x, t)
 
 
 def features(lrm: LatentRewardModel, text: Text, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit features (text, image_0, image_1), each [B, P], of noisy pairs x [2, B, C, h, w] at t ([B] or [2, B])."""
+    """Return unit features (text, image_0, image_1), fp32 [B, P] each, of noisy pairs x [2, B, C, h, w].
+
+    text: features of B prompts. t: int64 [B] or [2, B].
+    """
     both = texts.concatenate([text, text])
     image_0, image_1 = lrm.image_features(x.flatten(0, 1), t.expand(2, -1).flatten(), both).chunk(2)
     return lrm.text_features(text), image_0, image_1

@@ -36,7 +36,8 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
         return _train(config, prompts, source, wrap_score)
 
 
-def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Callable[[Score], Score]) -> Path:
+def _train(config: LPO, prompts: list[str], source: Path | None,
+           wrap_score: Callable[[Score], Score]) -> Path:
     # 1) Load the policy, its reference, and the reward model; encode all texts once.
     device = devices.device()
     out = Path(config.out)
@@ -92,7 +93,6 @@ def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Cal
                 run.log.log("batch", at.step, epoch=at.epoch, **seen)
             sampled = time.perf_counter() - start
             found = at.pairs.number
-
             while at.pairs.number and not run.stopping:
                 fed, at.pairs = at.pairs.cut(learner.size)
                 run.queue(learner.step(fed), fed, epoch=at.epoch, lr=learner.rate)
@@ -102,7 +102,6 @@ def _train(config: LPO, prompts: list[str], source: Path | None, wrap_score: Cal
             rows += run.flush()
             if at.pairs.number:
                 break  # stopped: the remaining pairs are saved in the state
-
             seconds = time.perf_counter() - start
             rate = meter.row(seconds * distributed.world_size(), prompts=count, pairs=found)
             rate = run.log.time(global_step=at.step, sampling=sampled, seconds=seconds,
@@ -145,8 +144,8 @@ def end_of_epoch(epoch: int, run: Run, learner: steps.Learner, draw: drawing.Dra
 def log_line(step: int, rows: list[dict[str, Any]], pairs: int, rate: dict[str, float]) -> str:
     """Return the log line of one prompt batch.
 
-    rows: the metrics of its optimizer steps, whose mean loss and accuracy are shown. pairs: valid pairs. rate:
-    timings: seconds, prompts per second, and on a GPU TFLOP/s.
+    rows: the metrics of its optimizer steps, whose mean loss and accuracy are shown. pairs: valid pairs.
+    rate: timings: seconds, prompts per second, and on a GPU TFLOP/s.
     """
     loss, accuracy = (sum(row[key] for row in rows) / max(len(rows), 1)
                       for key in ("train_loss", "implicit_acc"))

@@ -18,8 +18,8 @@ from lpo_fast.system import compilation, console, devices, distributed
 def train(config: LRM) -> Path:
     """Train an LRM; return the run directory.
 
-    Its checkpoint-final/ is the LRM with the best validation accuracy, or the last one. Raises InputError if an
-    input cannot be read or used, or an output cannot be written (also if the disk is full); the last saved
+    Its checkpoint-final/ is the LRM with the best validation accuracy, or the last one. Raises InputError if
+    an input cannot be read or used, or an output cannot be written (also if the disk is full); the last saved
     state is then complete.
     """
     used = runs.lrm(config)
@@ -50,7 +50,7 @@ def _train(config: LRM, used: dict[str, PairTable]) -> Path:
     if run.resumed:
         run.restore("pairs", config.pairs, "--pairs")
     if at.step > config.max_steps:
-        raise InputError(str(config.max_steps), f"is fewer than the {at.step} steps that the run in {out} has taken",
+        raise InputError(str(config.max_steps), f"is less than the {at.step} steps done by the run in {out}",
                          f"use at least {at.step}", "--max-steps")
     console.say(f"LRM on {device}, precision {encoder.precision} | "
                 f"{data.number} of {len(used['train'].captions)} pairs | "
@@ -105,7 +105,7 @@ def _train(config: LRM, used: dict[str, PairTable]) -> Path:
 
 
 def validated(run: Run, validate: validation.Validator) -> float:
-    """Validate at every fifth of the validation timesteps, log it, and return the accuracy at the first one."""
+    """Validate at every fifth validation timestep, log it, and return the accuracy at the first one."""
     shown = validate("validation", every=5)
     step = run.at.step
     run.log.log("validation", step, **shown)
@@ -124,5 +124,5 @@ def report(run: Run, clock: Clock, size: int, lag: int) -> None:
         each = seconds / len(rows)
         idle = waited / seconds
         run.log.time(global_step=step, seconds=each, pairs_per_second=size / each, data=idle)
-        console.say(f"step {step} | loss {row['loss']:.3f} | acc {row['accuracy']:.2f} | {each * 1e3:.0f} ms | "
-                    f"data {idle:.0%} | {size / each:.1f} pairs/s | {console.memory()}")
+        console.say(f"step {step} | loss {row['loss']:.3f} | acc {row['accuracy']:.2f} | "
+                    f"{each * 1e3:.0f} ms | data {idle:.0%} | {size / each:.1f} pairs/s | {console.memory()}")

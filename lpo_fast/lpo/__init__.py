@@ -1,0 +1,1 @@
+"""Stage 2, LPO: policy, judging, sampling, prompt batches, optimizer steps, and checkpoints."""

@@ -69,7 +69,8 @@ class Progress(session.Progress):
 class Sampler:
     """Sample pairs from prompts, with the constants on the device and the denoising step compiled."""
 
-    def __init__(self, policy: Policy, judge: Judge, score: Score, sched: Schedule, config: LPO, prompts: int):
+    def __init__(self, policy: Policy, judge: Judge, score: Score, sched: Schedule, config: LPO,
+                 prompts: int):
         """Compile the denoising step, depending on --compile.
 
         score: the judge's score, possibly wrapped. prompts: the number of training prompts.
@@ -98,7 +99,8 @@ class Sampler:
         elif isinstance(self.policy.text, TextWindow) and len(at.index) > size:
             raise InputError(str(distributed.world_size()),
                              f"these processes hold the text of {size} prompts, and the unfinished batch has "
-                             f"{len(at.index)}", "resume with at least as many processes as before", "WORLD_SIZE")
+                             f"{len(at.index)}", "resume with at least as many processes as before",
+                             "WORLD_SIZE")
         self.policy.prefetch(at.index.cpu())
         self.judge.prefetch(at.index.cpu())
         return len(at.index)
@@ -124,10 +126,10 @@ def sample_pairs(policy: Policy, score: Score, sched: Schedule, gap: Tensor, sha
                  step: Callable = sampling.choose) -> tuple[LatentPairs, dict[str, object]]:
     """Return the valid pairs of all processes for prompt numbers ``index``, and the metrics of the batch.
 
-    gap: fp32 [N], smallest score gap of a valid pair by timestep. shape: (C, H, W) of the latents. index: int64
-    [B], of all processes. slots: prompts that each process samples. A process with fewer repeats the batch's
-    first prompt and drops the pairs of the repeats, so that shapes never change and every process takes part.
-    step: see ``sampling.trajectory``. The pairs are ordered by denoising step, then by prompt.
+    gap: fp32 [N], smallest score gap of a valid pair by timestep. shape: (C, H, W) of the latents. index:
+    int64 [B], of all processes. slots: prompts that each process samples. A process with fewer repeats the
+    batch's first prompt and drops the pairs of the repeats, so that shapes never change and every process
+    takes part. step: see ``sampling.trajectory``. The pairs are ordered by denoising step, then by prompt.
     """
     own = index[distributed.rank()::distributed.world_size()]
     filled = torch.cat([own, index[:1].expand(max(slots - len(own), len(own) == 0))])
@@ -137,7 +139,7 @@ def sample_pairs(policy: Policy, score: Score, sched: Schedule, gap: Tensor, sha
     steps = len(scores)
     real = torch.arange(len(filled), device=filled.device) < len(own)
     times, valid, scores = distributed.gather(*(x.movedim(-1, 0)[:len(own)].contiguous() for x in (
-        pairs.t.view(steps, -1), pairs.valid.view(steps, -1).int(), scores)))  # [B, steps], scores [B, steps, K]
+        pairs.t.view(steps, -1), pairs.valid.view(steps, -1).int(), scores)))  # [B, steps], [B, steps, K]
     gathered = pairs._replace(t=times.T.flatten(), valid=valid.T.flatten().bool())
     metrics = batch_metrics(gathered, scores.movedim(0, -1))
     kept = pairs.take(pairs.valid & real.repeat(steps))
@@ -158,15 +160,17 @@ def batch_metrics(pairs: LatentPairs, scores: Tensor) -> dict[str, object]:
     steps, _, size = scores.shape
     counts = {f"{name}_noise_samples_num": int((valid & band).sum()) for name, band in bands.items()}
     return {"preference_scores_mean": scores.mean().item(), "preference_scores_std": scores.std().item(),
-            "total_valid_samples_num": int(valid.sum()), **counts, "timesteps": t.view(steps, size)[:, 0].tolist(),
+            "total_valid_samples_num": int(valid.sum()), **counts,
+            "timesteps": t.view(steps, size)[:, 0].tolist(),
             "valid_by_timestep": valid.view(steps, size).sum(1).tolist(), "pairs_possible": len(t)}
 
 
 def order(config: Prompts, epoch: int, prompts: int, done: int = 0) -> list[Tensor]:
-    """Return the prompt batches of an epoch that remain after ``done`` prompts: int64 numbers, for all processes.
+    """Return the prompt batches of an epoch that remain after ``done`` prompts.
 
-    prompts: the number of training prompts. Their order is a function of the seed and the epoch; only the
-    division into batches depends on the world size.
+    Each holds the int64 numbers of the prompts of all processes. prompts: the number of training prompts.
+    Their order is a function of the seed and the epoch; only the division into batches depends on the world
+    size.
     """
     size = config.batch_size * distributed.world_size()
     numbers = noise.permutation(config.seed, epoch, 0, prompts) if config.shuffle else torch.arange(prompts)
@@ -193,9 +197,9 @@ def total(config: LPO, prompts: int, at: Progress) -> int:
     count = min(at.done + batches_left(config, prompts, at), last)
     if at.epoch > config.epochs or at.done > count:
         key = "epochs" if at.epoch > config.epochs else "max_batches"
-        raise InputError(str(getattr(config, key)), f"is less than the run in {config.out} has done, {at.epoch} "
-                         f"epochs and {at.done} batches", "use more, or start from a checkpoint_{epoch}",
-                         cli.flag(key))
+        raise InputError(str(getattr(config, key)), f"is less than the run in {config.out} has done, "
+                         f"{at.epoch} epochs and {at.done} batches",
+                         "use more, or start from a checkpoint_{epoch}", cli.flag(key))
     return int(count)
 
 

@@ -58,8 +58,8 @@ def find_checkpoint(path: Path, full: bool) -> Path:
     """Return ``path`` if it is a checkpoint directory, else the newest intact checkpoint in it.
 
     Reads all files of a checkpoint, to compare checksums, and prints a warning for each damaged one. full:
-    whether unet/ is expected, rather than unet_lora.pt. Raises InputError if there is no intact checkpoint with
-    these weights.
+    whether unet/ is expected, rather than unet_lora.pt. Raises InputError if there is no intact checkpoint
+    with these weights.
     """
     found = [path] if path.is_dir() and path.name.startswith("checkpoint_") else checkpoints(path)
     if not found or not found[-1].name.removeprefix("checkpoint_").isdecimal():
@@ -94,7 +94,7 @@ def start_from(folder: Path, unet: UNet2DConditionModel, optimizer: torch.optim.
 
 
 def resume_from(folder: Path, unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Load the weights and, if present, the optimizer's moments of a checkpoint; return its next epoch and step.
+    """Load a checkpoint's weights and, if present, optimizer moments; return the next epoch and its step.
 
     folder: a checkpoint that ``find_checkpoint`` returned. The learning rate, weight decay, betas and eps
     remain those of this run. Raises InputError if a file does not fit.
@@ -127,15 +127,16 @@ def require_disk_space(out: Path, unet: UNet2DConditionModel, config: LPO, epoch
                        shape: tuple[int, int, int]) -> None:
     """Raise InputError if the disk is too small for the states, checkpoints and weights yet to be written.
 
-    The main process checks. epoch_batches: prompt batches per epoch. shape: (C, H, W) of the latents. The state
-    counts three times: the current one, the previous one, and the next one while it is written.
+    The main process checks. epoch_batches: prompt batches per epoch. shape: (C, H, W) of the latents. The
+    state counts three times: the current one, the previous one, and the next one while it is written.
     """
     if not distributed.is_main():
         return
     parameters = loras.trainable(unet)
     trained = sum(p.numel() * p.element_size() for p in parameters)
     moments = optimization.optimizer_state(config.optimizer, parameters) + writing.RECORD * len(parameters)
-    pairs = config.batch_size * distributed.world_size() * config.num_steps * 12 * math.prod(shape)  # 3 fp32 latents
+    latents = 12 * math.prod(shape)  # bytes of a pair's 3 fp32 latents
+    pairs = config.batch_size * distributed.world_size() * config.num_steps * latents
     state = trained * (2 if config.ema_decay else 1) + moments + pairs
     weights = sum(p.numel() * 4 for p in unet.parameters()) if config.full else trained
     epochs = min(config.epochs, config.max_batches // epoch_batches if config.max_batches else config.epochs)

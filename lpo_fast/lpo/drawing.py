@@ -24,7 +24,8 @@ class Drawer:
     writes; if the denoiser is sharded, the other processes draw too, because all must run it together.
     """
 
-    def __init__(self, config: LPO, policy: Policy, sched: Schedule, prompts: list[str], shape: tuple[int, int, int]):
+    def __init__(self, config: LPO, policy: Policy, sched: Schedule, prompts: list[str],
+                 shape: tuple[int, int, int]):
         self.config, self.policy, self.sched, self.prompts, self.shape = config, policy, sched, prompts, shape
         self.folder = Path(config.out) / "pictures"
         self.draws = distributed.is_main() or config.shard
@@ -49,13 +50,14 @@ class Drawer:
             with writing.writing(self.folder):
                 for i, picture in enumerate(pictures):
                     picture.save(self.folder / f"{i:03d}_{when}.png")
-            logs.write_json(self.folder / "captions.json", [{"caption": prompt} for prompt in self.prompts[:count]])
+            captions = [{"caption": prompt} for prompt in self.prompts[:count]]
+            logs.write_json(self.folder / "captions.json", captions)
 
     def validation(self, epoch: int) -> list[Image.Image]:
-        """Write validation_{epoch}.png, a grid with one row per validation prompt; return the single pictures.
+        """Write validation_{epoch}.png, a grid with one row per validation prompt; return its pictures.
 
-        The noise is the same in every epoch. Other processes than the main one return []. Raises InputError if
-        a write fails.
+        The noise is the same in every epoch. Other processes than the main one return []. Raises InputError
+        if a write fails.
         """
         each, prompts = self.config.validation_pictures, self.config.validation_prompts
         if not prompts or not self.draws:

@@ -1,4 +1,4 @@
-"""Load the LRM that judges an LPO run's candidates, as a function of latents, timesteps, and prompt numbers."""
+"""Load the LRM that judges a run's candidates, as a function of latents, timesteps, and prompt numbers."""
 
 import json
 
@@ -23,7 +23,7 @@ def load_reward(config: LPO, device: torch.device, weights: bool = True) -> Late
     size = vaes.pixels(model, json.loads((model / "unet" / "config.json").read_text()), config.resolution)
     settings = {"guidance_scale": config.lrm_guidance or None, "multi_scale_cfg": config.lrm_multi_scale_cfg}
     given = {name: value for name, value in settings.items() if value is not None}
-    lrm = checkpoint.load_lrm(path, base, resolution=size,  # of the latents that it scores, not of its training
+    lrm = checkpoint.load_lrm(path, base, resolution=size,  # of the latents to score, not of its training
                               weights=weights, **given).to(device)
     devices.layout(lrm.unet)
     if config.fused_norms:
@@ -37,7 +37,8 @@ def load_score(config: LPO, prompts: list[str], device: torch.device) -> "Judge"
     lrm = load_reward(config, device)
     tokenizers = texts.load_tokenizers(locate.tokenizer(config), lrm.family)
     precision = devices.precision(config.mixed_precision, "fp16")
-    text = policies.encoded(config, lrm.family, tokenizers, list(lrm.text_encoders), prompts, False, precision)
+    text = policies.encoded(config, lrm.family, tokenizers, list(lrm.text_encoders), prompts, False,
+                            precision)
     lrm.text_encoders = nn.ModuleList()  # no longer needed
     if precision != "no":
         lrm.unet.to(devices.DTYPES[precision])

@@ -1,4 +1,4 @@
-"""Load the policy: the denoiser to be trained, its reference, its text features and its sampler's schedule."""
+"""Load the policy: the denoiser to be trained, its reference, text features and sampler's schedule."""
 
 import copy
 import json
@@ -28,15 +28,17 @@ class Policy:
     initial weights.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, text: Text | TextWindow, sizes: Tensor | None, *, full: bool,
-                 precision: str = "no", compile: str = "none", sharded: bool = False, attention: str = "sdpa"):
+    def __init__(self, unet: UNet2DConditionModel, text: Text | TextWindow, sizes: Tensor | None, *,
+                 full: bool, precision: str = "no", compile: str = "none", sharded: bool = False,
+                 attention: str = "sdpa"):
         """Set up the networks and compile their training steps.
 
         full: train all weights. sizes: SDXL's time ids [1, 6], or None. precision: "no", "fp16" or "bf16".
         compile: see ``compilation.compiled``. sharded: shard the weights across ranks (FSDP). attention: the
         implementation in use.
         """
-        self.unet, self.text, self.sizes, self.precision, self.attention = unet, text, sizes, precision, attention
+        self.unet, self.text, self.sizes = unet, text, sizes
+        self.precision, self.attention = precision, attention
         self.frozen = copy.deepcopy(unet).requires_grad_(False) if full else None
         for network in (unet, self.frozen) if sharded else ():
             sharding.shard(network, precision)
@@ -84,7 +86,8 @@ def add_lora(unet: nn.Module, config: Weights) -> None:
         parameter.data = parameter.data.float()
 
 
-def load_denoiser(config: LPO, device: torch.device, precision: str, weights: bool = True) -> UNet2DConditionModel:
+def load_denoiser(config: LPO, device: torch.device, precision: str,
+                  weights: bool = True) -> UNet2DConditionModel:
     """Load the denoiser to be trained, with its LoRA; weights=False leaves it on the meta device.
 
     Raises InputError if files are missing or do not fit.
@@ -92,7 +95,8 @@ def load_denoiser(config: LPO, device: torch.device, precision: str, weights: bo
     # Frozen weights are loaded in the network's precision, which takes less memory than fp32.
     dtype = torch.float32 if config.full else devices.DTYPES[precision]
     unet = denoisers.load_unet(locate.model(config), dtype, weights)
-    unet = devices.layout(unet.to("cpu" if config.shard else device)).eval()  # sharded: it may not fit into one GPU
+    unet = unet.to("cpu" if config.shard else device)  # sharded: it may not fit into one GPU
+    unet = devices.layout(unet).eval()
     if config.fused_norms:
         fused_norms.fuse_norms(unet)
     attention.attention(unet, "sdpa" if config.attention == "auto" else config.attention)
@@ -131,7 +135,8 @@ def load(config: LPO, prompts: list[str], device: torch.device) -> tuple[Policy,
     if config.attention == "auto":
         x = torch.zeros(config.batch_size, *latent_shape(config, unet), device=device)
         index = torch.zeros(config.batch_size, dtype=torch.int64, device=device)
-        policy.attention = attention.faster_attention(torch.no_grad()(partial(policy.predict, x, index, index)), unet)
+        evaluate = torch.no_grad()(partial(policy.predict, x, index, index))
+        policy.attention = attention.faster_attention(evaluate, unet)
         for network in (unet, policy.frozen) if policy.frozen else (unet,):
             attention.attention(network, policy.attention)
     return policy, sched
@@ -148,8 +153,8 @@ def encoded(config: Prompts, family: Family, tokenizers: list[CLIPTokenizer], en
                                 dtype=devices.DTYPES[precision], placement=devices.text_placement)
     if text.context.device == text.null.context.device:
         return text
-    console.say(f"text features of {len(prompts)} prompts take {text.context.nbytes / 1e9:.1f} GB and are kept "
-                "in host memory")
+    console.say(f"text features of {len(prompts)} prompts take {text.context.nbytes / 1e9:.1f} GB and are "
+                "kept in host memory")
     return TextWindow(text, config.batch_size * distributed.world_size())
 
 

@@ -50,7 +50,7 @@ class LatentPairs(NamedTuple):
 
 @dataclass(frozen=True)
 class CounterNoise:
-    """Draw all noise of a trajectory from counters (method/noise.py). prompts: int64 [B]. shape: (C, H, W)."""
+    """Draw a trajectory's noise from counters (method/noise.py). prompts: int64 [B]. shape: (C, H, W)."""
 
     seed: int
     epoch: int
@@ -72,14 +72,15 @@ class CounterNoise:
             yield (Counter(run, step, self.prompts),) * 2
 
 
-def choose(predict: Predict, score: Score, sched: Schedule, gap: Tensor, x: Tensor, t: Tensor, prompts: Tensor,
-           z: Tensor | Counter, choice: Tensor | Counter, guidance: float, k: int) -> tuple[Tensor, ...]:
+def choose(predict: Predict, score: Score, sched: Schedule, gap: Tensor, x: Tensor, t: Tensor,
+           prompts: Tensor, z: Tensor | Counter, choice: Tensor | Counter, guidance: float,
+           k: int) -> tuple[Tensor, ...]:
     """Take one denoising step from x [B, C, H, W]; return (winner, loser, valid, scores, next x).
 
     winner, loser, next x: [B, C, H, W]. valid: bool [B]. scores: fp32 [K, B], of the candidates. t, prompts:
     int64 [B]. gap: fp32 [N], smallest score gap of a valid pair by timestep. z, choice: noise and choices, or
-    their counters. guidance: scale. k: number of candidates. This is a pure function without host reads, which
-    ``compilation.compiled`` can compile.
+    their counters. guidance: scale. k: number of candidates. This is a pure function without host reads,
+    which ``compilation.compiled`` can compile.
     """
     x_p = ddim_candidates(sched, x, predict(x, t, prompts), t, guidance=guidance, noise=z, candidates=k)
     scores = score(x_p.flatten(0, 1), t.repeat(k), prompts.repeat(k)).view(k, -1)
@@ -88,15 +89,16 @@ def choose(predict: Predict, score: Score, sched: Schedule, gap: Tensor, x: Tens
 
 
 @torch.no_grad()
-def trajectory(predict: Predict, score: Score, sched: Schedule, gap: Tensor, draw: CounterNoise, prompts: Tensor, *,
-               guidance: float, num_candidates: int, window: tuple[int, int] | None = None,
+def trajectory(predict: Predict, score: Score, sched: Schedule, gap: Tensor, draw: CounterNoise,
+               prompts: Tensor, *, guidance: float, num_candidates: int,
+               window: tuple[int, int] | None = None,
                step: Callable[..., tuple[Tensor, ...]] = choose) -> tuple[LatentPairs, Tensor]:
     """Denoise B prompts, with one pair per step and prompt; return the pairs and the scores [steps, K, B].
 
     The steps · B pairs are ordered by step. prompts: int64 [B]. gap: fp32 [N], smallest score gap of a valid
-    pair by timestep (``select.gaps``). window: (first, end) of the steps that make pairs (default: all). Before
-    first, one unscored candidate is drawn per step; the trajectory stops at end. All candidates are scored at
-    the current step's t. step: ``choose``, or its compiled form.
+    pair by timestep (``select.gaps``). window: (first, end) of the steps that make pairs (default: all).
+    Before first, one unscored candidate is drawn per step; the trajectory stops at end. All candidates are
+    scored at the current step's t. step: ``choose``, or its compiled form.
     """
     x = draw.initial()
     steps, all_scores = [], []
@@ -104,7 +106,8 @@ def trajectory(predict: Predict, score: Score, sched: Schedule, gap: Tensor, dra
     for number, (z, choice) in enumerate(draw.steps(stop)):
         t = sched.timesteps[number].repeat(len(prompts))
         if number < start:
-            x = ddim_candidates(sched, x, predict(x, t, prompts), t, guidance=guidance, noise=z, candidates=1)[0]
+            outputs = predict(x, t, prompts)
+            x = ddim_candidates(sched, x, outputs, t, guidance=guidance, noise=z, candidates=1)[0]
             continue
         winner, loser, valid, scores, following = step(predict, score, sched, gap, x, t, prompts, z, choice,
                                                        guidance, num_candidates)
@@ -115,7 +118,8 @@ def trajectory(predict: Predict, score: Score, sched: Schedule, gap: Tensor, dra
 
 
 @torch.no_grad()
-def generate(predict: Predict, sched: Schedule, draw: CounterNoise, prompts: Tensor, *, guidance: float) -> Tensor:
+def generate(predict: Predict, sched: Schedule, draw: CounterNoise, prompts: Tensor, *,
+             guidance: float) -> Tensor:
     """Denoise B prompts completely, without candidates; return latents x_0, fp32 [B, C, H, W].
 
     prompts: int64 [B]. guidance: scale.

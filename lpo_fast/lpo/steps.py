@@ -22,15 +22,16 @@ from lpo_fast.system import console, distributed
 STEP = (*METRICS, "grad_norm")
 
 
-def evaluate(policy: Policy, sched: Schedule, pairs: LatentPairs, weight: Tensor, *, guidance: float, beta: float,
-             eps: float) -> StepDPO:
+def evaluate(policy: Policy, sched: Schedule, pairs: LatentPairs, weight: Tensor, *, guidance: float,
+             beta: float, eps: float) -> StepDPO:
     """Return the loss and metrics of N pairs, from one evaluation each of the policy and the reference.
 
-    Both members of a pair share x_t, and so these evaluations. weight: fp32 [N], the pairs' weights in the loss
-    (``loss.step_dpo``). guidance: scale. beta: β of the loss. eps: clip width of the ratios.
+    Both members of a pair share x_t, and so these evaluations. weight: fp32 [N], the pairs' weights in the
+    loss (``loss.step_dpo``). guidance: scale. beta: β of the loss. eps: clip width of the ratios.
     """
     at = pairs.x_t, pairs.t, pairs.prompt
-    return pair_loss(sched, pairs.x_t, pairs.winner, pairs.loser, pairs.t, policy.train(*at), policy.reference(*at),
+    return pair_loss(sched, pairs.x_t, pairs.winner, pairs.loser, pairs.t,
+                     policy.train(*at), policy.reference(*at),
                      weight, guidance=guidance, beta=beta, eps=eps)
 
 
@@ -53,7 +54,8 @@ def micro_batches(pairs: LatentPairs, size: int) -> Iterator[LatentPairs]:
             pairs.valid[:1]).expand(size))
 
 
-def train_step(policy: Policy, sched: Schedule, pairs: LatentPairs, update: OptimizerStep, config: PairLoss) -> Tensor:
+def train_step(policy: Policy, sched: Schedule, pairs: LatentPairs, update: OptimizerStep,
+               config: PairLoss) -> Tensor:
     """Take one optimizer step; return its metrics, fp32 [len(STEP)] on the device.
 
     pairs: of all processes, up to train_batch_size · accumulate per process. A step whose gradient is not
@@ -62,7 +64,8 @@ def train_step(policy: Policy, sched: Schedule, pairs: LatentPairs, update: Opti
     def gradients(size: int) -> Tensor:
         metrics = 0
         for micro in micro_batches(pairs, size):
-            out = evaluate(policy, sched, micro, micro.valid / len(pairs.t), beta=config.beta, eps=config.clip_eps,
+            out = evaluate(policy, sched, micro, micro.valid / len(pairs.t),
+                           beta=config.beta, eps=config.clip_eps,
                            guidance=config.train_guidance)
             update.scaler.scale(out.loss).backward()
             metrics = metrics + out.totals
@@ -80,12 +83,13 @@ class Learner:
         self.weights = states.Trained(policy.unet)
         self.ema = None
         self.optimizer = optimization.optimizer(
-            config.optimizer, policy.unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
-            betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
+            config.optimizer, policy.unet.parameters(), lr=config.learning_rate,
+            weight_decay=config.weight_decay, betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon)
         scaler = optimization.scaler(device, policy.precision)
         self.update = OptimizerStep(
-            self.optimizer, torch.amp.GradScaler(enabled=False) if config.shard else scaler, config.max_grad_norm,
-            config.train_batch_size,
+            self.optimizer, torch.amp.GradScaler(enabled=False) if config.shard else scaler,
+            config.max_grad_norm, config.train_batch_size,
             "use --checkpointing, or a smaller --train-batch-size with a larger --accumulate",
             halves=not config.shard)
         # Pairs per optimizer step, of all processes.
@@ -102,7 +106,7 @@ class Learner:
             self.ema.to(device)
 
     def parts(self) -> dict[str, Any]:
-        """Return the parts that a state saves. The scaler is None except in fp16: otherwise its scale is 1."""
+        """Return the parts that a state saves; the scaler is None except in fp16, since its scale is 1."""
         scaler = self.update.scaler if self.policy.precision == "fp16" else None
         return {"weights": self.weights, "optimizer": self.optimizer, "ema": self.ema, "scaler": scaler}
 
@@ -124,8 +128,9 @@ class Learner:
     def inputs(self, fed: LatentPairs) -> dict[str, Any]:
         """Return what ``replay`` needs to repeat the step on these pairs."""
         numbers = fed.prompt.unique().cpu()
-        return {"config": asdict(self.config), "prompts": [self.texts[n] for n in numbers], "numbers": numbers,
-                "size": self.update.pairs, "pairs": [x.cpu() for x in fed], "weights": self.weights.state_dict()}
+        return {"config": asdict(self.config), "prompts": [self.texts[n] for n in numbers],
+                "numbers": numbers, "size": self.update.pairs, "pairs": [x.cpu() for x in fed],
+                "weights": self.weights.state_dict()}
 
     def finish(self) -> None:
         """Replace the weights by their average, if there is one."""

@@ -1,0 +1,1 @@
+"""Stage 1, the latent reward model (LRM): network, encoding, steps, validation, and checkpoints."""

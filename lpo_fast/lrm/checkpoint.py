@@ -18,7 +18,9 @@ from lpo_fast.system.writing import replacing, save_pickle
 
 def new_lrm(base: Path, *, clip: str | None = None, generator: torch.Generator, resolution: int = 0,
             weights: bool = True, **settings) -> LatentRewardModel:
-    """Create an LRM to be trained from a diffusers model directory, with W_v ~ N(0, 0.02²), logit_scale 2.6592.
+    """Create an LRM to be trained from a diffusers model directory.
+
+    Initially, W_v ~ N(0, 0.02²) and logit_scale = 2.6592.
 
     clip: file or directory with the ``text_projection.weight`` from which W_t starts (for SD1.5, that of CLIP
     ViT-L/14); None: the identity. Families whose pooled text is already projected have no W_t. resolution: of
@@ -44,15 +46,16 @@ def new_lrm(base: Path, *, clip: str | None = None, generator: torch.Generator, 
 
 
 def read_heads(path: Path, channels: list[int]) -> dict:
-    """Return the projections and the logit scale of an LRM: state_dict.pt of a directory, or those of one file.
+    """Return an LRM's projections and logit scale, from state_dict.pt of a directory or from its single file.
 
     channels: of the denoiser's blocks. Raises InputError if they are missing or their widths do not fit the
     denoiser.
     """
     if path.is_file():
         state = read_pickle(path, "--lrm", mmap=True)
-        heads = {name: {"weight": state[f"{name}.weight"]} for name in ("visual_projection", "text_projection")
-                 if f"{name}.weight" in state} | {"logit_scale": state.get("logit_scale")}
+        heads = {name: {"weight": state[f"{name}.weight"]}
+                 for name in ("visual_projection", "text_projection") if f"{name}.weight" in state}
+        heads |= {"logit_scale": state.get("logit_scale")}
     else:
         heads = read_pickle(path / "state_dict.pt", "--lrm")
     try:
@@ -69,18 +72,19 @@ def read_heads(path: Path, channels: list[int]) -> dict:
     width = heads["visual_projection"]["weight"].shape[1]
     multi, mid = sum(channels) + channels[-1], channels[-1]
     if width not in (multi, mid):
-        raise InputError(str(path), f"its visual projection takes {width} features, its denoiser gives {multi} "
-                         f"(multi-scale) or {mid}", "use an LRM whose files come from one model", "--lrm")
+        raise InputError(str(path), f"its visual projection takes {width} features, its denoiser gives "
+                         f"{multi} (multi-scale) or {mid}",
+                         "use an LRM whose files come from one model", "--lrm")
     return heads
 
 
 def load_lrm(path: Path, base: Path | None = None, *, resolution: int = 0, weights: bool = True,
              **settings) -> LatentRewardModel:
-    """Load an LRM, in eval mode without gradients, from a directory or from one .pt file of the official module.
+    """Load an LRM, in eval mode without gradients, from a directory or a .pt file of the official module.
 
     base: a diffusers directory, which supplies what the LRM lacks: the text encoders that official training
-    left frozen, or a single file's configs. resolution: of the pictures to be scored, in pixels; 0: that of its
-    training, or the denoiser's own. weights: False leaves the networks on the meta device. settings:
+    left frozen, or a single file's configs. resolution: of the pictures to be scored, in pixels; 0: that of
+    its training, or the denoiser's own. weights: False leaves the networks on the meta device. settings:
     guidance_scale and multi_scale_cfg; by default those that the directory records. Raises InputError if
     weights are missing or widths do not fit.
     """
@@ -130,8 +134,8 @@ def recorded_settings(path: Path) -> dict:
 def save_lrm(lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], path: Path) -> None:
     """Write an LRM directory that the official code can read, with the tokenizers and settings.
 
-    The official loader expects a complete denoiser, so the up blocks are copied from the model that the LRM was
-    made from. Raises InputError if a write fails.
+    The official loader expects a complete denoiser, so the up blocks are copied from the model that the LRM
+    was made from. Raises InputError if a write fails.
     """
     with replacing(path) as aside:
         lrm.unet.save_config(aside / "unet")
@@ -149,14 +153,15 @@ def save_lrm(lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], path: Path
         if lrm.text_projection is not None:
             heads["text_projection"] = {"weight": lrm.text_projection.weight.detach().cpu()}
         save_pickle(heads, aside / "state_dict.pt")
-        settings = {"base": lrm.base, "guidance_scale": lrm.guidance_scale, "multi_scale_cfg": lrm.multi_scale_cfg,
-                    "resolution": lrm.resolution}
+        settings = {"base": lrm.base, "guidance_scale": lrm.guidance_scale,
+                    "multi_scale_cfg": lrm.multi_scale_cfg, "resolution": lrm.resolution}
         (aside / "lrm.json").write_text(json.dumps(settings, indent=1))
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     """Write a .safetensors file in the form of diffusers and transformers."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, file, {"format": "pt"})
 
 
 def feature_widths(unet: nn.Module, multi_scale: bool) -> list[int]:
@@ -172,11 +177,15 @@ def read_text_projection(path: str) -> Tensor:
     """
     file = Path(path)
     if file.is_dir():
-        file = next((file / n for n in ("model.safetensors", "pytorch_model.bin") if (file / n).is_file()), file)
+        names = ("model.safetensors", "pytorch_model.bin")
+        file = next((file / name for name in names if (file / name).is_file()), file)
     if not file.is_file():
         raise InputError(path, "is not a CLIP checkpoint and holds none",
                          "name CLIP's model.safetensors or pytorch_model.bin", "--clip")
-    tensors = read_safetensors(file, "--clip")[0] if file.suffix == ".safetensors" else read_pickle(file, "--clip")
+    if file.suffix == ".safetensors":
+        tensors = read_safetensors(file, "--clip")[0]
+    else:
+        tensors = read_pickle(file, "--clip")
     weight = tensors.get("text_projection.weight")
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise InputError(path, "has no text_projection.weight", "use a CLIP model with projections", "--clip")

@@ -19,18 +19,18 @@ from lpo_fast.method.schedule import Schedule
 from lpo_fast.models import texts, vaes
 from lpo_fast.system import compilation, devices
 
-# Pixels that the VAE encodes at a time: 4 pictures of SDXL or 16 of SD1.5, which take 7 GiB in bf16 (--dry-run);
-# 32 pairs of SDXL at once would take 113 GiB.
+# Pixels that the VAE encodes at a time: 4 pictures of SDXL or 16 of SD1.5, which take 7 GiB in bf16; 32 pairs
+# of SDXL at once would take 113 GiB (both by --dry-run).
 ENCODED = 2**22
-# Counter numbers ("steps" of method/noise.py) of a pair's further draws; 0 is for its latents and its timestep.
+# Counter numbers ("steps" of method/noise.py) of a pair's further draws; 0 is for its latents and timestep.
 NEIGHBOR, MIRROR, OFFSET = 1, 2, 4
 
 
 class Encoder:
     """Encode pictures to noisy latents and captions to token ids: the inputs of the LRM, without gradient."""
 
-    def __init__(self, model: Path, lrm: LatentRewardModel, seed: int, precision: str, vae: Path | None = None,
-                 noise_offset: float = 0.0, compile: str = "none"):
+    def __init__(self, model: Path, lrm: LatentRewardModel, seed: int, precision: str,
+                 vae: Path | None = None, noise_offset: float = 0.0, compile: str = "none"):
         """Load the tokenizers and the noise schedule of a model; the VAE is loaded when first used.
 
         model: a diffusers directory. seed: of all draws. precision: "no", "fp16" or "bf16". vae: a directory
@@ -56,11 +56,12 @@ class Encoder:
         """Return the VAE, loaded when a picture is first encoded: not at all if all latents are cached."""
         return vaes.load_vae(self.vae_path).to(self.device)
 
-    def moments(self, pixels: Tensor, flips: Tensor | None = None, compiled: Callable | None = None) -> Tensor:
+    def moments(self, pixels: Tensor, flips: Tensor | None = None,
+                compiled: Callable | None = None) -> Tensor:
         """Return the VAE's moments (``encode``) [2, B, 2C, h, w] of pixels [2, B, 3, H, W].
 
-        flips: bool [2, B], which pictures to mirror. compiled: a compiled ``encode``. The pictures are copied to
-        the device and encoded in equal parts of at most ENCODED pixels.
+        flips: bool [2, B], which pictures to mirror. compiled: a compiled ``encode``. The pictures are copied
+        to the device and encoded in equal parts of at most ENCODED pixels.
         """
         size = part_size(pixels.shape[1] * 2, pixels.shape[-1])
         made = []
@@ -69,39 +70,48 @@ class Encoder:
             if flips is not None:
                 part = mirrored(part, flips.flatten().split(size)[i])
             made.append((compiled or encode)(self.vae, part, self.precision))
-        return torch.cat(made).contiguous().unflatten(0, (2, -1))  # as in the cache: layouts round differently
+        # Contiguous like the cache's entries: layouts round differently.
+        return torch.cat(made).contiguous().unflatten(0, (2, -1))
 
     def posterior(self, batch: dict, cache: Cache | None = None, flips: Tensor | None = None,
                   compiled: Callable | None = None) -> tuple[Tensor, Tensor]:
-        """Return the mean and standard deviation, fp32 [2, B, C, h, w] each, of the VAE's posterior of a batch.
+        """Return the mean and standard deviation, fp32 [2, B, C, h, w] each, of a batch's VAE posterior.
 
-        batch: from ``dataset.collate``; its pictures are pixels, cached moments, or some of each. cache: stores
-        the moments of encoded pictures. flips, compiled: see ``moments``.
+        batch: from ``dataset.collate``; its pictures are pixels, cached moments, or some of each. cache:
+        stores the moments of encoded pictures. flips, compiled: see ``moments``.
         """
         moments = batch["moments"].to(self.device, non_blocking=True) if "moments" in batch else None
         if "pixels" in batch:
             made = self.moments(batch["pixels"], flips, compiled)
             if cache is not None:
                 cache.keep(batch, made)
-            cached = None if moments is None else batch["cached"].to(self.device, non_blocking=True)[:, None, None, None]
-            moments = made if moments is None else torch.where(cached, moments, made)
+            if moments is None:
+                moments = made
+            else:
+                cached = batch["cached"].to(self.device, non_blocking=True)[:, None, None, None]
+                moments = torch.where(cached, moments, made)
         return split(moments)
 
     def latents(self, mean: Tensor, std: Tensor, rows: Tensor, step: int, t: Tensor) -> Tensor:
         """Return noisy latents x_t, fp32 [2, B, C, h, w], from samples of the posterior (``posterior``).
 
         rows: int64 [B]. t: int64 [B] or [2, B], timesteps. The noise of a pair's two pictures is independent
-        and keyed by (seed, step, row): candidates 0 and 1 sample the posterior, 2 and 3 are the diffusion noise.
+        and keyed by (seed, step, row): candidates 0 and 1 sample the posterior, 2 and 3 are the diffusion
+        noise.
         """
         z = noise.normal(self.seed, step, rows, 0, 4, tuple(mean.shape[2:]))
         x0, eps = (mean + std * z[:2]) * self.vae_config["scaling_factor"], z[2:]
         if self.noise_offset:
-            eps = eps + self.noise_offset * noise.normal(self.seed, step, rows, OFFSET, 2, (mean.shape[2], 1, 1))
+            offset = noise.normal(self.seed, step, rows, OFFSET, 2, (mean.shape[2], 1, 1))
+            eps = eps + self.noise_offset * offset
         x_t = schedule.add_noise(self.sched, x0.flatten(0, 1), eps.flatten(0, 1), t.expand(2, -1).flatten())
         return x_t.view_as(mean)
 
     def ids(self, captions: list[str]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return token ids of B captions, int64 [B, L], and of the null prompt, [1, L]; one tensor per encoder."""
+        """Return token ids of B captions, int64 [B, L], and of the null prompt, [1, L].
+
+        Each list holds one tensor per text encoder.
+        """
         return tuple([i.to(self.device, non_blocking=True) for i in ids]
                      for ids in (texts.tokenize(self.tokenizers, captions), self.null_ids))
 

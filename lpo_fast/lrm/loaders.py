@@ -30,7 +30,8 @@ class Loaders:
         self.sets = {use: PairDataset(pairs, resolution, self.caches.get(use)) for use, pairs in used.items()}
         self.corrupt = {use: Corrupt(pairs, config.max_corrupt) for use, pairs in used.items()}
         self.fetch = partial(DataLoader, collate_fn=collate, num_workers=config.num_workers,
-                             persistent_workers=config.num_workers > 0, pin_memory=encoder.device.type == "cuda")
+                             persistent_workers=config.num_workers > 0,
+                             pin_memory=encoder.device.type == "cuda")
         size = config.batch_size // config.accumulate // world
         self.held_out = {use: self.fetch(pairs, size, sampler=range(distributed.rank(), len(pairs), world))
                          for use, pairs in self.sets.items() if use != "train"}
@@ -49,14 +50,15 @@ class Loaders:
 
     def train(self, step: int) -> DataLoader:
         """Return this rank's training batches, starting at optimizer step ``step``."""
-        return self.fetch(self.sets["train"], batch_sampler=list(steps.batches(self.config, self.number, step)))
+        numbers = list(steps.batches(self.config, self.number, step))
+        return self.fetch(self.sets["train"], batch_sampler=numbers)
 
     def announce(self) -> None:
         """Print how many of the pictures' latents the caches hold."""
         for use, cache in self.caches.items():
             found = latent_cache.numbers(self.used[use])
-            console.say(f"latents of {use} pairs: {cache.folder} holds {len(found) - cache.missing(found):,} of "
-                        f"{len(found):,}")
+            cached = len(found) - cache.missing(found)
+            console.say(f"latents of {use} pairs: {cache.folder} holds {cached:,} of {len(found):,}")
 
     def summary(self) -> None:
         """Print how many pairs were left out, if any."""

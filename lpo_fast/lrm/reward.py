@@ -42,14 +42,15 @@ class LatentRewardModel(nn.Module):
     projected. guidance_scale: g of the mid feature, one number or several over the timesteps
     (``guidance_table``); if none is above 1, the null branch is not evaluated. multi_scale: pool every down
     block too. multi_scale_cfg: guide the down features as well (except SDXL's first stage, for equality with
-    the official code). sizes: SDXL's time ids [1, 6]. base, resolution: the origin of the model and the side of
-    the pictures that it scores, in pixels, which lrm.json records.
+    the official code). sizes: SDXL's time ids [1, 6]. base, resolution: the origin of the model and the side
+    of the pictures that it scores, in pixels, which lrm.json records.
     """
 
     def __init__(self, family: Family, unet: nn.Module, text_encoders: Sequence[nn.Module],
                  visual_projection: Tensor, text_projection: Tensor | None, logit_scale: Tensor, *,
-                 multi_scale: bool = True, multi_scale_cfg: bool = False, guidance_scale: float | Sequence[float] = 7.5,
-                 sizes: Tensor | None = None, base: str = "", resolution: int = 0):
+                 multi_scale: bool = True, multi_scale_cfg: bool = False,
+                 guidance_scale: float | Sequence[float] = 7.5, sizes: Tensor | None = None, base: str = "",
+                 resolution: int = 0):
         super().__init__()
         self.base, self.resolution = base, resolution
         self.family, self.unet, self.text_encoders = family, unet, nn.ModuleList(text_encoders)
@@ -57,7 +58,8 @@ class LatentRewardModel(nn.Module):
         self.text_projection = None if text_projection is None else linear(text_projection)
         self.logit_scale = nn.Parameter(torch.as_tensor(logit_scale, dtype=torch.float32))
         self.multi_scale, self.multi_scale_cfg = multi_scale, multi_scale_cfg
-        self.guidance_scale = tuple(guidance_scale) if isinstance(guidance_scale, Sequence) else (guidance_scale,)
+        scales = guidance_scale if isinstance(guidance_scale, Sequence) else (guidance_scale,)
+        self.guidance_scale = tuple(scales)
         self.register_buffer("guidance", guidance_table(self.guidance_scale), persistent=False)
         self.register_buffer("sizes", sizes, persistent=False)
 

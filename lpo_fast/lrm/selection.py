@@ -47,7 +47,8 @@ class Progress(session.Progress):
     def stepped(self, rate: float, epoch: int) -> None:
         """Record an optimizer step in ``stage``. rate: its learning rate. epoch: steps per epoch."""
         number = self.step - 1
-        self.stage |= {"epoch": number // epoch, "step": number % epoch + 1, "lr": rate, "global_step": self.step}
+        self.stage |= {"epoch": number // epoch, "step": number % epoch + 1, "lr": rate,
+                       "global_step": self.step}
 
 
 FINAL, CHECKPOINT = "checkpoint-final", "checkpoint-gstep{}"
@@ -63,8 +64,8 @@ def restore(lrm: LatentRewardModel, folder: Path) -> None:
 def keep(config: Selection, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], at: Progress) -> None:
     """Save the LRM that was just validated, and select the checkpoints to keep; ``prune`` removes the others.
 
-    With --save-only-if-best it is saved unless an earlier checkpoint is better; if they are equal, it is saved.
-    The best checkpoint is always kept if it will become checkpoint-final.
+    With --save-only-if-best it is saved unless an earlier checkpoint is better; if they are equal, it is
+    saved. The best checkpoint is always kept if it will become checkpoint-final.
     """
     out = Path(config.out)
     accuracy = at.stage["metrics"]["accuracy"]
@@ -103,8 +104,8 @@ def require_disk_space(out: Path, lrm: LatentRewardModel, config: LRM, validated
     """Raise InputError if the disk is too small for the states and checkpoints yet to be written.
 
     The main process checks. validated: whether the run validates, and so writes checkpoints before the final
-    one. The state counts three times: the current one, the previous one, and the next one while it is written.
-    With --save-only-if-best, only one checkpoint counts, because later ones may never be written.
+    one. The state counts three times: the current one, the previous one, and the next one while it is
+    written. With --save-only-if-best, only one checkpoint counts, because later ones may never be written.
     """
     if not distributed.is_main():
         return
@@ -125,7 +126,8 @@ def require_disk_space(out: Path, lrm: LatentRewardModel, config: LRM, validated
         out, size, "free disk space, limit --keep-checkpoints, or choose a directory on another disk")
 
 
-def export_final(config: Selection, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], at: Progress) -> int:
+def export_final(config: Selection, lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer],
+                 at: Progress) -> int:
     """Write checkpoint-final, the best checkpoint or the current LRM (--final-checkpoint); return its step.
 
     Prints a warning if no validation accuracy is above the one before the first step. Raises InputError if a
@@ -142,6 +144,6 @@ def export_final(config: Selection, lrm: LatentRewardModel, tokenizers: list[CLI
     distributed.barrier()
     best = max((accuracy for _, accuracy in at.checkpoints), default=1)
     if best <= at.untrained:
-        console.say(f"warning: no validation accuracy (best {best:.3f}) is above the one before the first step "
-                    f"({at.untrained:.3f}): this reward model has learned nothing useful")
+        console.say(f"warning: no validation accuracy (best {best:.3f}) is above the one before the first "
+                    f"step ({at.untrained:.3f}): this reward model has learned nothing useful")
     return step

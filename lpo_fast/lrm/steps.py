@@ -24,7 +24,8 @@ STEP = ("loss", "accuracy", "grad_norm", "logit_scale")
 def parts(batch: dict, size: int) -> list[dict]:
     """Split a step's batch into parts of at most ``size`` pairs."""
     paired = {"labels", "mean", "std"}  # [2, B, …]; the others [B, …]
-    return [{key: value[:, i:i + size] if key in paired else value[i:i + size] for key, value in batch.items()}
+    return [{key: value[:, i:i + size] if key in paired else value[i:i + size]
+             for key, value in batch.items()}
             for i in range(0, len(batch["rows"]), size)]
 
 
@@ -41,13 +42,13 @@ def encoded(encoder: Encoder, batch: dict, step: int, config: Noising, cache: Ca
         "rows": rows, "mean": mean, "std": std, "corrupt": batch["corrupt"]}
 
 
-def train_step(lrm: LatentRewardModel, encoder: Encoder, batch: dict, step: int, update: OptimizerStep, config: LRM,
-               cache: Cache | None = None) -> Tensor:
+def train_step(lrm: LatentRewardModel, encoder: Encoder, batch: dict, step: int, update: OptimizerStep,
+               config: LRM, cache: Cache | None = None) -> Tensor:
     """Take one optimizer step of all processes together; return its metrics, fp32 [len(STEP)] on the device.
 
-    batch: this process's pairs (``dataset.collate``). Pairs that cannot be decoded are evaluated, so that shapes
-    never change, but do not count in the loss. A single process reads nothing back from the device. A step
-    whose gradient is not finite changes nothing (run/optimization.py).
+    batch: this process's pairs (``dataset.collate``). Pairs that cannot be decoded are evaluated, so that
+    shapes never change, but do not count in the loss. A single process reads nothing back from the device. A
+    step whose gradient is not finite changes nothing (run/optimization.py).
     """
     batch = encoded(encoder, batch, step, config, cache)
     good = (~batch["corrupt"]).to(encoder.device, non_blocking=True)
@@ -69,9 +70,9 @@ def pair_loss(lrm: LatentRewardModel, encoder: Encoder, batch: dict, step: int, 
               weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return one part's share of a step's loss, and its number of correct pairs.
 
-    batch: one of ``parts``. weight: Σ_j 1/n_j over all pairs j of the step, where n_j is the pair's count; the
-    part's share is its own sum divided by this. Every process computes the loss of all processes' pairs, and
-    the gradient with respect to its own.
+    batch: one of ``parts``. weight: Σ_j 1/n_j over all pairs j of the step, where n_j is the pair's count;
+    the part's share is its own sum divided by this. Every process computes the loss of all processes' pairs,
+    and the gradient with respect to its own.
     """
     rows = batch["rows"]
     t, labels = encoding.timesteps(config, step, rows, batch["compare"], batch["labels"])
@@ -85,9 +86,11 @@ def pair_loss(lrm: LatentRewardModel, encoder: Encoder, batch: dict, step: int, 
     scale = lrm.logit_scale.exp()  # its gradient is the same in every process and must count once
     share = ((1 / counts).sum() / weight).nan_to_num()
     value = share * loss.preference(
-        text, image_0, image_1, scale if distributed.rank() == 0 else scale.detach(), label_0, label_1, counts, t,
-        loss_type=config.loss_type, batch_coeff=config.batch_coeff, aux_loss_coeff=config.aux_loss_coeff)
-    return value, correct(((image_0 - image_1) * text).sum(-1).detach(), torch.stack([label_0, label_1])).sum()
+        text, image_0, image_1, scale if distributed.rank() == 0 else scale.detach(), label_0, label_1,
+        counts, t, loss_type=config.loss_type, batch_coeff=config.batch_coeff,
+        aux_loss_coeff=config.aux_loss_coeff)
+    margin = ((image_0 - image_1) * text).sum(-1).detach()
+    return value, correct(margin, torch.stack([label_0, label_1])).sum()
 
 
 def correct(margin: Tensor, labels: Tensor) -> Tensor:
@@ -99,7 +102,7 @@ def correct(margin: Tensor, labels: Tensor) -> Tensor:
 
 
 def steps_per_epoch(config: LRM, pairs: int) -> int:
-    """Return the optimizer steps per epoch: full batches only; the remaining pairs are not used in the epoch."""
+    """Return the optimizer steps per epoch: full batches only; the epoch does not use the remaining pairs."""
     return pairs // (own_size(config, pairs) * distributed.world_size())
 
 
@@ -126,7 +129,8 @@ def batches(config: LRM, pairs: int, step: int) -> Iterator[list[int]]:
 class Learner:
     """Train an LRM, with its optimizer, gradient scaler, and learning-rate schedule."""
 
-    def __init__(self, lrm: LatentRewardModel, encoder: Encoder, config: LRM, pairs: int, cache: Cache | None = None):
+    def __init__(self, lrm: LatentRewardModel, encoder: Encoder, config: LRM, pairs: int,
+                 cache: Cache | None = None):
         """Make the optimizer of the trainable parameters.
 
         pairs: the number of training pairs. cache: of their latents.
@@ -141,13 +145,14 @@ class Learner:
                                                 weight_decay=config.weight_decay)
         factor = optimization.learning_rate(config.warmup, config.warmup_steps, config.max_steps)
         self.decay = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        # A smaller forward pass would change in-batch negatives, and must happen in all ranks at the same time.
+        # A smaller forward pass would change in-batch negatives, and all ranks would have to halve together.
         self.update = OptimizerStep(self.optimizer, optimization.scaler(encoder.device, encoder.precision),
                                     config.max_grad_norm, -(-self.own // config.accumulate),
-                                    "use a larger --accumulate", halves=config.loss_type == "pair" and world == 1)
+                                    "use a larger --accumulate",
+                                    halves=config.loss_type == "pair" and world == 1)
 
     def parts(self) -> dict[str, Any]:
-        """Return the parts that a state saves. The scaler is None except in fp16: otherwise its scale is 1."""
+        """Return the parts that a state saves; the scaler is None except in fp16, since its scale is 1."""
         scaler = self.update.scaler if self.encoder.precision == "fp16" else None
         return {"weights": self.weights, "optimizer": self.optimizer, "decay": self.decay, "scaler": scaler}
 
@@ -177,7 +182,8 @@ def load_reward(config: LRM, device: torch.device, weights: bool = True) -> Late
     lrm = checkpoint.new_lrm(
         locate.model(config), weights=weights, clip=locate.clip(config),
         generator=torch.Generator().manual_seed(config.seed), resolution=config.resolution,
-        multi_scale=config.multi_scale, multi_scale_cfg=config.multi_scale_cfg, guidance_scale=config.guidance_scale)
+        multi_scale=config.multi_scale, multi_scale_cfg=config.multi_scale_cfg,
+        guidance_scale=config.guidance_scale)
     lrm.logit_scale.data.fill_(config.logit_scale)
     lrm.to(device).train()
     lrm.text_encoders.requires_grad_(not config.freeze_text_encoder)

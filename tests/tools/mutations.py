@@ -319,7 +319,7 @@ MUTATIONS: list[Mutation] = [
         ("the list knows the newest state alone", "sums[:SUMS]", "sums[:1]"),
         ("a damaged state becomes the one before", "os.replace(source, file)", "pass")),
     *of("lpo/checkpoints.py", "robustness/test_faults.py::test_resuming_from_an_older_checkpoint",
-        ("damaged checkpoints are used", "what := checksums.damage(folder) or (", "what := (")),
+        ("damaged checkpoints are used", "what := checksums.damage(folder) or missing", "what := missing")),
     *of("run/directory.py",
         "robustness/test_faults.py::test_a_second_run_is_refused "
         "robustness/test_faults.py::test_a_half_written_row_is_dropped",
@@ -402,8 +402,8 @@ MUTATIONS: list[Mutation] = [
         ("no noise offset", "config.noise_offset, config.compile)", "0.0, config.compile)"),
         ("no picture is mirrored", "encoding.flips(config, step, rows) if config.hflip else None", "None"),
         ("weight decay is torch's", "weight_decay=config.weight_decay)", "weight_decay=0.01)"),
-        ("always the model's own VAE", "config.mixed_precision, \"bf16\"), locate.vae(config),\n",
-         "config.mixed_precision, \"bf16\"), None,\n"),
+        ("always the model's own VAE", "config.seed, precision, locate.vae(config),\n",
+         "config.seed, precision, None,\n"),
         ("the LRM's gradients are not clipped", "config.max_grad_norm, -(-self.own", "1e9, -(-self.own")),
     *of("train_lrm.py",
         "lrm/test_run.py::test_checkpoints "

@@ -5,15 +5,15 @@ BASE ?= HEAD~1
 RUN = $(VENV)/bin/python
 FAST = tests/test_architecture.py tests/test_cli.py tests/test_words.py tests/data/test_data.py tests/data/test_preferences.py \
 	tests/method/test_loss.py tests/method/test_preference.py tests/method/test_schedule.py tests/method/test_select.py \
-	tests/models/test_loras.py tests/official/test_lpo.py tests/preflight/test_meta.py tests/robustness/test_mutations.py \
-	tests/shapes tests/verify/test_operators.py
+	tests/models/test_loras.py tests/preflight/test_meta.py tests/robustness/test_mutations.py
+
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: help demo lint fast test full bench aot mutations same docs
+.PHONY: help demo lint types fast test full bench aot mutations same docs
 help: ## list these targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
 
@@ -22,6 +22,9 @@ demo: $(VENV)/.done ## run both training stages on the embedded world: minutes o
 
 lint: $(VENV)/.done ## check the style of the source
 	$(VENV)/bin/ruff check .
+
+types: $(VENV)/.done ## check the types of method/, system/, run/, lpo/, and lrm/
+	$(VENV)/bin/basedpyright --pythonpath $(RUN)
 
 fast: lint ## answer within a minute: lint, and the quick tests of every folder
 	$(RUN) -m pytest -n 2 --dist worksteal $(FAST)

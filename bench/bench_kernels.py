@@ -1,9 +1,9 @@
-"""Every kernel beside its reference, compiled and not, at the maps and latents of SD1.5, SD2.1 and SDXL.
+"""Time every kernel against its reference, compiled and not, at the shapes of SD1.5, SD2.1 and SDXL.
 
     pytest bench/bench_kernels.py --benchmark-only [-k pair_loss] [--results bench/results]
 
-The sizes are those of lpo_fast/verify/operators.py: 4 candidates of 5 prompts, 10 pairs with fp16 outputs, the second norm of
-the first ResNet blocks; forward, and backward where there is one.
+The sizes are those of lpo_fast/verify/operators.py: 4 candidates of 5 prompts, 10 pairs with fp16 outputs,
+the second norm of the first ResNet blocks. Forward passes are timed, and backward passes where there is one.
 """
 
 from bench.support.measure import benchmarks

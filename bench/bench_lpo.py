@@ -1,12 +1,13 @@
-"""LPO from the official statement to everything on, one lever a row: a prompt batch, half of whose pairs are valid.
+"""Time LPO from the official statement to all optimizations, one per row, on a half-valid prompt batch.
 
     pytest bench/bench_lpo.py --benchmark-only --results bench/results [-k sd15]
 
-On CUDA the real SD1.5, SD2.1 and SDXL shapes with random weights; on a CPU SD1.5 with a quarter of every width at a quarter
-of the pixels, two prompts and the first two of the twenty denoising steps. The rows before "static shapes" are the official
-statement with parts of ours; from there on they are our loop's own functions, as ``train_lpo`` calls them. Rows that end in *
-stand beside the default and not below it. Pairs kept: of the fp32 loop's pairs, those that a row finds too, given the same x_t.
-Signal kept: the squared correlation of log r_w − log r_l with the fp32 loop's.
+On CUDA: the real SD1.5, SD2.1 and SDXL shapes with random weights. On a CPU: SD1.5 with a quarter of every
+width and of the pixels, two prompts, and the first two of twenty denoising steps. The rows before "static
+shapes" are the official statement with some of our parts; the later rows call our loop's own functions, as
+``train_lpo`` does. Rows that end in * are alternatives to the default and do not build on each other. Pairs
+kept: share of the fp32 loop's pairs that a row finds too, given the same x_t. Signal kept: the squared
+correlation of log r_w − log r_l with the fp32 loop's.
 """
 
 from collections.abc import Callable
@@ -55,7 +56,7 @@ Parts = dict[str, Callable[[], object]]
 
 @contextmanager
 def layout(channels_last: bool):
-    """Our loop with denoisers laid out so."""
+    """Let our loop's denoisers be channels-last, or not, within the block."""
     before = devices.layout
     if not channels_last:
         devices.layout = lambda unet: unet
@@ -66,7 +67,7 @@ def layout(channels_last: bool):
 
 
 class Ours:
-    """Our loop's parts for one row."""
+    """Hold our loop's parts for one row."""
 
     def __init__(self, settings: config.LPO, prompts: list[str], channels_last: bool):
         with layout(channels_last):
@@ -75,39 +76,41 @@ class Ours:
         self.config, self.shape = settings, policies.latent_shape(settings, self.policy.unet)
         self.gap = select.gaps(self.sched, "none", settings.threshold_min, settings.threshold_min)
         self.step = compilation.compiled(sampling.choose, settings.compiled, graphs=True)
-        optimizer = optimization.optimizer(settings.optimizer, self.policy.unet.parameters(), lr=settings.learning_rate,
-                                    weight_decay=settings.weight_decay)
-        self.update = optimization.OptimizerStep(optimizer, optimization.scaler(DEVICE, self.policy.precision), settings.max_grad_norm,
-                                   settings.train_batch_size, "use --checkpointing")
+        optimizer = optimization.optimizer(settings.optimizer, self.policy.unet.parameters(),
+                                           lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        self.update = optimization.OptimizerStep(
+            optimizer, optimization.scaler(DEVICE, self.policy.precision), settings.max_grad_norm,
+            settings.train_batch_size, "use --checkpointing")
         self.index = torch.arange(settings.batch_size, device=DEVICE)
 
     def sample(self) -> LatentPairs:
-        """A prompt batch's pairs."""
-        return batches.sample_pairs(self.policy, self.judge, self.sched, self.gap, self.shape, self.index, self.config, 0,
-                                      slots=len(self.index), step=self.step)[0]
+        """Return a prompt batch's pairs."""
+        return batches.sample_pairs(self.policy, self.judge, self.sched, self.gap, self.shape, self.index,
+                                    self.config, 0, slots=len(self.index), step=self.step)[0]
 
     def train(self, pairs: LatentPairs) -> list[float]:
-        """Optimizer steps on them; metrics are read at the end."""
+        """Take optimizer steps on the pairs; return the metrics, which are read at the end."""
         size = self.config.train_batch_size
-        steps = [lpo_steps.train_step(self.policy, self.sched, pairs.take(slice(at, at + size)), self.update, self.config)
-                 for at in range(0, len(pairs.t), size)]
+        steps = [lpo_steps.train_step(self.policy, self.sched, pairs.take(slice(at, at + size)), self.update,
+                                      self.config) for at in range(0, len(pairs.t), size)]
         return torch.stack(steps).tolist()
 
     @torch.no_grad()
     def chosen(self, pairs: LatentPairs) -> tuple[Tensor, Tensor]:
-        """winner − loser [steps, B, …] and validity of the steps from the x_t of a whole trajectory of pairs."""
+        """Return winner − loser [steps, B, …] and validity [steps, B] at the x_t of a trajectory's pairs."""
         b, found = len(self.index), []
         draw = CounterNoise(self.config.seed, 0, self.index, self.shape)
         for (z, choice), first in zip(draw.steps(len(pairs.t) // b), range(0, len(pairs.t), b), strict=True):
             at = pairs.take(slice(first, first + b))
-            winner, loser, valid, *_ = self.step(self.policy.predict, self.judge, self.sched, self.gap, at.x_t, at.t,
-                                                 self.index, z, choice, self.config.guidance_scale, self.config.num_candidates)
+            winner, loser, valid, *_ = self.step(self.policy.predict, self.judge, self.sched,
+                                                 self.gap, at.x_t, at.t, self.index, z, choice,
+                                                 self.config.guidance_scale, self.config.num_candidates)
             found.append((winner - loser, valid))
         return tuple(torch.stack(field) for field in zip(*found, strict=True))
 
     @torch.no_grad()
     def signal(self, pairs: LatentPairs) -> Tensor:
-        """log r_w − log r_l, not clamped, [N]."""
+        """Return log r_w − log r_l, not clamped, [N]."""
         found = []
         for micro in lpo_steps.micro_batches(pairs, self.config.train_batch_size):
             at, how = (micro.x_t, micro.t, micro.prompt), self.config.guidance_scale
@@ -118,14 +121,14 @@ class Ours:
         return torch.cat(found)[:len(pairs.t)]
 
     def perturb(self) -> None:
-        """LoRAs that differ from nothing, the same in every row."""
+        """Set the LoRAs to random values other than 0, the same in all rows."""
         generator = torch.Generator().manual_seed(0)
         for parameter in loras.trainable(self.policy.unet):
             parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
 
 
 class Bench:
-    """A family's models, the official statement of them, and the pairs that all rows train on."""
+    """Hold a family's models, their official statement, and the pairs that all rows train on."""
 
     def __init__(self, family: str, work: Path):
         model = work / family
@@ -140,9 +143,9 @@ class Bench:
         recipe = recipe if CUDA else replace(recipe, batch_size=2, steps_used=":2", train_batch_size=2)
         self.prompts = [f"a photo of {i} red circles on a blue background" for i in range(recipe.batch_size)]
         (work / "prompts.txt").write_text("\n".join(self.prompts))
-        self.config = replace(recipe, model=str(model), lrm=str(work / f"lrm_{judged}"), lrm_base=str(work / judged),
-                              prompts=str(work / "prompts.txt"), threshold_shape="none", threshold_min=0.0,
-                              checkpointing="none")
+        self.config = replace(recipe, model=str(model), lrm=str(work / f"lrm_{judged}"),
+                              lrm_base=str(work / judged), prompts=str(work / "prompts.txt"),
+                              threshold_shape="none", threshold_min=0.0, checkpointing="none")
         fp32 = Ours(replace(self.config, mixed_precision="no", compile="none"), self.prompts, False)
         everything = fp32.sample()
         draw = torch.randperm(len(everything.t), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -164,34 +167,35 @@ class Bench:
         first, last = self.config.window
         self.official.scheduler.timesteps = self.official.scheduler.timesteps[first:last]
         text = self.official.encode(self.pairs.prompt)
-        self.stated = official_loop.Pairs(*(x.to(self.official.dtype) for x in self.pairs[:3]), self.pairs.t, text.context,
-                                          text.pooled, self.pairs.prompt)
+        self.stated = official_loop.Pairs(*(x.to(self.official.dtype) for x in self.pairs[:3]), self.pairs.t,
+                                          text.context, text.pooled, self.pairs.prompt)
         self.official_bytes = waterfall.allocated() - before
         self.rate = waterfall.matrix_rate(self.official.dtype)
 
     def margins(self, ours: Ours, pairs: LatentPairs) -> Tensor:
-        """S_winner − S_loser of pairs."""
+        """Return S_winner − S_loser of pairs, [N]."""
         with torch.no_grad():
-            return ours.judge(pairs.winner, pairs.t, pairs.prompt) - ours.judge(pairs.loser, pairs.t, pairs.prompt)
+            return (ours.judge(pairs.winner, pairs.t, pairs.prompt)
+                    - ours.judge(pairs.loser, pairs.t, pairs.prompt))
 
     def statement(self, **instead: Callable) -> Parts:
-        """The official statement's parts."""
+        """Return the official statement's parts; instead: replacements for some of them."""
         index = torch.arange(len(self.prompts), device=DEVICE)
         size = self.official.unet.config.sample_size
-        draw = official_loop.Random((len(index), 4, size, size), self.config.num_candidates, DEVICE, self.official.dtype)
+        draw = official_loop.Random((len(index), 4, size, size), self.config.num_candidates, DEVICE,
+                                    self.official.dtype)
         return {"sampling": lambda: self.official.sample(index, draw, **instead),
                 "training": lambda: self.official.train(self.stated)}
 
     def parts(self, row: str) -> tuple[Parts, Ours | None]:
-        """What a row runs."""
+        """Return the parts that a row runs, and our loop, if the row uses it."""
         if row == ROWS[0]:
             return self.statement(), None
         if row not in SETTINGS:
             ours = Ours(replace(self.config, compile="none"), self.prompts, False)
             text = ours.policy.text
-            parts = self.statement(encode=lambda prompts: texts.Text(text[prompts].context.to(self.official.dtype),
-                                                                        text[prompts].pooled.to(self.official.dtype)),
-                                   score=ours.judge)
+            parts = self.statement(encode=lambda prompts: texts.Text(text[prompts].context.to(
+                self.official.dtype), text[prompts].pooled.to(self.official.dtype)), score=ours.judge)
             if row == ROWS[2]:
                 parts["training"] = lambda: ours.train(self.pairs)
             return parts, None
@@ -231,7 +235,8 @@ def test(family: str, row: str, work: Path, benchmark, request: pytest.FixtureRe
         same = (difference - truth).flatten(2).norm(dim=-1) < 0.5 * truth.flatten(2).norm(dim=-1)
         found["pairs_kept"] = ((same & valid & truly).sum() / truly.sum()).item()
         ours.perturb()
-        found["signal"] = torch.corrcoef(torch.stack([ours.signal(bench.pairs), bench.signal]))[0, 1].square().item()
+        found["signal"] = torch.corrcoef(torch.stack([ours.signal(bench.pairs),
+                                                      bench.signal]))[0, 1].square().item()
     rows = waterfall.keep(request.config.getoption("--results"), f"lpo-{family}", __doc__.partition("\n")[0],
                           waterfall.rated(found, bench.needed, bench.rate))
     print("\n" + waterfall.table(rows))

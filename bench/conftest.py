@@ -1,4 +1,5 @@
-"""Fixtures of the benchmarks, and where their results go: the terminal and, with --results, files that grow row by row."""
+"""Fixtures of the benchmarks, and where their results go:
+the terminal and, with --results, files that grow row by row."""
 
 import json
 import os
@@ -15,7 +16,8 @@ KEY = "op", "size", "pass", "how"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--results", type=Path, metavar="DIR", help="write DIR/<device>.json and .md, keeping rows of other runs")
+    parser.addoption("--results", type=Path, metavar="DIR",
+                     help="write DIR/<device>.json and .md, keeping rows of other runs")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,10 +58,12 @@ def save(folder: Path, row: dict) -> None:
     path = folder / f"{name}.json"
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     rows = [r for r in rows if any(r[k] != row[k] for k in KEY)] + [row]
-    made = sorted({", ".join(f"{k} {r[k]}" for k in ("torch", "triton", "python", "commit", "date")) for r in rows})
+    made = sorted({", ".join(f"{k} {r[k]}" for k in ("torch", "triton", "python", "commit", "date"))
+                   for r in rows})
     rate = sorted(r["copy GB/s"] for r in rows)
-    page = (f"# {row['device']}\n\nTimes in µs on the GPU (wall clock); copy within the device: {rate[0]:.0f} to "
-            f"{rate[-1]:.0f} GB/s. How: bench/support/measure.py.\n\n{table(rows)}\n" + "".join(f"- {line}\n" for line in made))
+    page = (f"# {row['device']}\n\nTimes in µs on the GPU (wall clock); copy within the device: "
+            f"{rate[0]:.0f} to {rate[-1]:.0f} GB/s. How: bench/support/measure.py.\n\n{table(rows)}\n"
+            + "".join(f"- {line}\n" for line in made))
     write(path, rows, page)
 
 

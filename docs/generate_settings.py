@@ -1,7 +1,9 @@
-"""python docs/generate_settings.py [--check]: write docs/settings.md, every setting of every command, from the source.
+"""python docs/generate_settings.py [--check]: write docs/settings.md, every setting of every command,
+from the source.
 
-The tables come from the settings dataclasses: flags and defaults from their fields, descriptions from the strings below the
-fields, groups from the classes that define them, and the columns of the recipes from config.sd15(), sd21() and sdxl().
+The tables come from the settings dataclasses: flags and defaults from their fields, descriptions from the
+strings below the fields, groups from the classes that define them, and the columns of the recipes from
+config.sd15(), sd21() and sdxl().
 """
 
 import ast
@@ -27,13 +29,15 @@ HEAD = """# Settings
 Every setting of every command. In Python they are fields of frozen dataclasses with the same names
 (`--train-batch-size` is `train_batch_size`). A switch is turned on by its name and off by `--no-` before it:
 `--resume`, `--no-shuffle`. Defaults: – is empty.
-`lrm` and `lpo` start from the recipe for the kind of model that `--model` names: where SD2.1 or SDXL differ from SD1.5, the
-default is followed by theirs. `--help` after a command prints the same.
+`lrm` and `lpo` start from the recipe for the kind of model that `--model` names: where SD2.1 or SDXL differ
+from SD1.5, the default is followed by theirs. `--help` after a command prints the same.
 """
 RECIPES = {"SD2.1": config.sd21(), "SDXL": config.sdxl()}
 COMMANDS = (
-    ("python -m lpo_fast.train lrm", config.LRM, config.sd15().lrm, {name: r.lrm for name, r in RECIPES.items()}),
-    ("python -m lpo_fast.train lpo", config.LPO, config.sd15().lpo, {name: r.lpo for name, r in RECIPES.items()}),
+    ("python -m lpo_fast.train lrm", config.LRM, config.sd15().lrm,
+     {name: r.lrm for name, r in RECIPES.items()}),
+    ("python -m lpo_fast.train lpo", config.LPO, config.sd15().lpo,
+     {name: r.lpo for name, r in RECIPES.items()}),
     ("python -m lpo_fast.train demo", config.Demo, config.Demo(), {}),
     ("python -m lpo_fast.evaluate", Evaluate, Evaluate(), {}),
     ("python -m lpo_fast.score", Score, Score(), {}),
@@ -49,11 +53,13 @@ def page() -> str:
         parts.append(f"\n## {command.removeprefix('python -m lpo_fast.')}\n\n`{command}`. {summary(kind)}\n")
         groups: dict[type, list[str]] = {}
         for field in fields(kind):
-            owner = next(base for base in reversed(kind.__mro__) if field.name in base.__dict__.get("__annotations__", {}))
+            owner = next(base for base in reversed(kind.__mro__)
+                         if field.name in base.__dict__.get("__annotations__", {}))
             groups.setdefault(owner, []).extend(rows(kind, field, default, recipes))
         for owner, lines in groups.items():
             if len(groups) > 1:
-                parts.append(f"\n**{'Of this command alone' if owner is kind else summary(owner).rstrip('.')}**\n")
+                parts.append(
+                    f"\n**{'Of this command alone' if owner is kind else summary(owner).rstrip('.')}**\n")
             parts.append("\n| setting | default | what it does |\n|---|---|---|\n" + "\n".join(lines) + "\n")
     return "".join(parts)
 
@@ -63,7 +69,8 @@ def summary(kind: type) -> str:
     return " ".join((kind.__dict__.get("__doc__") or kind.__name__).split("\n\n")[0].split())
 
 
-def rows(kind: type, field: Field, default: object, recipes: dict[str, object], prefix: str = "") -> Iterator[str]:
+def rows(kind: type, field: Field, default: object, recipes: dict[str, object],
+         prefix: str = "") -> Iterator[str]:
     """Table rows of a field; a field that is a dataclass has a row for each of its own."""
     value = getattr(default, field.name)
     if is_dataclass(value):
@@ -77,7 +84,8 @@ def rows(kind: type, field: Field, default: object, recipes: dict[str, object], 
     for marker in getattr(hints, "__metadata__", ()):
         flag += "".join(f" (also `{alias}`)" for alias in getattr(marker, "aliases", None) or ())
     others = {recipe: getattr(settings, field.name) for recipe, settings in recipes.items()}
-    shown = shorten(value) + "".join(f"<br>{recipe}: {shorten(v)}" for recipe, v in others.items() if v != value)
+    shown = shorten(value) + "".join(f"<br>{recipe}: {shorten(v)}" for recipe, v in others.items()
+                                     if v != value)
     text = docstrings(kind).get(field.name, "")
     if choices := literal(hints):
         text += f" One of {', '.join(f'`{choice}`' for choice in choices)}."
@@ -106,7 +114,8 @@ def docstrings(kind: type) -> dict[str, str]:
     for owner in reversed(kind.__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body
         found |= {first.target.id: second.value.value for first, second in zip(body, body[1:], strict=False)
-                  if isinstance(first, ast.AnnAssign) and isinstance(second, ast.Expr) and isinstance(second.value, ast.Constant)}
+                  if isinstance(first, ast.AnnAssign) and isinstance(second, ast.Expr)
+                  and isinstance(second.value, ast.Constant)}
     return found
 
 

@@ -1,7 +1,9 @@
-"""python docs/picture.py RUN_DIR [OUT]: the README's picture, eight captions of a demo run before and after LPO.
+"""python docs/picture.py RUN_DIR [OUT]: the README's picture,
+eight captions of a demo run before and after LPO.
 
-RUN_DIR is what `make demo` writes (runs/demo/lpo). Pixels are enlarged without smoothing. Every third caption is taken, so that
-all shapes come up; none is chosen. "correct" below a picture: it shows what its caption asks for, as measured from its pixels.
+RUN_DIR is what `make demo` writes (runs/demo/lpo). Pixels are enlarged without smoothing. Every third caption
+is taken, so that all shapes come up; none is chosen. "correct" below a picture: it shows what its caption
+asks for, as measured from its pixels.
 """
 
 import json
@@ -19,7 +21,8 @@ def compose(run: Path) -> Image.Image:
     folder, cell = run / "pictures", SIDE * SCALE
     captions = json.loads((folder / "captions.json").read_text())[:COLUMNS * EVERY:EVERY]
     font = ImageFont.load_default(12)
-    page = Image.new("RGB", (MARGIN + len(captions) * (cell + GAP) - GAP // 2, LABEL + 2 * (cell + GAP)), "white")
+    page = Image.new("RGB", (MARGIN + len(captions) * (cell + GAP) - GAP // 2, LABEL + 2 * (cell + GAP)),
+                     "white")
     draw = ImageDraw.Draw(page)
     for row, stage in enumerate(("before", "after")):
         top = LABEL + row * (cell + GAP)
@@ -27,13 +30,15 @@ def compose(run: Path) -> Image.Image:
         for column, about in enumerate(captions):
             left = MARGIN + column * (cell + GAP)
             if not row:
-                draw.multiline_text((left + cell / 2, LABEL - 6), wrapped(about["caption"]), INK[None], font, anchor="md",
-                                    align="center", spacing=2)
-            picture = Image.open(folder / f"{column * EVERY:03d}_{stage}.png").resize((cell, cell), Image.Resampling.NEAREST)
+                draw.multiline_text((left + cell / 2, LABEL - 6), wrapped(about["caption"]), INK[None], font,
+                                    anchor="md", align="center", spacing=2)
+            picture = Image.open(folder / f"{column * EVERY:03d}_{stage}.png").resize(
+                (cell, cell), Image.Resampling.NEAREST)
             page.paste(picture, (left, top))
             draw.rectangle((left - 1, top - 1, left + cell, top + cell), outline=LINE)
             correct = next(value for key, value in about.items() if key.startswith(f"{stage}_"))
-            draw.text((left + cell / 2, top + cell + 3), "correct" if correct else "wrong", INK[correct], font, anchor="mt")
+            draw.text((left + cell / 2, top + cell + 3), "correct" if correct else "wrong", INK[correct],
+                      font, anchor="mt")
     return page
 
 

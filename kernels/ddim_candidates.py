@@ -80,15 +80,15 @@ def _kernel(table_ptr, x_ptr, outputs_ptr, t_ptr, t_stride, noise, out_ptr, batc
 
 
 @torch.library.custom_op("lpo_fast::ddim_candidates", mutates_args=())
-def _op(table: Tensor, x_t: Tensor, outputs: Tensor, t: Tensor, noise: list[Tensor], candidates: int, guidance: float,
-        clip: float | None) -> Tensor:
+def _op(table: Tensor, x_t: Tensor, outputs: Tensor, t: Tensor, noise: list[Tensor], candidates: int,
+        guidance: float, clip: float | None) -> Tensor:
     batch, c, h, w = x_t.shape
     outputs = dense(outputs)
     out = torch.empty(candidates, batch, c, h, w, device=x_t.device)
     grid = candidates * batch, -(-c * h * w // BLOCK)
     launch(_kernel, grid, table.contiguous(), x_t.contiguous(), outputs, t, t.stride(0),
-           tuple(n.contiguous() for n in noise), out, batch, guidance, 0.0 if clip is None else clip, C=c, HW=h * w,
-           LAST=channels_last(outputs), CLIP=clip is not None, GIVEN=len(noise) == 1, BLOCK=BLOCK)
+           tuple(n.contiguous() for n in noise), out, batch, guidance, 0.0 if clip is None else clip, C=c,
+           HW=h * w, LAST=channels_last(outputs), CLIP=clip is not None, GIVEN=len(noise) == 1, BLOCK=BLOCK)
     return out
 
 
@@ -97,8 +97,8 @@ def _(table, x_t, outputs, t, noise, candidates, guidance, clip):
     return x_t.new_empty((candidates, *x_t.shape))
 
 
-def ddim_candidates(sched: Schedule, x_t: Tensor, outputs: Tensor, t: Tensor, *, guidance: float, noise: Tensor | Counter,
-                    candidates: int) -> Tensor:
+def ddim_candidates(sched: Schedule, x_t: Tensor, outputs: Tensor, t: Tensor, *, guidance: float,
+                    noise: Tensor | Counter, candidates: int) -> Tensor:
     """Return the K candidates x_p [K, B, C, H, W] of the next latent.
 
     x_t: [B, C, H, W], fp32 (float64 takes the reference). outputs: the network's outputs [2B, C, H, W], null
@@ -125,5 +125,7 @@ def ddim_candidates(sched: Schedule, x_t: Tensor, outputs: Tensor, t: Tensor, *,
     else:
         method_noise.expect_counter("noise", noise, x_t)
     if not fused(x_t):
-        return ddim_candidates_reference(sched, x_t, outputs, t, guidance=guidance, noise=noise, candidates=candidates)
-    return _op(sched.table, x_t, outputs, t, [noise] if given else list(noise), candidates, float(guidance), sched.clip)
+        return ddim_candidates_reference(sched, x_t, outputs, t, guidance=guidance, noise=noise,
+                                         candidates=candidates)
+    return _op(sched.table, x_t, outputs, t, [noise] if given else list(noise), candidates, float(guidance),
+               sched.clip)

@@ -17,7 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpo_fast.system.launch import expect, expect_number, expect_tensor, expect_type, fused, jit, launch, power_of_2, tl
+from lpo_fast.system.launch import (
+    expect,
+    expect_number,
+    expect_tensor,
+    expect_type,
+    fused,
+    jit,
+    launch,
+    power_of_2,
+    tl,
+)
 
 # None of these sizes has been tuned on a GPU yet.
 WARPS = 8  # per program
@@ -26,8 +36,8 @@ CHUNK = 32768  # elements that one program reduces, at most
 COMBINED = 4096  # partial results that the last program combines at a time
 
 
-def group_norm_silu_reference(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None = None,
-                              silu: bool = True) -> Tensor:
+def group_norm_silu_reference(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
+                              shift: Tensor | None = None, silu: bool = True) -> Tensor:
     """Compute ``group_norm_silu`` in plain PyTorch, in fp32 or the dtype of x if that is more precise,
     rounded once.
     """
@@ -81,8 +91,8 @@ def _partial(partial_ptr, WHICH: tl.constexpr, PARTS: tl.constexpr, split, c, ma
 
 
 @jit
-def _grouped(first, C: tl.constexpr, G: tl.constexpr, SPLITS: tl.constexpr, S2: tl.constexpr, GB: tl.constexpr,
-             J2: tl.constexpr):
+def _grouped(first, C: tl.constexpr, G: tl.constexpr, SPLITS: tl.constexpr, S2: tl.constexpr,
+             GB: tl.constexpr, J2: tl.constexpr):
     """Return groups g [GB] starting at ``first``, the splits [S2, 1, 1] and channels [1, GB, J2] of their
     partial results, and the mask.
     """
@@ -92,9 +102,9 @@ def _grouped(first, C: tl.constexpr, G: tl.constexpr, SPLITS: tl.constexpr, S2: 
 
 
 @jit
-def _statistics(shift_ptr, partial_ptr, stats_ptr, b, eps, first, C: tl.constexpr, HW: tl.constexpr, G: tl.constexpr,
-                SHIFTED: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, S2: tl.constexpr, GB: tl.constexpr,
-                J2: tl.constexpr):
+def _statistics(shift_ptr, partial_ptr, stats_ptr, b, eps, first, C: tl.constexpr, HW: tl.constexpr,
+                G: tl.constexpr, SHIFTED: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
+                S2: tl.constexpr, GB: tl.constexpr, J2: tl.constexpr):
     """Store mean and 1/deviation of GB groups of a sample, from the moments of the parts (Chan et al., 1979).
     """
     g, split, c, real = _grouped(first, C, G, SPLITS, S2, GB, J2)
@@ -111,13 +121,15 @@ def _statistics(shift_ptr, partial_ptr, stats_ptr, b, eps, first, C: tl.constexp
 
 
 @jit
-def _moments_kernel(x_ptr, shift_ptr, partial_ptr, count_ptr, stats_ptr, eps, C: tl.constexpr, HW: tl.constexpr,
-                    G: tl.constexpr, SHIFTED: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, CB: tl.constexpr,
-                    SB: tl.constexpr, S2: tl.constexpr, GB: tl.constexpr, J2: tl.constexpr):
+def _moments_kernel(x_ptr, shift_ptr, partial_ptr, count_ptr, stats_ptr, eps, C: tl.constexpr,
+                    HW: tl.constexpr, G: tl.constexpr, SHIFTED: tl.constexpr, ROWS: tl.constexpr,
+                    SPLITS: tl.constexpr, CB: tl.constexpr, SB: tl.constexpr, S2: tl.constexpr,
+                    GB: tl.constexpr, J2: tl.constexpr):
     # One program: mean and sum of squared deviations of ROWS pixels of a block of channels of one sample.
     b, split, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     partial_ptr += b * (SPLITS * 2 * C)
-    mean, square, n = tl.zeros([SB, CB], tl.float32), tl.zeros([SB, CB], tl.float32), tl.zeros([SB, 1], tl.float32)
+    mean, square, n = (tl.zeros([SB, CB], tl.float32), tl.zeros([SB, CB], tl.float32),
+                       tl.zeros([SB, 1], tl.float32))
     for row in range(split * ROWS, min(split * ROWS + ROWS, HW), SB):  # Welford, per tile element
         c, at, mask = _tile(block, row, C, HW, CB, SB)
         x = tl.load(x_ptr + b * (C * HW) + at, mask=mask, other=0.0).to(tl.float32)
@@ -132,12 +144,14 @@ def _moments_kernel(x_ptr, shift_ptr, partial_ptr, count_ptr, stats_ptr, eps, C:
     tl.store(partial_ptr + (split * 2 + 1) * C + c, tl.sum(square, 0), mask=c < C)
     if _arrived(count_ptr + b, SPLITS * tl.num_programs(2)):
         for first in range(0, G, GB):
-            _statistics(shift_ptr, partial_ptr, stats_ptr, b, eps, first, C, HW, G, SHIFTED, ROWS, SPLITS, S2, GB, J2)
+            _statistics(shift_ptr, partial_ptr, stats_ptr, b, eps, first, C, HW, G, SHIFTED, ROWS, SPLITS, S2,
+                        GB, J2)
 
 
 @jit
-def _apply_kernel(x_ptr, shift_ptr, weight_ptr, bias_ptr, stats_ptr, out_ptr, C: tl.constexpr, HW: tl.constexpr,
-                  G: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr, CB: tl.constexpr, SB: tl.constexpr):
+def _apply_kernel(x_ptr, shift_ptr, weight_ptr, bias_ptr, stats_ptr, out_ptr, C: tl.constexpr,
+                  HW: tl.constexpr, G: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr,
+                  CB: tl.constexpr, SB: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     c, at, mask = _tile(tl.program_id(2), tl.program_id(1) * SB, C, HW, CB, SB)
     x = tl.load(x_ptr + b * (C * HW) + at, mask=mask, other=0.0).to(tl.float32)
@@ -163,9 +177,9 @@ def _gradient_in(grad_ptr, x_ptr, stats_ptr, shift_ptr, weight_ptr, bias_ptr, b,
 
 
 @jit
-def _combined(weight_ptr, stats_ptr, partial_ptr, means_ptr, sums_ptr, grad_shift_ptr, b, first, C: tl.constexpr,
-              HW: tl.constexpr, G: tl.constexpr, SHIFTED: tl.constexpr, SPLITS: tl.constexpr, S2: tl.constexpr,
-              GB: tl.constexpr, J2: tl.constexpr):
+def _combined(weight_ptr, stats_ptr, partial_ptr, means_ptr, sums_ptr, grad_shift_ptr, b, first,
+              C: tl.constexpr, HW: tl.constexpr, G: tl.constexpr, SHIFTED: tl.constexpr, SPLITS: tl.constexpr,
+              S2: tl.constexpr, GB: tl.constexpr, J2: tl.constexpr):
     """Store the sums over the pixels of GB groups of a sample, their means over each group, and the gradient
     of shift.
     """
@@ -190,14 +204,15 @@ def _combined(weight_ptr, stats_ptr, partial_ptr, means_ptr, sums_ptr, grad_shif
 
 
 @jit
-def _sums_kernel(grad_ptr, x_ptr, shift_ptr, weight_ptr, bias_ptr, stats_ptr, partial_ptr, count_ptr, means_ptr, sums_ptr,
-                 grad_shift_ptr, C: tl.constexpr, HW: tl.constexpr, G: tl.constexpr, SHIFTED: tl.constexpr,
-                 SILU: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, CB: tl.constexpr, SB: tl.constexpr,
-                 S2: tl.constexpr, GB: tl.constexpr, J2: tl.constexpr):
+def _sums_kernel(grad_ptr, x_ptr, shift_ptr, weight_ptr, bias_ptr, stats_ptr, partial_ptr, count_ptr,
+                 means_ptr, sums_ptr, grad_shift_ptr, C: tl.constexpr, HW: tl.constexpr, G: tl.constexpr,
+                 SHIFTED: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
+                 CB: tl.constexpr, SB: tl.constexpr, S2: tl.constexpr, GB: tl.constexpr, J2: tl.constexpr):
     # One program sums ∂/∂u, ∂/∂u·normalized and normalized over ROWS pixels of a sample's block of channels.
     b, split, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     partial_ptr += b * (SPLITS * 3 * C)
-    sum_1, sum_2, sum_3 = tl.zeros([SB, CB], tl.float32), tl.zeros([SB, CB], tl.float32), tl.zeros([SB, CB], tl.float32)
+    sum_1, sum_2, sum_3 = (tl.zeros([SB, CB], tl.float32), tl.zeros([SB, CB], tl.float32),
+                           tl.zeros([SB, CB], tl.float32))
     for row in range(split * ROWS, min(split * ROWS + ROWS, HW), SB):
         c, at, mask = _tile(block, row, C, HW, CB, SB)
         grad, normalized, _ = _gradient_in(grad_ptr, x_ptr, stats_ptr, shift_ptr, weight_ptr, bias_ptr, b, c,
@@ -213,14 +228,14 @@ def _sums_kernel(grad_ptr, x_ptr, shift_ptr, weight_ptr, bias_ptr, stats_ptr, pa
         tl.store(partial_ptr + (split * 3 + 2) * C + c, tl.sum(sum_3, 0), mask=c < C)
     if _arrived(count_ptr + b, SPLITS * tl.num_programs(2)):
         for first in range(0, G, GB):
-            _combined(weight_ptr, stats_ptr, partial_ptr, means_ptr, sums_ptr, grad_shift_ptr, b, first, C, HW, G, SHIFTED,
-                      SPLITS, S2, GB, J2)
+            _combined(weight_ptr, stats_ptr, partial_ptr, means_ptr, sums_ptr, grad_shift_ptr, b, first, C,
+                      HW, G, SHIFTED, SPLITS, S2, GB, J2)
 
 
 @jit
-def _backward_kernel(grad_ptr, x_ptr, shift_ptr, weight_ptr, bias_ptr, stats_ptr, means_ptr, out_ptr, C: tl.constexpr,
-                     HW: tl.constexpr, G: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr, CB: tl.constexpr,
-                     SB: tl.constexpr):
+def _backward_kernel(grad_ptr, x_ptr, shift_ptr, weight_ptr, bias_ptr, stats_ptr, means_ptr, out_ptr,
+                     C: tl.constexpr, HW: tl.constexpr, G: tl.constexpr, SHIFTED: tl.constexpr,
+                     SILU: tl.constexpr, CB: tl.constexpr, SB: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     c, at, mask = _tile(tl.program_id(2), tl.program_id(1) * SB, C, HW, CB, SB)
     at += b * (C * HW)
@@ -270,27 +285,29 @@ def _op(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, shift:
         channel_blocks = -(-write["C"] // write["CB"])
         partial = torch.empty(batch, reduce["SPLITS"], 2, write["C"], device=x.device)
         count = torch.zeros(batch, dtype=torch.int32, device=x.device)
-        launch(_moments_kernel, (batch, reduce["SPLITS"], channel_blocks), x, shift, partial, count, stats, eps, warps=WARPS,
-               **reduce, **flags)
-        launch(_apply_kernel, (batch, -(-write["HW"] // write["SB"]), channel_blocks), x, shift, weight, bias, stats, out,
-               warps=WARPS, SILU=silu, **write, **flags)
+        launch(_moments_kernel, (batch, reduce["SPLITS"], channel_blocks), x, shift, partial, count, stats,
+               eps, warps=WARPS, **reduce, **flags)
+        launch(_apply_kernel, (batch, -(-write["HW"] // write["SB"]), channel_blocks), x, shift, weight, bias,
+               stats, out, warps=WARPS, SILU=silu, **write, **flags)
     return out, stats
 
 
 @_op.register_fake
 def _(x, groups, weight, bias, eps, shift, silu):
-    return torch.empty_like(x, memory_format=torch.channels_last), x.new_empty((x.shape[0], 2, groups), dtype=torch.float32)
+    return (torch.empty_like(x, memory_format=torch.channels_last),
+            x.new_empty((x.shape[0], 2, groups), dtype=torch.float32))
 
 
 @torch.library.custom_op("lpo_fast::group_norm_silu_backward", mutates_args=())
-def _op_backward(grad: Tensor, x: Tensor, stats: Tensor, groups: int, weight: Tensor, bias: Tensor, shift: Tensor | None,
-                 silu: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _op_backward(grad: Tensor, x: Tensor, stats: Tensor, groups: int, weight: Tensor, bias: Tensor,
+                 shift: Tensor | None, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch = len(x)
     x = _to_channels_last(x)
     grad = _to_channels_last(grad)
     out = torch.empty_like(x, memory_format=torch.channels_last)
     sums = torch.empty(batch, 2, x.shape[1], device=x.device)
-    grad_shift = x.new_empty(0) if shift is None else torch.empty_like(shift, memory_format=torch.contiguous_format)
+    grad_shift = (x.new_empty(0) if shift is None else
+                  torch.empty_like(shift, memory_format=torch.contiguous_format))
     if batch:
         write, reduce = _blocks(x, groups, TILE // 2)  # three sums per element, of two maps
         flags = {"SHIFTED": shift is not None, "SILU": silu}
@@ -300,17 +317,18 @@ def _op_backward(grad: Tensor, x: Tensor, stats: Tensor, groups: int, weight: Te
         partial = torch.empty(batch, reduce["SPLITS"], 3, write["C"], device=x.device)
         means = torch.empty_like(stats)
         count = torch.zeros(batch, dtype=torch.int32, device=x.device)
-        launch(_sums_kernel, (batch, reduce["SPLITS"], channel_blocks), grad, x, shift, weight, bias, stats, partial, count,
-               means, sums, grad_shift, warps=WARPS, **reduce, **flags)
-        launch(_backward_kernel, (batch, -(-write["HW"] // write["SB"]), channel_blocks), grad, x, shift, weight, bias,
-               stats, means, out, warps=WARPS, **write, **flags)
+        launch(_sums_kernel, (batch, reduce["SPLITS"], channel_blocks), grad, x, shift, weight, bias, stats,
+               partial, count, means, sums, grad_shift, warps=WARPS, **reduce, **flags)
+        launch(_backward_kernel, (batch, -(-write["HW"] // write["SB"]), channel_blocks), grad, x, shift,
+               weight, bias, stats, means, out, warps=WARPS, **write, **flags)
     return out, sums, grad_shift
 
 
 @_op_backward.register_fake
 def _(grad, x, stats, groups, weight, bias, shift, silu):
-    return (torch.empty_like(x, memory_format=torch.channels_last), stats.new_empty((x.shape[0], 2, x.shape[1])),
-            x.new_empty(0) if shift is None else torch.empty_like(shift, memory_format=torch.contiguous_format))
+    return (
+        torch.empty_like(x, memory_format=torch.channels_last), stats.new_empty((x.shape[0], 2, x.shape[1])),
+        x.new_empty(0) if shift is None else torch.empty_like(shift, memory_format=torch.contiguous_format))
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -324,14 +342,15 @@ def _backward(ctx, grad: Tensor, _):  # the second output, the statistics, has n
     grad_x, sums, grad_shift = _op_backward(grad, x, stats, ctx.groups, weight, bias, shift, ctx.silu)
     grad_bias, grad_weight = sums.sum(0).unbind() if any(ctx.needs_input_grad[2:4]) else (None, None)
     return (grad_x, None, None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype), None, None if shift is None else grad_shift, None)
+            None if grad_bias is None else grad_bias.to(bias.dtype), None,
+            None if shift is None else grad_shift, None)
 
 
 _op.register_autograd(_backward, setup_context=_setup)
 
 
-def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None = None,
-                    silu: bool = True) -> Tensor:
+def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
+                    shift: Tensor | None = None, silu: bool = True) -> Tensor:
     """Return SiLU(GroupNorm(x + shift)), or GroupNorm(x + shift) if ``silu`` is False; [B, C, H, W] in the
     dtype of x.
 

@@ -41,19 +41,20 @@ SUMS = 6  # partial sums per program
 VALUES = 9  # values per pair: the seven of StepDPO, and both log ratios before the clamp
 
 
-def pair_loss_reference(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Tensor, policy: Tensor,
-                        reference: Tensor, weight: Tensor, *, guidance: float, beta: float, eps: float) -> StepDPO:
+def pair_loss_reference(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Tensor,
+                        policy: Tensor, reference: Tensor, weight: Tensor, *, guidance: float, beta: float,
+                        eps: float) -> StepDPO:
     """Compute the loss in plain PyTorch with ``loss.step_dpo``; arguments and result as in ``pair_loss``."""
-    return loss.step_dpo(sched, x_t, winner, loser, t, policy.chunk(2), reference.chunk(2), guidance=guidance, beta=beta,
-                         eps=eps, weight=weight)
+    return loss.step_dpo(sched, x_t, winner, loser, t, policy.chunk(2), reference.chunk(2), guidance=guidance,
+                         beta=beta, eps=eps, weight=weight)
 
 
 @jit
 def _coefficients(table_ptr, t_ptr, n):
     """Load x0_x, x0_m, e_x, e_m, sqrt_a_p, direction and sigma of pair n."""
     row = table_ptr + tl.load(t_ptr + n) * 7
-    return (tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5),
-            tl.load(row + 6))
+    return (tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4),
+            tl.load(row + 5), tl.load(row + 6))
 
 
 @jit
@@ -80,11 +81,11 @@ def _clipped(x, low, high):
 
 
 @jit
-def _forward_kernel(table_ptr, x_ptr, winner_ptr, loser_ptr, t_ptr, policy_ptr, reference_ptr, weight_ptr, partial_ptr,
-                    count_ptr, values_ptr, totals_ptr, loss_ptr, pairs, guidance, beta, low, high, clip,
-                    HALF_LOG_2PI: tl.constexpr, METRICS: tl.constexpr, C: tl.constexpr, HW: tl.constexpr, LAST: tl.constexpr,
-                    CLIP: tl.constexpr, SUMS: tl.constexpr, SPLITS: tl.constexpr, SPLITS_2: tl.constexpr,
-                    PAIRS_2: tl.constexpr, BLOCK: tl.constexpr):
+def _forward_kernel(table_ptr, x_ptr, winner_ptr, loser_ptr, t_ptr, policy_ptr, reference_ptr, weight_ptr,
+                    partial_ptr, count_ptr, values_ptr, totals_ptr, loss_ptr, pairs, guidance, beta,
+                    low, high, clip, HALF_LOG_2PI: tl.constexpr, METRICS: tl.constexpr, C: tl.constexpr,
+                    HW: tl.constexpr, LAST: tl.constexpr, CLIP: tl.constexpr, SUMS: tl.constexpr,
+                    SPLITS: tl.constexpr, SPLITS_2: tl.constexpr, PAIRS_2: tl.constexpr, BLOCK: tl.constexpr):
     # One program computes the sums of one block of a pair. The last to finish adds them up, in a fixed order.
     n, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     element = split * BLOCK + tl.arange(0, BLOCK)
@@ -146,8 +147,8 @@ def _forward_kernel(table_ptr, x_ptr, winner_ptr, loser_ptr, t_ptr, policy_ptr, 
             tl.store(values_ptr + 4 * pairs + i, win_ref.to(tl.float32), mask=real)
             tl.store(values_ptr + 5 * pairs + i, lose_policy.to(tl.float32), mask=real)
             tl.store(values_ptr + 6 * pairs + i, lose_ref.to(tl.float32), mask=real)
-            metrics = (value, win, lose, tl.exp(win_policy), tl.exp(win_ref), tl.exp(lose_policy), tl.exp(lose_ref),
-                       (win > lose).to(tl.float64), win - lose)
+            metrics = (value, win, lose, tl.exp(win_policy), tl.exp(win_ref), tl.exp(lose_policy),
+                       tl.exp(lose_ref), (win > lose).to(tl.float64), win - lose)
             for k in tl.static_range(len(metrics)):
                 totals += tl.where(lane == k, tl.sum(tl.where(real, weight * metrics[k], 0.0), 0), 0.0)
         tl.store(totals_ptr + lane, totals.to(tl.float32), mask=lane < METRICS)
@@ -155,7 +156,8 @@ def _forward_kernel(table_ptr, x_ptr, winner_ptr, loser_ptr, t_ptr, policy_ptr, 
 
 
 @jit
-def _total(partial_ptr, i, real, WHICH: tl.constexpr, SUMS: tl.constexpr, SPLITS: tl.constexpr, SPLITS_2: tl.constexpr):
+def _total(partial_ptr, i, real, WHICH: tl.constexpr, SUMS: tl.constexpr, SPLITS: tl.constexpr,
+           SPLITS_2: tl.constexpr):
     """Return one of the partial sums of pairs i, added up over all blocks in fp64."""
     split = tl.arange(0, SPLITS_2)
     sums_ptr = partial_ptr + (i.to(tl.int64)[:, None] * SPLITS + split[None, :]) * SUMS + WHICH
@@ -164,9 +166,9 @@ def _total(partial_ptr, i, real, WHICH: tl.constexpr, SUMS: tl.constexpr, SPLITS
 
 
 @jit
-def _backward_kernel(grad_ptr, table_ptr, x_ptr, winner_ptr, loser_ptr, t_ptr, policy_ptr, weight_ptr, values_ptr, out_ptr,
-                     pairs, guidance, beta, low, high, clip, C: tl.constexpr, HW: tl.constexpr, LAST: tl.constexpr,
-                     CLIP: tl.constexpr, BLOCK: tl.constexpr):
+def _backward_kernel(grad_ptr, table_ptr, x_ptr, winner_ptr, loser_ptr, t_ptr, policy_ptr, weight_ptr,
+                     values_ptr, out_ptr, pairs, guidance, beta, low, high, clip, C: tl.constexpr,
+                     HW: tl.constexpr, LAST: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr):
     # ∂Δ/∂mean = (x_p − mean)/(σ²·CHW); the reference drops out.
     # One program computes one block of one pair, for both guidance branches.
     n = tl.program_id(0).to(tl.int64)
@@ -211,8 +213,9 @@ def _settings(outputs: Tensor, clip: float) -> dict:
 
 
 @torch.library.custom_op("lpo_fast::pair_loss", mutates_args=())
-def _op(table: Tensor, x_t: Tensor, winner: Tensor, loser: Tensor, t: Tensor, policy: Tensor, reference: Tensor,
-        weight: Tensor, guidance: float, beta: float, eps: float, clip: float) -> tuple[Tensor, Tensor, Tensor]:
+def _op(table: Tensor, x_t: Tensor, winner: Tensor, loser: Tensor, t: Tensor, policy: Tensor,
+        reference: Tensor, weight: Tensor, guidance: float, beta: float, eps: float,
+        clip: float) -> tuple[Tensor, Tensor, Tensor]:
     pairs = len(t)
     size = x_t[0].numel() if pairs else 0
     empty = torch.empty if pairs else torch.zeros
@@ -225,10 +228,10 @@ def _op(table: Tensor, x_t: Tensor, winner: Tensor, loser: Tensor, t: Tensor, po
     splits_2 = power_of_2(splits)
     partial = torch.empty(pairs, splits, SUMS, device=t.device)
     count = torch.zeros(1, dtype=torch.int32, device=t.device)
-    launch(_forward_kernel, (pairs, splits), table, x_t, winner, loser, t, policy, reference, weight, partial, count, values,
-           totals, value, pairs, guidance, beta, *_bounds(eps), clip, HALF_LOG_2PI=HALF_LOG_2PI, METRICS=len(METRICS),
-           SUMS=SUMS, SPLITS=splits, SPLITS_2=splits_2, PAIRS_2=min(power_of_2(pairs), max(SUMMED // splits_2, 1)),
-           **_settings(policy, clip))
+    launch(_forward_kernel, (pairs, splits), table, x_t, winner, loser, t, policy, reference,
+           weight, partial, count, values, totals, value, pairs, guidance, beta, *_bounds(eps), clip,
+           HALF_LOG_2PI=HALF_LOG_2PI, METRICS=len(METRICS), SUMS=SUMS, SPLITS=splits, SPLITS_2=splits_2,
+           PAIRS_2=min(power_of_2(pairs), max(SUMMED // splits_2, 1)), **_settings(policy, clip))
     return value, totals, values
 
 
@@ -238,12 +241,14 @@ def _(table, x_t, winner, loser, t, policy, reference, weight, guidance, beta, e
 
 
 @torch.library.custom_op("lpo_fast::pair_loss_backward", mutates_args=())
-def _op_backward(grad: Tensor, table: Tensor, x_t: Tensor, winner: Tensor, loser: Tensor, t: Tensor, policy: Tensor,
-                 weight: Tensor, values: Tensor, guidance: float, beta: float, eps: float, clip: float) -> Tensor:
+def _op_backward(grad: Tensor, table: Tensor, x_t: Tensor, winner: Tensor, loser: Tensor, t: Tensor,
+                 policy: Tensor, weight: Tensor, values: Tensor, guidance: float, beta: float, eps: float,
+                 clip: float) -> Tensor:
     out = torch.empty_like(policy)
     if len(t):
-        launch(_backward_kernel, (len(t), -(-x_t[0].numel() // BLOCK)), grad, table, x_t, winner, loser, t, policy, weight,
-               values, out, len(t), guidance, beta, *_bounds(eps), clip, **_settings(policy, clip))
+        launch(_backward_kernel, (len(t), -(-x_t[0].numel() // BLOCK)), grad, table, x_t, winner,
+               loser, t, policy, weight, values, out, len(t), guidance, beta, *_bounds(eps), clip,
+               **_settings(policy, clip))
     return out
 
 
@@ -265,8 +270,8 @@ def _backward(ctx, grad: Tensor, *_):  # the gradient of the loss; the other out
 _op.register_autograd(_backward, setup_context=_setup)
 
 
-def pair_loss(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Tensor, policy: Tensor, reference: Tensor,
-              weight: Tensor, *, guidance: float, beta: float, eps: float) -> StepDPO:
+def pair_loss(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Tensor, policy: Tensor,
+              reference: Tensor, weight: Tensor, *, guidance: float, beta: float, eps: float) -> StepDPO:
     """Return the loss and the metrics of N pairs, with a gradient to the policy's outputs.
 
     x_t, winner, loser: fp32 [N, C, H, W]. t: int64 [N], rows of the schedule's table, timesteps with positive
@@ -297,12 +302,12 @@ def pair_loss(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Te
     expect_number("beta", beta)
     expect_number("eps", eps, least=0)
     if not fused(x_t):
-        return pair_loss_reference(sched, x_t, winner, loser, t, policy, reference, weight, guidance=guidance, beta=beta,
-                                   eps=eps)
+        return pair_loss_reference(sched, x_t, winner, loser, t, policy, reference, weight, guidance=guidance,
+                                   beta=beta, eps=eps)
     policy = dense(policy)
     layout = torch.channels_last if channels_last(policy) else torch.contiguous_format
     value, totals, values = _op(
-        sched.table.contiguous(), x_t.contiguous(), winner.contiguous(), loser.contiguous(), t.contiguous(), policy,
-        reference.contiguous(memory_format=layout), weight.contiguous(), guidance, beta, eps,
+        sched.table.contiguous(), x_t.contiguous(), winner.contiguous(), loser.contiguous(), t.contiguous(),
+        policy, reference.contiguous(memory_format=layout), weight.contiguous(), guidance, beta, eps,
         math.inf if sched.clip is None else sched.clip)
     return StepDPO(value, *values[:7].detach(), totals.detach())

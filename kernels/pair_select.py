@@ -37,7 +37,8 @@ class Selection(NamedTuple):
     next: Tensor
 
 
-def pair_select_reference(scores: Tensor, x_p: Tensor, gap: Tensor, t: Tensor, choice: Tensor | Counter) -> Selection:
+def pair_select_reference(scores: Tensor, x_p: Tensor, gap: Tensor, t: Tensor,
+                          choice: Tensor | Counter) -> Selection:
     """Select in plain PyTorch with ``select.pairs`` and three gathers.
 
     Arguments and result as in ``pair_select``.
@@ -53,9 +54,9 @@ def pair_select_reference(scores: Tensor, x_p: Tensor, gap: Tensor, t: Tensor, c
 
 
 @jit
-def _kernel(scores_ptr, x_ptr, gap_ptr, t_ptr, t_stride, choice, best_ptr, worst_ptr, margin_ptr, valid_ptr, winner_ptr,
-            loser_ptr, next_ptr, batch, K: tl.constexpr, D: tl.constexpr, GIVEN: tl.constexpr, CHOICE: tl.constexpr,
-            BLOCK: tl.constexpr):
+def _kernel(scores_ptr, x_ptr, gap_ptr, t_ptr, t_stride, choice, best_ptr, worst_ptr, margin_ptr, valid_ptr,
+            winner_ptr, loser_ptr, next_ptr, batch, K: tl.constexpr, D: tl.constexpr, GIVEN: tl.constexpr,
+            CHOICE: tl.constexpr, BLOCK: tl.constexpr):
     # One program copies BLOCK elements of the three latents of one item.
     # choice: (numbers,), or the run, step and items of a Counter.
     b = tl.program_id(0).to(tl.int64)
@@ -95,9 +96,9 @@ def _op(scores: Tensor, x_p: Tensor, gap: Tensor, t: Tensor, choice: list[Tensor
     best, worst = t.new_empty(batch), t.new_empty(batch)
     margin, valid = scores.new_empty(batch), t.new_empty(batch, dtype=torch.bool)
     latents = [x_p.new_empty(x_p.shape[1:]) for _ in range(3)]
-    launch(_kernel, (batch, max(-(-size // BLOCK), 1)), scores.contiguous(), x_p.contiguous(), gap.contiguous(),
-           t, t.stride(0), tuple(n.contiguous() for n in choice), best, worst, margin, valid, *latents, batch, K=k, D=size,
-           GIVEN=len(choice) == 1, CHOICE=CHOICE, BLOCK=BLOCK)
+    launch(_kernel, (batch, max(-(-size // BLOCK), 1)), scores.contiguous(), x_p.contiguous(),
+           gap.contiguous(), t, t.stride(0), tuple(n.contiguous() for n in choice), best, worst, margin,
+           valid, *latents, batch, K=k, D=size, GIVEN=len(choice) == 1, CHOICE=CHOICE, BLOCK=BLOCK)
     return best, worst, margin, valid, *latents
 
 

@@ -15,7 +15,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lpo_fast.system.launch import channels_last, dense, expect, expect_table, expect_tensor, fused, jit, launch, power_of_2, tl
+from lpo_fast.system.launch import (
+    channels_last,
+    dense,
+    expect,
+    expect_table,
+    expect_tensor,
+    fused,
+    jit,
+    launch,
+    power_of_2,
+    tl,
+)
 
 # None of these sizes has been tuned on a GPU yet.
 WARPS = 4  # per program
@@ -23,7 +34,8 @@ TILE = 4096  # elements loaded at once: 4 loads of 16 bytes per thread in fp16
 CHUNK = 65536  # elements that one forward program reduces, at most (except for very large maps)
 
 
-def reward_pool_reference(maps: Sequence[Tensor], guided: Sequence[bool], t: Tensor, guidance: Tensor) -> Tensor:
+def reward_pool_reference(maps: Sequence[Tensor], guided: Sequence[bool], t: Tensor,
+                          guidance: Tensor) -> Tensor:
     """Pool in plain PyTorch, in fp32 or the maps' dtype if that is more precise.
 
     Arguments and result as in ``reward_pool``.
@@ -42,7 +54,8 @@ def reward_pool_reference(maps: Sequence[Tensor], guided: Sequence[bool], t: Ten
 
 
 @jit
-def _mean(rows, end, C: tl.constexpr, HW: tl.constexpr, LAST: tl.constexpr, c, CB: tl.constexpr, SB: tl.constexpr):
+def _mean(rows, end, C: tl.constexpr, HW: tl.constexpr, LAST: tl.constexpr, c, CB: tl.constexpr,
+          SB: tl.constexpr):
     """Return the mean over HW of channels c [CB] of one map. LAST: channels-last [HW, C], else [C, HW]."""
     total = tl.zeros([CB, SB], tl.float32)
     for first in range(0, end, SB):
@@ -76,7 +89,8 @@ def _forward_kernel(maps, t_ptr, guidance_ptr, out_ptr, batch, sizes: tl.constex
     pid, b = tl.program_id(1), tl.program_id(0).to(tl.int64)
     for i in tl.static_range(len(sizes)):
         if (pid >= sizes[i][8]) & (pid < sizes[i][9]):
-            _pool(maps[i], t_ptr, guidance_ptr, out_ptr, batch, b, pid - sizes[i][8], tl.constexpr(sizes[i]), WIDTH)
+            _pool(maps[i], t_ptr, guidance_ptr, out_ptr, batch, b, pid - sizes[i][8], tl.constexpr(sizes[i]),
+                  WIDTH)
 
 
 @jit
@@ -113,7 +127,8 @@ def _backward_kernel(grad_ptr, t_ptr, guidance_ptr, outs, batch, sizes: tl.const
                         tl.constexpr(sizes[i]), WIDTH)
 
 
-def _sizes(maps: Sequence[Tensor], guided: Sequence[bool], batch: int, forward: bool) -> tuple[tuple, int, int]:
+def _sizes(maps: Sequence[Tensor], guided: Sequence[bool], batch: int,
+           forward: bool) -> tuple[tuple, int, int]:
     """Return the compile-time constants of every map, the number of programs per row, and the width of the
     feature.
 
@@ -125,7 +140,8 @@ def _sizes(maps: Sequence[Tensor], guided: Sequence[bool], batch: int, forward: 
     for stage, with_guidance in zip(maps, guided, strict=True):
         c, hw, last = stage.shape[1], stage.shape[2] * stage.shape[3], channels_last(stage)
         if last:  # neighboring threads take neighboring channels; the backward pass has no reduction
-            cb = min(power_of_2(c), 256, max(power_of_2(-(-CHUNK // hw)), 32) if forward else max(math.gcd(c, 256), 32))
+            cb = min(power_of_2(c), 256,
+                     max(power_of_2(-(-CHUNK // hw)), 32) if forward else max(math.gcd(c, 256), 32))
             sb = min(power_of_2(hw), TILE // cb)
         else:  # neighboring threads take neighboring pixels
             sb = min(power_of_2(hw), TILE // 8)
@@ -144,8 +160,8 @@ def _op(maps: Sequence[Tensor], guided: Sequence[bool], t: Tensor, guidance: Ten
     out = torch.empty(batch, sum(stage.shape[1] for stage in maps), device=t.device)
     if batch:
         sizes, programs, width = _sizes(maps, guided, batch, forward=True)
-        launch(_forward_kernel, (batch, programs), tuple(maps), t.contiguous(), guidance.contiguous(), out, batch, sizes=sizes,
-               WIDTH=width, warps=WARPS)
+        launch(_forward_kernel, (batch, programs), tuple(maps), t.contiguous(), guidance.contiguous(), out,
+               batch, sizes=sizes, WIDTH=width, warps=WARPS)
     return out
 
 
@@ -155,13 +171,14 @@ def _(maps, guided, t, guidance):
 
 
 @torch.library.custom_op("lpo_fast::reward_pool_backward", mutates_args=())
-def _op_backward(grad: Tensor, maps: Sequence[Tensor], guided: Sequence[bool], t: Tensor, guidance: Tensor) -> list[Tensor]:
+def _op_backward(grad: Tensor, maps: Sequence[Tensor], guided: Sequence[bool], t: Tensor,
+                 guidance: Tensor) -> list[Tensor]:
     batch = len(t)
     grads = [torch.empty_like(dense(stage)) for stage in maps]
     if batch:
         sizes, programs, width = _sizes(grads, guided, batch, forward=False)
-        launch(_backward_kernel, (len(maps[0]), programs), grad.contiguous(), t.contiguous(), guidance.contiguous(),
-               tuple(grads), batch, sizes=sizes, WIDTH=width, warps=WARPS)
+        launch(_backward_kernel, (len(maps[0]), programs), grad.contiguous(), t.contiguous(),
+               guidance.contiguous(), tuple(grads), batch, sizes=sizes, WIDTH=width, warps=WARPS)
     return grads
 
 

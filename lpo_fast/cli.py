@@ -25,7 +25,8 @@ def parse(kind: Any, argv: list[str] | None, name: str, **more: Any) -> Any:
     box = io.StringIO()
     try:
         with redirect_stderr(box):
-            return tyro.cli(kind, args=sys.argv[1:] if argv is None else argv, prog=f"python -m lpo_fast.{name}", **more)
+            return tyro.cli(kind, args=sys.argv[1:] if argv is None else argv,
+                            prog=f"python -m lpo_fast.{name}", **more)
     except SystemExit as end:
         if end.code:  # tyro prints a box, in Unicode or ASCII: paragraphs between rulers
             inside = (line.strip("│| ") for line in box.getvalue().splitlines() if line[:1] not in "╭╰+")
@@ -39,11 +40,13 @@ def parse(kind: Any, argv: list[str] | None, name: str, **more: Any) -> Any:
 def _unknown(option: str, name: str) -> str:
     """Return the message for an option that a command does not have."""
     key = option.removeprefix("--").replace("-", "_")
-    known = {stage.__name__.lower(): [field.name for field in fields(stage)] for stage in (config.LPO, config.LRM)}
+    known = {stage.__name__.lower(): [field.name for field in fields(stage)]
+             for stage in (config.LPO, config.LRM)}
     stages = [stage for stage, names in known.items() if key.removeprefix("no_") in names]
     near = difflib.get_close_matches(key, sum(known.values(), []), 1)
     return ("is not an option here" + (f", but of {' and '.join(stages)}" if stages else "")
-            + (f"; did you mean {flag(near[0])}?" if near and not stages else f"; see python -m lpo_fast.{name} --help"))
+            + (f"; did you mean {flag(near[0])}?" if near and not stages else
+               f"; see python -m lpo_fast.{name} --help"))
 
 
 def command(kind: type[Settings], run: Callable[[Settings], None], argv: list[str] | None, name: str,

@@ -1,7 +1,8 @@
-"""Every setting of a run as frozen dataclasses, and the recipes as functions: shapes(), sd15(), sd21(), sdxl().
+"""Every setting of a run as frozen dataclasses, and the recipes as functions:
+shapes(), sd15(), sd21(), sdxl().
 
-A stage's settings are the sum of small groups, so that a function can ask for the group that it needs. The names
-of the fields are the names of the flags. preflight/settings.py refuses values that cannot work.
+A stage's settings are the sum of small groups, so that a function can ask for the group that it needs. The
+names of the fields are the names of the flags. preflight/settings.py refuses values that cannot work.
 """
 
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,8 @@ class Model:
     revision: str = ""
     """Branch, tag, or commit of a hub name; default: its main branch."""
     vae: str = ""
-    """Another VAE: a directory or hub name (SDXL: madebyollin/sdxl-vae-fp16-fix); default: the model's own."""
+    """Another VAE: a directory or hub name (SDXL: madebyollin/sdxl-vae-fp16-fix); default: the model's own.
+    """
     resolution: int = 0
     """Height and width of the pictures in pixels; 0: the denoiser's own."""
 
@@ -38,8 +40,8 @@ class Seed:
     """The source of all randomness."""
 
     seed: int = 42
-    """Seed. Noise is a function of the seed and of what it is for (epoch or step, prompt or pair, candidate), so
-    results do not depend on batch sizes or world size."""
+    """Seed. Noise is a function of the seed and of what it is for (epoch or step, prompt or pair, candidate),
+    so results do not depend on batch sizes or world size."""
 
 
 @dataclass(frozen=True)
@@ -110,14 +112,17 @@ class Reward(Model):
     """The latent reward model that scores candidates."""
 
     lrm: str = ""
-    """Latent reward model: a directory written by `lrm` or by the official code, its single .pt file, or a hub name."""
+    """Latent reward model: a directory written by `lrm` or by the official code, its single .pt file,
+    or a hub name."""
     lrm_base: str = ""
-    """Diffusers directory with what the LRM's directory lacks: tokenizer, a frozen text encoder; default: the model."""
+    """Diffusers directory with what the LRM's directory lacks: tokenizer, a frozen text encoder; default:
+    the model."""
     lrm_tokenizer: str = ""
-    """The LRM's tokenizer, a directory or hub name (SDXL: with tokenizer/ and tokenizer_2/); default: its own or its
-    base's."""
+    """The LRM's tokenizer, a directory or hub name (SDXL: with tokenizer/ and tokenizer_2/); default:
+    its own or its base's."""
     lrm_guidance: tuple[float, ...] = ()
-    """Guidance of the LRM's mid feature, as in LRM training; default: as recorded in its directory, or 7.5."""
+    """Guidance of the LRM's mid feature, as in LRM training; default: as recorded in its directory, or 7.5.
+    """
     lrm_multi_scale_cfg: bool | None = None
     """Apply guidance to the LRM's down features too; default: as recorded in its directory, or off."""
 
@@ -127,7 +132,8 @@ class Prompts(Seed):
     """The prompts, and how they are dealt into batches."""
 
     prompts: str = ""
-    """Prompts: .json (strings, or objects with the caption key), .jsonl, .txt (one per line), .csv, or .parquet."""
+    """Prompts: .json (strings, or objects with the caption key), .jsonl, .txt (one per line), .csv,
+    or .parquet."""
     caption_key: str = "caption"
     """Key or column of the prompt."""
     epochs: int = 5
@@ -155,11 +161,12 @@ class Sampling(Seed):
     num_candidates: int = 4
     """Candidates K for the next latent at every step."""
     steps_used: str = ""
-    """FIRST:END of the denoising steps, such as 0:5: candidates and pairs start at step FIRST, and the trajectory ends
-    before END (official: divert_start_step, divert_end_step); default: all steps. An approximation: the other steps
-    teach nothing."""
+    """FIRST:END of the denoising steps, such as 0:5: candidates and pairs start at step FIRST, and the
+    trajectory ends before END (official: divert_start_step, divert_end_step); default: all steps. An
+    approximation: the other steps teach nothing."""
     threshold_shape: Literal["none", "linear", "sigma", "variance"] = "sigma"
-    """How the smallest score gap of a valid pair grows with the timestep; none: the constant threshold_min."""
+    """How the smallest score gap of a valid pair grows with the timestep; none: the constant threshold_min.
+    """
     threshold_min: float = 0.35
     """Threshold at the least noisy timestep, as a difference of probabilities."""
     threshold_max: float = 0.5
@@ -220,7 +227,8 @@ class Training(Optimization):
     adam_epsilon: float = 1e-8
     """AdamW's epsilon."""
     ema_decay: float = 0.0
-    """Export an exponential moving average of the trained weights with this decay; 0: export the weights themselves."""
+    """Export an exponential moving average of the trained weights with this decay; 0:
+    export the weights themselves."""
 
 
 @dataclass(frozen=True)
@@ -228,15 +236,17 @@ class Speed(Numerics):
     """Attention, recomputation, and profiling of LPO."""
 
     attention: Literal["sdpa", "xformers", "auto"] = "sdpa"
-    """Attention of PyTorch or xformers; auto: time both on the policy when the run starts, and use the faster."""
+    """Attention of PyTorch or xformers; auto: time both on the policy when the run starts,
+    and use the faster."""
     checkpointing: Literal["none", "selective", "full"] = "none"
-    """Recompute activations in the backward pass of training, to save memory at the cost of time: all activations
-    inside the denoiser's blocks (full), or all but the outputs of convolutions and attention (selective)."""
+    """Recompute activations in the backward pass of training, to save memory at the cost of time: all
+    activations inside the denoiser's blocks (full), or all but the outputs of convolutions and attention
+    (selective)."""
     tf32: bool = True
     """Use TensorFloat-32 for fp32 operations on CUDA."""
     profile: bool = False
-    """Profile the third prompt batch, or the last of a shorter run: writes profile/table.md and a trace to the run
-    directory."""
+    """Profile the third prompt batch, or the last of a shorter run:
+    writes profile/table.md and a trace to the run directory."""
 
 
 @dataclass(frozen=True)
@@ -260,8 +270,8 @@ class Checkpoints(RunDirectory):
     out: str = "runs/lpo"
     """Run directory."""
     resume_from: str = ""
-    """Start from a checkpoint_{epoch} directory (or the newest in a directory of them), official or ours: in a new run,
-    or in the run directory --out itself, whose later epochs then run again."""
+    """Start from a checkpoint_{epoch} directory (or the newest in a directory of them), official or ours: in
+    a new run, or in the run directory --out itself, whose later epochs then run again."""
     save_epochs: int = 1
     """Epochs between checkpoints."""
     preempt_exit_code: int = 0
@@ -269,7 +279,8 @@ class Checkpoints(RunDirectory):
 
     @property
     def in_place(self) -> bool:
-        """Return whether --resume-from names a checkpoint in --out itself, as official launch lines do to continue."""
+        """Return whether --resume-from names a checkpoint in --out itself,
+        as official launch lines do to continue."""
         out, source = Path(self.out).resolve(), Path(self.resume_from).resolve()
         return bool(self.resume_from) and out in (source, source.parent)
 
@@ -283,7 +294,8 @@ class LPO(Tracking, Drawing, Speed, Training, PairLoss, Weights, Prompts, Checkp
 
     @property
     def compiled(self) -> str:
-        """Return --compile; "none" for sharded weights, which are gathered between the operations of a graph."""
+        """Return --compile; "none" for sharded weights, which are gathered between the operations of a graph.
+        """
         return "none" if self.shard else self.compile
 
 
@@ -292,7 +304,8 @@ class LPO(Tracking, Drawing, Speed, Training, PairLoss, Weights, Prompts, Checkp
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the pairs' columns. A name may index a list: images[0]. An empty name: the column is not used."""
+    """Names of the pairs' columns. A name may index a list: images[0]. An empty name: the column is not used.
+    """
 
     caption: str = "caption"
     """The prompt."""
@@ -329,12 +342,14 @@ class PairChoice:
     limit_examples_per_prompt: int = 0
     """Use at most this many pairs of each prompt, the first ones; 0: all."""
     only_on_best: bool = False
-    """Replace the preferred picture with the best one of the chain of preferences that starts at the other picture."""
+    """Replace the preferred picture with the best one of the chain of preferences that starts
+    at the other picture."""
     compare_between_timestep: bool = False
-    """Add to each win-lose pair one that compares the preferred picture at two timesteps; the less noisy is preferred."""
+    """Add to each win-lose pair one that compares the preferred picture at two timesteps;
+    the less noisy is preferred."""
     filter_strategy: Literal[0, 1, 2, 3] = 2
-    """Smallest aesthetic gap of a win-lose pair: 0, -0.5, -1 for strategies 1, 2, 3; 0: no filter, and the score table
-    only marks ties."""
+    """Smallest aesthetic gap of a win-lose pair: 0, -0.5, -1 for strategies 1, 2, 3; 0: no filter, and the
+    score table only marks ties."""
 
 
 @dataclass(frozen=True)
@@ -342,7 +357,8 @@ class PairData(PairChoice):
     """Preference pairs of pictures."""
 
     pairs: str = ""
-    """Training pairs: a .parquet file, a directory of them, a directory of datasets' save_to_disk, or a hub data set."""
+    """Training pairs: a .parquet file, a directory of them, a directory of datasets' save_to_disk,
+    or a hub data set."""
     validation_pairs: str = ""
     """Held-out pairs, in any of these forms; may be the same as --pairs if that has splits."""
     test_pairs: str = ""
@@ -360,8 +376,8 @@ class PairData(PairChoice):
     max_corrupt: int = 100
     """Pairs whose pictures do not decode are skipped and counted; a run with more of them stops."""
     scores: str = ""
-    """Score table (.csv) of the multi-preference consistent filter: joined by image_0_uid and image_1_uid if both it and
-    the pairs have them, else one row per training pair, in order; default: keep every pair."""
+    """Score table (.csv) of the multi-preference consistent filter: joined by image_0_uid and image_1_uid if
+    both it and the pairs have them, else one row per training pair, in order; default: keep every pair."""
 
 
 @dataclass(frozen=True)
@@ -373,7 +389,8 @@ class Noising(Seed):
     hflip: bool = False
     """Mirror each training picture with probability 1/2."""
     noise_offset: float = 0.0
-    """Add this multiple of one normal number per channel to the noise, in training and validation; 0: none."""
+    """Add this multiple of one normal number per channel to the noise, in training and validation; 0: none.
+    """
     largest_timestep: int = 951
     """Training timesteps are 1, 51, ... up to this."""
     variable_timestep: bool = True
@@ -393,7 +410,8 @@ class RewardNetwork:
     multi_scale_cfg: bool = False
     """Apply guidance to the down blocks' features too."""
     guidance_scale: tuple[float, ...] = (7.5,)
-    """Guidance of the mid feature; 1 turns it off. Several numbers: interpolated over the timesteps, t = 0 to 999."""
+    """Guidance of the mid feature; 1 turns it off.
+    Several numbers: interpolated over the timesteps, t = 0 to 999."""
     freeze_text_encoder: bool = False
     """Train only the denoiser and the projections."""
     logit_scale: float = 2.6592
@@ -425,15 +443,16 @@ class Selection(RunDirectory):
     save_steps: int = 100
     """Optimizer steps between saved states (for --resume)."""
     save_only_if_best: bool = True
-    """Write checkpoint-gstep{N} only if no earlier validation after step 0 was better (of equals, the later counts)."""
+    """Write checkpoint-gstep{N} only if no earlier validation after step 0 was better (of
+    equals, the later counts)."""
     keep_checkpoints: int = 1
     """Number of checkpoints to keep; 0: all."""
     keep_best: bool = True
     """Keep the best checkpoints by validation accuracy; otherwise the newest (and the best, if it becomes
     checkpoint-final)."""
     final_checkpoint: Annotated[Literal["best", "last"], arg(aliases=["--handed-on"])] = "best"
-    """Which LRM becomes checkpoint-final: the best by validation accuracy (after step 0; of equals, the later), or the
-    last, as in the official code."""
+    """Which LRM becomes checkpoint-final: the best by validation accuracy (after step 0; of equals, the
+    later), or the last, as in the official code."""
 
 
 @dataclass(frozen=True)
@@ -443,19 +462,21 @@ class Loading:
     num_workers: int = 2
     """Worker processes that decode pictures, per training process; 0: decode in the training process."""
     cache_latents: str = ""
-    """Directory that caches the VAE's mean and log-variance of each picture, so that each is decoded and encoded once.
-    Exact, since every step draws a new sample. SD1.5 takes 64 KiB per picture in bf16 (SDXL 256), twice that in fp32;
-    default: no cache."""
+    """Directory that caches the VAE's mean and log-variance of each picture, so that each is decoded and
+    encoded once. Exact, since every step draws a new sample. SD1.5 takes 64 KiB per picture in bf16 (SDXL
+    256), twice that in fp32; default: no cache."""
 
 
 @dataclass(frozen=True)
-class LRM(Tracking, Loading, Selection, Numerics, RewardLoss, Optimization, Noising, RewardNetwork, PairData, Model):
+class LRM(Tracking, Loading, Selection, Numerics, RewardLoss, Optimization, Noising, RewardNetwork, PairData,
+          Model):
     """Train a latent reward model from preference pairs (arXiv 2502.01051, section 3.2)."""
 
     batch_size: int = 128
     """Pairs per optimizer step, over all passes and processes."""
     accumulate: int = 1
-    """Passes per optimizer step, to save memory; the loss is that of the whole batch (with loss_type pair)."""
+    """Passes per optimizer step, to save memory; the loss is that of the whole batch (with loss_type pair).
+    """
     max_steps: int = 4000
     """Optimizer steps."""
     learning_rate: float = 1e-5
@@ -474,7 +495,8 @@ class LRM(Tracking, Loading, Selection, Numerics, RewardLoss, Optimization, Nois
 
 @dataclass(frozen=True)
 class Demo:
-    """Run both stages on the embedded world: train an LRM, align the tiny pipeline, count the correct pictures."""
+    """Run both stages on the embedded world: train an LRM, align the tiny pipeline,
+    count the correct pictures."""
 
     out: str = "runs/demo"
     """Run directory; an earlier demo there is replaced."""

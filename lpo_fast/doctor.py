@@ -23,13 +23,13 @@ from lpo_fast.verify.operators import OPERATORS, Operator, error
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m lpo_fast.doctor",
-                                     description="Report what this machine supports, and check that this code computes the method.")
+    parser = argparse.ArgumentParser(prog="python -m lpo_fast.doctor", description="Report what this machine "
+                                     "supports, and check that this code computes the method.")
     parser.add_argument("--golden", type=Path, metavar="DIR", help="directory of golden vectors to check")
     arguments = parser.parse_args(argv)
     if arguments.golden and not (arguments.golden / "configs.json").is_file():
-        print(f"error: --golden {arguments.golden}: holds no golden vectors (configs.json is missing); name their directory",
-              file=sys.stderr)
+        print(f"error: --golden {arguments.golden}: holds no golden vectors (configs.json is missing); name "
+              "their directory", file=sys.stderr)
         return 2
     here = environment.environment()
     for key in ("python", *environment.PACKAGES, "commit"):
@@ -82,9 +82,10 @@ def kernels() -> int:
                 except torch.OutOfMemoryError:
                     report = "does not fit into this GPU's memory"
                 except Exception as problem:  # wrong results, or errors of Triton or CUDA
-                    failures, report = failures + 1, f"FAILED: {(str(problem) or repr(problem)).splitlines()[0]}"
-                print(f"{operator.name:>16}  {size:<10}  {'backward' if backward else 'forward':<8}  {report}",
-                      flush=True)
+                    failures, report = (failures + 1,
+                                        f"FAILED: {(str(problem) or repr(problem)).splitlines()[0]}")
+                print(f"{operator.name:>16}  {size:<10}  {'backward' if backward else 'forward':<8}  "
+                      f"{report}", flush=True)
     return failures
 
 
@@ -109,7 +110,8 @@ def copy_rate() -> float:
     """Return the rate of a copy within the GPU: GB read and written per second."""
     source = torch.zeros(2**28, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.nbytes / triton.testing.do_bench(lambda: target.copy_(source), return_mode="median") / 1e6
+    return (2 * source.nbytes / triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")
+            / 1e6)
 
 
 if __name__ == "__main__":

@@ -40,28 +40,23 @@ DRAWN = ("model", "vae", "resolution", "lora", "tuned", "caption_key", "seed", "
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Compare a tuned model with its base: same-seed pictures for a prompt file, scores, win rates, a page of
-    pictures.
-    """
+    """Compare a tuned model with its base: same-seed pictures, scores, win rates, and a page of pictures."""
 
     model: str = ""
     """The base: a Stable Diffusion directory in diffusers layout."""
     vae: str = ""
     """Another VAE: a directory or hub name; default: the base's."""
     resolution: int = 0
-    """Height and width of the pictures in pixels; 0: the denoiser's own. The LRM scores at its own training
+    """Height and width of the pictures in pixels; 0: the denoiser's own. The LRM scores at its own
     resolution.
     """
     lora: str = ""
     """The tuned model as a LoRA: a run directory, checkpoint_{n}/ or file."""
     tuned: str = ""
-    """The tuned model as a directory: a complete model, a run of full fine-tuning, or a U-Net; the base
-    supplies missing parts.
+    """The tuned model as a directory: a full model, a fine-tuning run or a U-Net; the base supplies the rest.
     """
     prompts: str = ""
-    """Prompts: .json (strings, or objects with the caption key), .jsonl, .txt (one per line), .csv or
-    .parquet.
-    """
+    """Prompts: .json (strings, or objects with the caption key), .jsonl, .txt, .csv or .parquet."""
     caption_key: str = "caption"
     """Key or column of the prompt."""
     out: str = "runs/evaluation"
@@ -71,9 +66,7 @@ class Evaluate:
     lrm_base: str = ""
     """Diffusers directory with the LRM's VAE and tokenizer (default: the one it names, else the model)."""
     scorer: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """module:function (pictures, prompts) → numbers, or pickscore, clipscore, aesthetic, hpsv2, imagereward;
-    repeatable.
-    """
+    """module:function, or pickscore, clipscore, aesthetic, hpsv2, imagereward; repeatable."""
     number: int = 0
     """Number of prompts to use, from the first; 0: all."""
     pictures_per_prompt: int = 1
@@ -108,7 +101,8 @@ def check(settings: Evaluate) -> tuple[list[str], dict[str, scorers.Score]]:
     prompts = read_prompts(settings.prompts, settings.caption_key)
     specs = dict.fromkeys(settings.scorer)
     short = [spec.rpartition(":")[2] for spec in specs]
-    named = {s if short.count(s) == 1 and s != "lrm" else spec: spec for s, spec in zip(short, specs, strict=True)}
+    named = {s if short.count(s) == 1 and s != "lrm" else spec: spec
+             for s, spec in zip(short, specs, strict=True)}
     functions = {name: scorers.resolve(spec) for name, spec in named.items()}
     if settings.lora:
         export.read(settings.lora)
@@ -145,13 +139,13 @@ def lrm_base(settings: Evaluate) -> str:
 
 
 def record(settings: Evaluate, prompts: list[str]) -> dict[str, object]:
-    """Return everything that determines the pictures; a run does not continue pictures with another record.
-    """
+    """Return everything that determines the pictures; a run continues only pictures with an equal record."""
     kept = {key: value for key, value in asdict(settings).items() if key in DRAWN}
     weights = {}
     for path in filter(None, (settings.model, settings.vae, settings.lora, settings.tuned)):
         root = Path(path)
-        folders = [root] if root.is_file() else [p for p in (root, *(root / part for part in ("unet", "vae"))) if p.is_dir()]
+        folders = [root] if root.is_file() else [p for p in (root, *(root / part for part in ("unet", "vae")))
+                                                 if p.is_dir()]
         files = [f for p in folders for f in ([p] if p.is_file() else p.iterdir())
                  if f.suffix == ".safetensors" or f.name == LORA_OFFICIAL]
         weights |= {str(f): [f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files)}
@@ -160,8 +154,9 @@ def record(settings: Evaluate, prompts: list[str]) -> dict[str, object]:
 
 
 def directory(settings: Evaluate, wanted: dict[str, object]) -> None:
-    """Refuse an output directory that cannot be written, or that holds other files or pictures of other
-    settings.
+    """Refuse an output directory that cannot be written, or that holds other files.
+
+    Pictures of other settings are refused too. Raises InputError, which names the first setting that differs.
     """
     out = Path(settings.out)
     models.writable(out)
@@ -173,7 +168,8 @@ def directory(settings: Evaluate, wanted: dict[str, object]) -> None:
     before = configs.read_config(out, "--out", RECORD)
     for key, value in wanted.items():
         if before.get(key) != value:
-            had = "" if isinstance(value, dict) or key == "prompts" else f" ({before.get(key)} then, {value} now)"
+            had = ("" if isinstance(value, dict) or key == "prompts" else
+                   f" ({before.get(key)} then, {value} now)")
             raise InputError(settings.out, f"holds pictures drawn with other {key.replace('_', ' ')}{had}",
                              "name another directory, or use its own settings", "--out")
 
@@ -198,7 +194,8 @@ def draw(settings: Evaluate, prompts: list[str], items: list[int]) -> None:
         draw_with(settings, folder, prompts, items, ("tuned",))
 
 
-def draw_with(settings: Evaluate, model: str, prompts: list[str], items: list[int], names: tuple[str, ...]) -> None:
+def draw_with(settings: Evaluate, model: str, prompts: list[str], items: list[int],
+              names: tuple[str, ...]) -> None:
     """Draw the missing pictures of one model.
 
     With a LoRA, the base is the policy's reference, which has the adapters off.
@@ -223,9 +220,10 @@ def draw_with(settings: Evaluate, model: str, prompts: list[str], items: list[in
         for first in range(0, len(wanted), size := 8 * settings.batch_size):
             part = wanted[first:first + size]
             index = torch.tensor([place[i // settings.pictures_per_prompt] for i in part])
-            drawn = drawing.pictures(predict, sched, Path(settings.vae or model), index, shape, guidance=settings.guidance,
-                                    seed=settings.seed, batch=settings.batch_size, items=torch.tensor(part),
-                                    prefetch=loaded.prefetch)
+            drawn = drawing.pictures(predict, sched, Path(settings.vae or model),
+                                     index, shape, guidance=settings.guidance,
+                                     seed=settings.seed, batch=settings.batch_size, items=torch.tensor(part),
+                                     prefetch=loaded.prefetch)
             for i, pixels in zip(part, drawn.numpy(), strict=True):
                 save(pixels, picture(out, side, i))
             bar.update(len(part))
@@ -239,11 +237,13 @@ def save(pixels: np.ndarray, file: Path) -> None:
         Image.fromarray(pixels).save(aside, "PNG")
 
 
-def score(settings: Evaluate, prompts: list[str], items: list[int], functions: dict[str, scorers.Score]) -> list[dict]:
+def score(settings: Evaluate, prompts: list[str], items: list[int],
+          functions: dict[str, scorers.Score]) -> list[dict]:
     """Return one row per picture number: prompt, the files by side, and the scores as "{side} {scorer}"."""
     out, size = Path(settings.out), settings.batch_size
     texts = [prompts[i // settings.pictures_per_prompt] for i in items]
-    rows = [{"item": i, "prompt": text} | {side: str(picture(out, side, i).relative_to(out)) for side in sides(settings)}
+    rows = [{"item": i, "prompt": text}
+            | {side: str(picture(out, side, i).relative_to(out)) for side in sides(settings)}
             for i, text in zip(items, texts, strict=True)]
     reward = None
     if settings.lrm and items:
@@ -270,15 +270,17 @@ def write(settings: Evaluate, rows: list[dict], names: list[str], prompts: int) 
         writer = csv.DictWriter(f, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    result = {name: compare.summary({side: np.array([row[f"{side} {name}"] for row in rows]).reshape(prompts, -1)
-                                     for side in sides(settings)}) for name in names}
-    finite = {name: {key: {k: v if np.isfinite(v) else None for k, v in value.items()} for key, value in entry.items()}
-              for name, entry in result.items()}
-    logs.write_json(out / "summary.json", {"prompts": prompts, "pictures": len(rows), "scores": finite,
-                                           "settings": asdict(settings), "environment": environment.environment()})
-    note = (f"{settings.lora or settings.tuned or 'no tuned model'} against {settings.model}: {prompts} prompts, {len(rows)} "
-            f"pictures each, {settings.steps} steps, guidance {settings.guidance:g}, eta {settings.eta:g}, seed "
-            f"{settings.seed}. Brackets: 95 % intervals over prompts. Win rate: a tie counts as half.")
+    result = {name: compare.summary({side: np.array([row[f"{side} {name}"] for row in rows]).reshape(
+        prompts, -1) for side in sides(settings)}) for name in names}
+    finite = {name: {key: {k: v if np.isfinite(v) else None for k, v in value.items()}
+                     for key, value in entry.items()} for name, entry in result.items()}
+    logs.write_json(out / "summary.json",
+                    {"prompts": prompts, "pictures": len(rows), "scores": finite,
+                     "settings": asdict(settings), "environment": environment.environment()})
+    note = (f"{settings.lora or settings.tuned or 'no tuned model'} against {settings.model}: {prompts} "
+            f"prompts, {len(rows)} pictures each, {settings.steps} steps, guidance {settings.guidance:g}, "
+            f"eta {settings.eta:g}, seed {settings.seed}. Brackets: 95 % intervals over prompts. Win rate: a "
+            "tie counts as half.")
     file = compare.page(rows, result, out, note)
     return (compare.table(result) + "\n\n" if result else "") + f"{note}\npictures: {file}"
 
@@ -287,7 +289,8 @@ def run(settings: Evaluate) -> None:
     """Run the command, on every rank."""
     prompts, functions = check(settings)
     given = {key: getattr(settings, key) for key in ("model", "vae", "tuned") if getattr(settings, key)}
-    settings = replace(settings, **{key: str(locate.locate(name, cli.flag(key))) for key, name in given.items()})
+    settings = replace(settings,
+                       **{key: str(locate.locate(name, cli.flag(key))) for key, name in given.items()})
     check_models(settings, prompts)
     wanted, prompts = record(settings, prompts), prompts[:settings.number or None]
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -297,7 +300,8 @@ def run(settings: Evaluate) -> None:
         out.mkdir(parents=True, exist_ok=True)
         logs.write_json(out / RECORD, wanted)
     each = settings.pictures_per_prompt
-    items = [n * each + k for n in range(state.process_index, len(prompts), state.num_processes) for k in range(each)]
+    items = [n * each + k for n in range(state.process_index, len(prompts), state.num_processes)
+             for k in range(each)]
     draw(settings, prompts, items)
     rows = sorted(gather_object(score(settings, prompts, items, functions)), key=lambda row: row["item"])
     if state.is_main_process:

@@ -87,9 +87,8 @@ def check_fit(lora: Lora, unet: nn.Module, path: str) -> None:
         weight = getattr(modules.get(name), "weight", None)
         if weight is None or weight.shape != (len(b), *a.shape[1:]):
             there = "absent" if weight is None else str(tuple(weight.shape))
-            raise InputError(path,
-                             f"adapts {name} of shape {(len(b), *a.shape[1:])}, which is {there} in the model",
-                             "name the model on which it was trained", "--lora")
+            raise InputError(path, f"adapts {name} of shape {(len(b), *a.shape[1:])}, which is {there} "
+                             "in the model", "name the model on which it was trained", "--lora")
 
 
 @torch.no_grad()
@@ -114,7 +113,8 @@ def assembled(name: str, model: str | Path) -> Iterator[str]:
                          "name a model or a run of full fine-tuning; for a LoRA use --lora", "--tuned")
     with tempfile.TemporaryDirectory() as folder:
         for part in Path(model).iterdir():
-            source = unet if part.name == "unet" else tuned / part.name if (tuned / part.name).exists() else part
+            source = (unet if part.name == "unet" else tuned / part.name if (tuned / part.name).exists() else
+                      part)
             os.symlink(source.absolute(), Path(folder) / part.name)
         yield folder
 

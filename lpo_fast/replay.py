@@ -45,13 +45,15 @@ def replay_lpo(kept: dict) -> tuple[str, list[str]]:
     actor, sched = policies.load(config, kept["prompts"], device)
     states.Trained(actor.unet).load_state_dict(kept["weights"])
     pairs = pairs._replace(prompt=torch.searchsorted(kept["numbers"].to(device), pairs.prompt))
-    lines = [broken(f"pairs, {name}", x) for name, x in zip(LatentPairs._fields, pairs, strict=True) if x.is_floating_point()]
+    lines = [broken(f"pairs, {name}", x) for name, x in zip(LatentPairs._fields, pairs, strict=True)
+             if x.is_floating_point()]
     for first in range(0, len(pairs.t), kept["size"]):
         part = pairs.take(slice(first, first + kept["size"]))
         at = part.x_t, part.t, part.prompt
-        lines += [broken("policy's output", actor.train(*at)), broken("reference's output", actor.reference(*at))]
-        out = steps.evaluate(actor, sched, part, torch.full_like(part.x_t[:, 0, 0, 0], 1 / len(pairs.t)), beta=config.beta,
-                                 eps=config.clip_eps, guidance=config.train_guidance)
+        lines += [broken("policy's output", actor.train(*at)),
+                  broken("reference's output", actor.reference(*at))]
+        out = steps.evaluate(actor, sched, part, torch.full_like(part.x_t[:, 0, 0, 0], 1 / len(pairs.t)),
+                             beta=config.beta, eps=config.clip_eps, guidance=config.train_guidance)
         out.loss.backward()
         lines.append(broken("loss", out.loss))
     about = f"{len(pairs.t)} pairs at timesteps {sorted(set(pairs.t.tolist()), reverse=True)}"
@@ -69,15 +71,18 @@ def replay_lrm(kept: dict) -> tuple[str, list[str]]:
     from lpo_fast.preflight import runs
     from lpo_fast.run import states
     from lpo_fast.system import devices
-    settings = LRM(**kept["config"] | {"columns": config.Columns(**kept["config"]["columns"]), "compile": "none"})
+    settings = LRM(**kept["config"] | {"columns": config.Columns(**kept["config"]["columns"]),
+                                       "compile": "none"})
     lrm, encoder = lrm_steps.load(settings, devices.device())
     states.Trained(lrm).load_state_dict(kept["weights"])
-    source = dataset.PairDataset(runs.training_pairs(settings)["train"], settings.resolution or encoder.resolution)
+    source = dataset.PairDataset(runs.training_pairs(settings)["train"],
+                                 settings.resolution or encoder.resolution)
     number = {source.pairs.key(i): i for i in range(len(source))}
     batch = dataset.collate([source[number[row]] for row in kept["rows"].tolist()])
     batch = lrm_steps.encoded(encoder, batch, kept["step"], settings)
     weight = (~batch["corrupt"].to(encoder.device) / batch["counts"]).sum()
-    lines = [broken("VAE's posterior, mean", batch["mean"]), broken("VAE's posterior, standard deviation", batch["std"])]
+    lines = [broken("VAE's posterior, mean", batch["mean"]),
+             broken("VAE's posterior, standard deviation", batch["std"])]
     for part in lrm_steps.parts(batch, kept["size"]):
         loss, _ = lrm_steps.pair_loss(lrm, encoder, part, kept["step"], settings, weight)
         loss.backward()

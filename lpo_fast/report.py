@@ -31,8 +31,9 @@ SMALL = 128  # widths up to this are shown pixelated
 COLORS = {"#000001": "accent", "#000002": "second", "#000003": "muted", "#000004": "line"}  # to CSS
 ACCENT, SECOND, MUTED, LINE = COLORS
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "lpo_fast", "font.size": 8.5, "axes.labelsize": 8.5,
-         "text.color": MUTED, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED, "grid.color": LINE,
-         "xtick.major.size": 0, "ytick.major.size": 0, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True}
+         "text.color": MUTED, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED,
+         "grid.color": LINE, "xtick.major.size": 0, "ytick.major.size": 0, "axes.grid": True,
+         "axes.grid.axis": "y", "axes.axisbelow": True}
 CHANCE = (0.5, "chance")
 MARKS = {"True": '<b class="right">✓</b>', "False": '<b class="wrong">✗</b>'}
 PAGE = Template("""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>$title</title>
@@ -120,7 +121,8 @@ def wilson(k: float, n: float) -> tuple[float, float]:
 
 def paired(gained: float, lost: float, n: float) -> tuple[float, float]:
     """Return the 95 % interval of the change (b − c)/n: b of n pictures became correct, c became wrong."""
-    change, half = (gained - lost) / n, 1.96 * math.sqrt(max(0.0, gained + lost - (gained - lost) ** 2 / n)) / n
+    change, half = ((gained - lost) / n,
+                    1.96 * math.sqrt(max(0.0, gained + lost - (gained - lost) ** 2 / n)) / n)
     return change - half, change + half
 
 
@@ -166,15 +168,17 @@ def plot(title: str, how: str, x_name: str, y_name: str, ref: tuple | None, *ser
         axes.locator_params("x", integer=True, nbins=7)
         axes.set(xlabel=x_name, ylabel=y_name, frame_on=False)
         figure.savefig(text := io.StringIO(), format="svg", transparent=True)
-    svg = re.sub(r'<metadata>.*?</metadata>|^.*?<svg[^>]*>| id="[a-z]+_[0-9]+"', "", text.getvalue(), flags=re.S)
+    svg = re.sub(r'<metadata>.*?</metadata>|^.*?<svg[^>]*>| id="[a-z]+_[0-9]+"', "", text.getvalue(),
+                 flags=re.S)
     svg = re.sub("#00000[1-4]", lambda hit: f"var(--{COLORS[hit[0]]})", svg)
-    return (f'<figure><h3>{title}</h3><svg viewBox="0 0 309.6 165.6" role="img" aria-label="{title}: {y_name} against '
-            f'{x_name}">{svg}<figcaption>{how}</figcaption></figure>')
+    return (f'<figure><h3>{title}</h3><svg viewBox="0 0 309.6 165.6" role="img" aria-label="{title}: '
+            f'{y_name} against {x_name}">{svg}<figcaption>{how}</figcaption></figure>')
 
 
 def section(title: str, how: str, *parts: str, cls: str = "charts") -> str:
     """Return a section of the page, or "" if all its parts are empty."""
-    return f'<h2>{title}</h2><p class="muted">{how}</p><div class="{cls}">{"".join(parts)}</div>' if any(parts) else ""
+    return (f'<h2>{title}</h2><p class="muted">{how}</p><div class="{cls}">{"".join(parts)}</div>'
+            if any(parts) else "")
 
 
 def table(value: object, name: str = "") -> str:
@@ -193,15 +197,18 @@ def headline(found: dict, train: list[dict], batches: list[dict], checks: list[d
     n, captions, gained, lost = (num(found.get(key)) for key in ("n", "captions", "gained", "lost"))
     stages = {s: found[s] for s in ("before", "after") if isinstance(found.get(s), dict)}
     stages = {s: value for s, value in stages.items() if n > 0 and 0 <= num(value.get("right")) <= n}
-    tiles, bars, verdict, note = [], {}, "", f"{n:,.0f} pictures" + f" of {captions:,.0f} captions" * (captions > 0)
+    tiles, bars, verdict, note = ([], {}, "",
+                                  f"{n:,.0f} pictures" + f" of {captions:,.0f} captions" * (captions > 0))
     for stage, value in stages.items():
         low, high = wilson(value["right"], n)
         tiles.append((f"{value['right'] / n:.1%}", f"correct {stage} [{100 * low:.1f}, {100 * high:.1f}]"))
-        for name, share in {"complete picture": value["right"] / n, **(value.get("by_attribute") or {})}.items():
+        for name, share in {"complete picture": value["right"] / n,
+                            **(value.get("by_attribute") or {})}.items():
             if 0 <= num(share) <= 1:
                 low, high = wilson(share * n, n)
                 bars[name] = bars.get(name, f"<h3>{escape(name)}</h3>") + (
-                    f'<span>{stage}</span><span class="track"><i class="{stage}" style="width:{share:.1%}"></i><u '
+                    f'<span>{stage}</span><span class="track"><i '
+                    f'class="{stage}" style="width:{share:.1%}"></i><u '
                     f'style="left:{low:.1%};width:{high - low:.1%}"></u></span><span>{share:.1%}</span>')
     if len(stages) == 2:
         change, text = stages["after"]["right"] - stages["before"]["right"], "points change"
@@ -209,15 +216,16 @@ def headline(found: dict, train: list[dict], batches: list[dict], checks: list[d
             low, high = paired(gained, lost, n)
             text += f" [{100 * low:+.1f}, {100 * high:+.1f}]"
             note += f", paired by seed: {gained:,.0f} became correct, {lost:,.0f} became wrong"
-            verdict = ("Too few pictures changed for a reliable interval of the change." if gained + lost < 10 else
-                       "The interval of the change includes 0: no change is shown." if low <= 0 <= high else
-                       f"{'More' if change > 0 else 'Fewer'} pictures are correct after alignment than before.")
+            verdict = (
+                "Too few pictures changed for a reliable interval of the change." if gained + lost < 10 else
+                "The interval of the change includes 0: no change is shown." if low <= 0 <= high else
+                f"{'More' if change > 0 else 'Fewer'} pictures are correct after alignment than before.")
         tiles.append((f"{100 * change / n:+.1f}", text))
     varied = [num(value.get("diversity")) for value in stages.values()]
     if np.isfinite(varied).all() and stages:
         tiles.append((" → ".join(f"{v:.3g}" for v in varied), "diversity " + " → ".join(stages)))
-    note = ("Bars: share of correct pictures, full at 100 %. Brackets and whiskers: 95 % intervals over pictures, "
-            f"assumed independent, not over training runs. {note}.")
+    note = ("Bars: share of correct pictures, full at 100 %. Brackets and whiskers: 95 % intervals over "
+            f"pictures, assumed independent, not over training runs. {note}.")
     if not stages:
         valid, implicit = column(checks, "accuracy"), column(train, "implicit_acc")
         late = implicit[-max(len(implicit) // 10, 10):]
@@ -225,7 +233,8 @@ def headline(found: dict, train: list[dict], batches: list[dict], checks: list[d
         logged = [(valid[-1:], "last validation accuracy of the reward model"),
                   (late, f"implicit accuracy of the policy, mean of the last {len(late)} steps")]
         tiles = [(f"{y.mean():.1%}", text) for y, text in logged if np.isfinite(y).any()]
-        kept, possible = (np.nansum(column(batches, key)) for key in ("total_valid_samples_num", "pairs_possible"))
+        kept, possible = (np.nansum(column(batches, key))
+                          for key in ("total_valid_samples_num", "pairs_possible"))
         tiles += [(f"{kept:,.0f}", f"pairs kept of {possible:,.0f} possible")] * bool(possible)
         note = "No evaluation is recorded in this run; python -m lpo_fast.evaluate judges a model's pictures."
     return (f'<div class="tiles">{"".join(f"<div><b>{value}</b>{text}</div>" for value, text in tiles)}</div>'
@@ -235,7 +244,8 @@ def headline(found: dict, train: list[dict], batches: list[dict], checks: list[d
 def pictures(folder: Path) -> str:
     """Return the pictures before and after alignment, by number; large ones are scaled down."""
     captions, cards = parse(read(folder / "captions.json"), list), []
-    numbers = sorted({int(path.stem[:-7]) for path in folder.glob("*_before.png") if path.stem[:-7].isdecimal()})
+    numbers = sorted({int(path.stem[:-7]) for path in folder.glob("*_before.png")
+                      if path.stem[:-7].isdecimal()})
     for i in numbers[:SHOWN]:
         about = captions[i] if i < len(captions) and isinstance(captions[i], dict) else {}
         card = f'<figure><figcaption>{escape(str(about.get("caption", i)))}</figcaption><div class="pair">'
@@ -245,7 +255,8 @@ def pictures(folder: Path) -> str:
                 card += (f'<span>{image} alt="{stage}">{stage} '
                          f"{MARKS.get(str(about.get(f'{stage}_right')), '')}</span>")
         cards.append(card + "</div></figure>")
-    rest = f'<details><summary>{len(cards) - OPEN} more</summary><div class="pictures">{"".join(cards[OPEN:])}</div>'
+    rest = (f'<details><summary>{len(cards) - OPEN} more</summary><div '
+            f'class="pictures">{"".join(cards[OPEN:])}</div>')
     how = f"The first {len(cards)} of {len(numbers)} pairs, drawn with the same seeds."
     if any("after_right" in c for c in captions if isinstance(c, dict)):
         how += " ✓: shows what the caption asks for."
@@ -274,7 +285,8 @@ def validation(folder: Path) -> str:
     shown = files[:1] + files[1:][-3:]
     grids = [f'<figure>{image} alt="epoch {epoch}"><figcaption>after epoch {epoch}</figcaption></figure>'
              for epoch, file in shown if (image := embedded(file, 2 * EMBED))]
-    prompts = "".join(f"<li>{escape(str(prompt))}</li>" for prompt in parse(read(folder / "validation.json"), list))
+    prompts = "".join(f"<li>{escape(str(prompt))}</li>"
+                      for prompt in parse(read(folder / "validation.json"), list))
     return section("Validation pictures", "One row per prompt, with the same noise every time.",
                    *([f'<ol class="muted">{prompts}</ol>', *grids] if grids else []))
 
@@ -285,22 +297,24 @@ def lrm(train: list[dict], checks: list[dict]) -> str:
     points = [(float(t), num(a), *wilson(num(a) * num(row.get("n")), num(row.get("n"))))
               for row in last for t, a in row["accuracy_by_timestep"].items() if t.isdecimal()]
     t, share, low, high = np.array(points).reshape(-1, 4).T
-    curves = [(k, column(r, "global_step"), column(r, "accuracy")) for k, r in (("line", train), ("dots", checks))]
+    curves = [(k, column(r, "global_step"), column(r, "accuracy"))
+              for k, r in (("line", train), ("dots", checks))]
     return section(
         "Latent reward model", "The model predicts which of two noisy latents fits a prompt better.",
-        plot("Accuracy by timestep", "Share of pairs that the last validation ranked correctly, with both pictures "
-             "noised to that timestep (high: nearly pure noise). Error bars: 95 % intervals.",
+        plot("Accuracy by timestep", "Share of pairs that the last validation ranked correctly, with both "
+             "pictures noised to that timestep (high: nearly pure noise). Error bars: 95 % intervals.",
              "timestep", "share of pairs", CHANCE,
              ("dots", t, share, np.nan_to_num([share - low, high - share]).clip(0))),
-        plot("Accuracy over training", "Lines: training batches, running mean. Dots: validation at timestep 1.",
-             "optimizer step", "share of pairs", CHANCE, *curves))
+        plot("Accuracy over training", "Lines: training batches, running mean. Dots: validation "
+             "at timestep 1.", "optimizer step", "share of pairs", CHANCE, *curves))
 
 
 def lpo(train: list[dict], batches: list[dict]) -> str:
     """Return the section on alignment: what was logged per optimizer step and per prompt batch."""
     kept, possible = Counter(), Counter()
     for row in batches:
-        times, valid, pairs = row.get("timesteps"), row.get("valid_by_timestep"), num(row.get("pairs_possible"))
+        times, valid, pairs = (row.get("timesteps"), row.get("valid_by_timestep"),
+                               num(row.get("pairs_possible")))
         row["share"] = num(row.get("total_valid_samples_num")) / pairs if pairs else None
         if pairs > 0 and isinstance(times, list) and isinstance(valid, list):
             for t, count in zip(map(num, times), map(num, valid), strict=False):
@@ -318,38 +332,44 @@ def lpo(train: list[dict], batches: list[dict]) -> str:
          "Norm of each step's gradient; lasting growth is a warning sign."),
         (batches, "share", "Valid pairs", "share of possible pairs", None,
          "The share of a prompt batch's pairs whose scores differ enough to train on.")]
-    return section("Alignment (LPO)", "Faint: every logged value. Strong: running mean.", *(
-        plot(title, how, "optimizer step", name, ref, ("line", column(rows, "global_step"), column(rows, key)))
-        for rows, key, title, name, ref, how in curves), plot(
-        "Pairs kept by timestep",
-        "Which denoising steps yield training pairs, over all batches; high timesteps are nearly noise.", "timestep",
-        "share of possible pairs", None, ("bar", t, np.array([kept[i] / possible[i] for i in t]))))
+    return section("Alignment (LPO)", "Faint: every logged value. Strong: running mean.",
+                   *(plot(title, how, "optimizer step", name, ref,
+                          ("line", column(rows, "global_step"), column(rows, key)))
+                     for rows, key, title, name, ref, how in curves), plot(
+                       "Pairs kept by timestep", "Which denoising steps yield training pairs, over all "
+                       "batches; high timesteps are nearly noise.", "timestep", "share of possible pairs",
+                       None, ("bar", t, np.array([kept[i] / possible[i] for i in t]))))
 
 
 def write(run_dir: str | Path) -> Path:
     """Write run_dir/report.html from the files in run_dir, and return its path."""
     run, name = Path(run_dir), escape(Path(run_dir).resolve().name)
-    config, environment, found = (parse(read(run / f"{f}.json")) for f in ("config", "environment", "evaluation"))
+    config, environment, found = (parse(read(run / f"{f}.json"))
+                                  for f in ("config", "environment", "evaluation"))
     rows = [parse(line) for part in (run / "lrm", run) for line in read(part / "metrics.jsonl").split("\n")]
     train, batches, checks = of_kind(rows, "train"), of_kind(rows, "batch"), of_kind(rows, "validation", True)
     times = found.get("seconds") if isinstance(found.get("seconds"), dict) else {}
     times = {stage: str(timedelta(seconds=round(num(s)))) for stage, s in times.items() if num(s) >= 0}
     if np.isfinite(speed := column(batches, "prompts_per_second")).any():
         times["LPO, median prompt batch"] = f"{np.nanmedian(speed):.3g} prompts/s"
-    about = (escape(d[key]) for d, key in ((config, "model"), (environment, "date")) if isinstance(d.get(key), str))
-    body = [f'<h1>{name}</h1><p class="muted">{" · ".join(about)}</p>', headline(found, train, batches, checks),
-            pictures(run / "pictures"), validation(run / "pictures"), lrm(of_kind(rows, "train", True), checks),
-            lpo(train, batches)]
+    about = (escape(d[key]) for d, key in ((config, "model"), (environment, "date"))
+             if isinstance(d.get(key), str))
+    body = [f'<h1>{name}</h1><p class="muted">{" · ".join(about)}</p>',
+            headline(found, train, batches, checks), pictures(run / "pictures"), validation(run / "pictures"),
+            lrm(of_kind(rows, "train", True), checks), lpo(train, batches)]
     for title, value in ("Time per stage (h:mm:ss)", times), ("Settings", config), ("What ran", environment):
-        inner = f"<summary>{len(value)} entries</summary><table>{table(value)}</table></details>" if value else ""
-        body.append(section(title, "", inner and f"<details{' open' * (value is not config)}>{inner}", cls=""))
+        inner = (f"<summary>{len(value)} entries</summary><table>{table(value)}</table></details>"
+                 if value else "")
+        body.append(section(title, "", inner and f"<details{' open' * (value is not config)}>{inner}",
+                            cls=""))
     with writing.replacing(path := run / "report.html") as aside:
         aside.write_text(PAGE.substitute(title=name, body="\n".join(body)), "utf-8", "replace")
     return path
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m lpo_fast.report", description="Write RUN_DIR/report.html.")
+    parser = argparse.ArgumentParser(prog="python -m lpo_fast.report",
+                                     description="Write RUN_DIR/report.html.")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     if not (folder := parser.parse_args().run_dir).is_dir():
         parser.exit(2, f"no such directory: {folder}\n")

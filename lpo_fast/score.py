@@ -1,6 +1,7 @@
 """Score pictures with a latent reward model: python -m lpo_fast.score, or from Python.
 
-    x0 = mean of VAE(picture) · scaling_factor,   x_t = sqrt(a_t)·x0 + sqrt(1 − a_t)·z,   score = S(x_t, t, prompt)
+    x0 = mean of VAE(picture) · scaling_factor,   x_t = sqrt(a_t)·x0 + sqrt(1 − a_t)·z,
+    score = S(x_t, t, prompt)
 
     from lpo_fast.score import Scorer
     scorer = Scorer("lrm_sd15", base="stable-diffusion-v1-5")
@@ -46,9 +47,7 @@ class Score:
     lrm: str = ""
     """Latent reward model: a directory written by `lrm` or by the official code."""
     lrm_base: str = ""
-    """Diffusers directory with what the LRM's directory lacks: VAE, scheduler, and the tokenizer of an
-    official one.
-    """
+    """Diffusers directory that supplies what the LRM's directory lacks: VAE, scheduler, tokenizer."""
     vae: str = ""
     """Another VAE: a directory or hub name; default: the base's."""
     resolution: int = 0
@@ -86,20 +85,22 @@ class Scorer:
     fit together.
     """
 
-    def __init__(self, lrm: str | os.PathLike, base: str | os.PathLike = "", *, vae: str = "", resolution: int = 0,
-                 batch_size: int = 8, seed: int = 0, mixed_precision: Precision = "auto"):
+    def __init__(self, lrm: str | os.PathLike, base: str | os.PathLike = "", *,
+                 vae: str = "", resolution: int = 0, batch_size: int = 8, seed: int = 0,
+                 mixed_precision: Precision = "auto"):
         path, base = locate.locate(str(lrm), "--lrm"), check_lrm(str(lrm), str(base), vae, resolution)
         self.device, self.batch_size, self.seed = devices.device(), batch_size, seed
         self.precision = devices.precision(mixed_precision, "fp16")
         self.lrm = checkpoint.load_lrm(path, base, resolution=resolution).to(self.device)
-        self.tokenizers = texts.load_tokenizers(path if (path / "tokenizer").is_dir() else base, self.lrm.family)
+        self.tokenizers = texts.load_tokenizers(path if (path / "tokenizer").is_dir() else base,
+                                                self.lrm.family)
         self.vae = vaes.load_vae(locate.locate(vae, "--vae") if vae else base).to(self.device)
         scheduler = json.loads((base / "scheduler" / "scheduler_config.json").read_text())
         self.sched = schedule.from_config(scheduler, 20).to(self.device)
         self.resolution = self.lrm.resolution
 
-    def __call__(self, pictures: Sequence[Picture], prompts: Sequence[str] | str, *, timestep: int = 1, draws: int = 1,
-                 rows: Sequence[int] | None = None) -> Tensor:
+    def __call__(self, pictures: Sequence[Picture], prompts: Sequence[str] | str, *, timestep: int = 1,
+                 draws: int = 1, rows: Sequence[int] | None = None) -> Tensor:
         """Return scores [N], fp32 on the CPU.
 
         pictures: PIL pictures, paths or encoded bytes. prompts: one per picture, or one for all. rows:
@@ -130,7 +131,8 @@ class Scorer:
         with ThreadPoolExecutor(4) as pool:
             pending = None
             for at in [*slices, None]:
-                following = at and ([pool.submit(read, *pair) for pair in zip(pictures[at], rows[at], strict=True)], at)
+                following = at and ([pool.submit(read, *pair)
+                                     for pair in zip(pictures[at], rows[at], strict=True)], at)
                 if pending:
                     yield torch.stack([future.result() for future in pending[0]]), pending[1]
                 pending = following
@@ -140,7 +142,8 @@ class Scorer:
         """Return the scores [B] of one batch."""
         unique = list(dict.fromkeys(prompts))
         text = texts.encode_prompts(self.lrm.family, self.tokenizers, list(self.lrm.text_encoders), unique,
-                                       zero_null=False)[torch.tensor([unique.index(p) for p in prompts], device=self.device)]
+                                    zero_null=False)[torch.tensor(
+            [unique.index(p) for p in prompts], device=self.device)]
         x0 = self.vae.encode(pixels.to(self.device)).latent_dist.mean * self.vae.config.scaling_factor
         z = noise.normal(self.seed, 0, rows.to(self.device), timestep, draws, tuple(x0.shape[1:]))
         t = torch.full((len(x0),), timestep, device=self.device)
@@ -154,7 +157,8 @@ def pixels(picture: Picture, row: int, resolution: int) -> Tensor:
     try:
         if isinstance(picture, Image.Image):
             return images.pixels(picture, resolution)
-        return images.decode(picture if isinstance(picture, bytes) else reading.read_picture(Path(picture)), resolution)
+        return images.decode(picture if isinstance(picture, bytes) else reading.read_picture(Path(picture)),
+                             resolution)
     except Exception as error:  # Pillow raises many kinds
         name = str(picture) if isinstance(picture, str | os.PathLike) else f"picture {row}"
         raise InputError(name, f"row {row} cannot be decoded as a picture ({type(error).__name__})",
@@ -223,12 +227,15 @@ def run(settings: Score) -> None:
     check(settings)
     rows, prompts, pictures = None, settings.prompt, settings.pictures
     if settings.table:
-        rows, prompts, pictures = tables.read(settings.table, settings.prompt_key, settings.image_key, settings.score_key)
-    if settings.table and not settings.out.endswith(".parquet") and any(isinstance(picture, bytes) for picture in pictures):
+        rows, prompts, pictures = tables.read(settings.table, settings.prompt_key, settings.image_key,
+                                              settings.score_key)
+    if (settings.table and not settings.out.endswith(".parquet")
+            and any(isinstance(picture, bytes) for picture in pictures)):
         raise InputError(settings.out, "cannot hold the pictures' bytes", "name a .parquet file", "--out")
     check_pictures(pictures[:LOOKED_AT] if settings.table else pictures)
     scorer = Scorer(settings.lrm, settings.lrm_base, vae=settings.vae, resolution=settings.resolution,
-                    batch_size=settings.batch_size, seed=settings.seed, mixed_precision=settings.mixed_precision)
+                    batch_size=settings.batch_size, seed=settings.seed,
+                    mixed_precision=settings.mixed_precision)
     scores = scorer(pictures, prompts, timestep=settings.timestep, draws=settings.draws)
     if settings.table:
         tables.write(rows, scores, Path(settings.out), settings.score_key)

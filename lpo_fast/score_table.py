@@ -40,14 +40,13 @@ class ScoreTable:
     pairs: str = ""
     """Pairs, as for `lpo_fast.train lrm`."""
     aesthetic: str = ""
-    """Scorer of aesthetics, module:function; the filter expects the scale of the LAION aesthetic predictor (1
-    to 10).
+    """Scorer of aesthetics, module:function; the filter expects the LAION aesthetic predictor's scale (1 to
+    10).
     """
     clipscore: str = ""
     """Scorer of agreement with the prompt, module:function; the filter expects CLIP's cosine."""
     vqascore: str = ""
-    """Second scorer of agreement with the prompt, module:function; the filter expects VQAScore's probability.
-    """
+    """Second scorer of prompt agreement, module:function; the filter expects VQAScore's probability."""
     out: str = "scores.csv"
     """The table (.csv)."""
     train_split: str = "train"
@@ -59,8 +58,7 @@ class ScoreTable:
     batch_size: int = 32
     """Pairs per call of a scorer."""
     max_corrupt: int = 100
-    """Pairs whose pictures cannot be decoded get no gaps, so the filter drops them; a run with more of them
-    stops.
+    """Pairs with undecodable pictures get no gaps, so the filter drops them; a run with more of them stops.
     """
 
 
@@ -84,8 +82,8 @@ def make(config: ScoreTable) -> Path:
         writer = csv.writer(file, lineterminator="\n")
         if first is None:
             writer.writerow(names)
-        for row in tqdm(scored(config, table, scorers, first or 0), desc="scores", unit="pair", initial=first or 0,
-                        total=len(table), disable=None):
+        for row in tqdm(scored(config, table, scorers, first or 0), desc="scores", unit="pair",
+                        initial=first or 0, total=len(table), disable=None):
             writer.writerow(row)
             file.flush()
         os.fsync(file.fileno())
@@ -159,7 +157,8 @@ def both(dataset: PairDataset, row: int) -> tuple[Image.Image, Image.Image] | No
         return None
 
 
-def gaps(name: str, given: str, scorer: Scorer, pictures: list, table: PairTable, rows: list[int]) -> list[float]:
+def gaps(name: str, given: str, scorer: Scorer, pictures: list, table: PairTable,
+         rows: list[int]) -> list[float]:
     """Return the gap of each row by one scorer; NaN for pairs that were not judged."""
     if not rows:
         return []

@@ -1,4 +1,5 @@
-"""What several tests need: the golden vectors, and the smallest model and reward model that the real loaders accept."""
+"""What several tests need: the golden vectors, and the smallest model and reward model that
+the real loaders accept."""
 
 import atexit
 import os
@@ -6,7 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; tensors are small, and tests run side by side
+# before torch is imported; tensors are small, and tests run side by side
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers and transformers are imported
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lpo_fast_datasets_")
 
@@ -28,9 +30,11 @@ system_launch.INTERPRETED = False  # the references run, except in tests that as
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch):
-    """Kernels run in this test, under Triton's interpreter without a GPU, and fresh memory holds NaN (or huge integers)."""
+    """Kernels run in this test, under Triton's interpreter without a GPU,
+    and fresh memory holds NaN (or huge integers)."""
     monkeypatch.setattr(system_launch, "INTERPRETED", not torch.cuda.is_available())
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (torch.are_deterministic_algorithms_enabled(),
+              torch.is_deterministic_algorithms_warn_only_enabled())
     torch.use_deterministic_algorithms(True, warn_only=True)  # which fills torch.empty and the like
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
@@ -83,7 +87,8 @@ def clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_clip(tmp_path)
     for name, parts in scorers.HUB.items():
         for part in parts:
-            monkeypatch.setenv(f"LPO_FAST_{name}_{part}".upper(), str(tmp_path / ("head.pth" if part == "head" else "clip")))
+            monkeypatch.setenv(f"LPO_FAST_{name}_{part}".upper(),
+                               str(tmp_path / ("head.pth" if part == "head" else "clip")))
     yield tmp_path
     scorers.clip.cache_clear()
     scorers.head.cache_clear()

@@ -10,7 +10,8 @@ LINES, LOCALS = 90, 35  # of a loop's _train
 
 
 def modules() -> dict[str, Path]:
-    """Return the modules of the package by their dotted names below it; kernels/ is a link, and part of it."""
+    """Return the modules of the package by their dotted names below it; kernels/ is a link, and part of it.
+    """
     files = [*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")]
     return {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file for file in files}
 
@@ -52,7 +53,8 @@ def floors(graph: dict[str, set[str]]) -> int:
 
 
 def test_every_import_is_found() -> None:
-    assert len(NAMES) > 60 and "method.schedule" in FILES["lpo.sampling"] and "kernels.pair_loss" in FILES["lpo.steps"]
+    assert (len(NAMES) > 60 and "method.schedule" in FILES["lpo.sampling"]
+            and "kernels.pair_loss" in FILES["lpo.steps"])
     assert all(target in NAMES for targets in FILES.values() for target in targets), FILES
 
 
@@ -76,14 +78,16 @@ def test_the_loops_read_in_one_screen() -> None:
     for stage in ("train_lpo", "train_lrm"):
         loop, = (node for node in ast.parse(NAMES[stage].read_text(encoding="utf-8")).body
                  if isinstance(node, ast.FunctionDef) and node.name == "_train")
-        names = {node.id for node in ast.walk(loop) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        names = {node.id for node in ast.walk(loop)
+                 if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
         names |= {argument.arg for argument in loop.args.args}
         closures = [node for node in ast.walk(loop) if isinstance(node, ast.FunctionDef | ast.Lambda)]
         assert loop.end_lineno - loop.lineno < LINES and len(names) <= LOCALS and closures == [loop], stage
 
 
 def test_a_module_that_call_sites_name_needs_no_alias() -> None:
-    """Its name is plural or ends in -ing, so no variable takes it. Two of one name, as lpo/steps and lrm/steps, may."""
+    """Its name is plural or ends in -ing, so no variable takes it.
+    Two of one name, as lpo/steps and lrm/steps, may."""
     aliases = {}
     for name, file in NAMES.items():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

@@ -9,11 +9,14 @@ from lpo_fast import train
 
 
 @pytest.mark.parametrize("argv, said", [
-    (["lpo", "--optimizer", "foo"], "'foo' for argument '--optimizer'. Expected one of ('adamw', 'adamw8bit', "
+    (["lpo", "--optimizer", "foo"],
+     "'foo' for argument '--optimizer'. Expected one of ('adamw', 'adamw8bit', "
      "'paged_adamw8bit', 'adafactor'); For full helptext, run python -m lpo_fast.train lpo --help"),
-    (["lpo", "--rank", "x"], "Error parsing --rank: invalid literal for int() with base 10: 'x'; Argument helptext:"),
+    (["lpo", "--rank", "x"],
+     "Error parsing --rank: invalid literal for int() with base 10: 'x'; Argument helptext:"),
     (["lop"], "Unrecognized options: lop; Available subcommands: demo, lrm, lpo; "),
-    (["--config", f"{Path(__file__).parent}/official/configs/sd15.py", "--nosuch"], "--nosuch: is not an option here; see "),
+    (["--config", f"{Path(__file__).parent}/official/configs/sd15.py", "--nosuch"],
+     "--nosuch: is not an option here; see "),
     (["lrm", "--checkpointing", "full"], "--checkpointing: is not an option here, but of lpo; "),
     (["lpo", "--batchsize", "3"], "--batchsize: is not an option here; did you mean --batch-size?"),
 ])
@@ -46,7 +49,8 @@ def test_control_c_before_the_loop(monkeypatch, capsys):
 @pytest.mark.parametrize("model, rank, threshold", [("sdxl", 64, 0.45), ("sd", 4, 0.35)])
 def test_the_recipe_follows_the_model(tmp_path, model, rank, threshold):
     (tmp_path / "unet").mkdir()
-    (tmp_path / "unet" / "config.json").write_text(json.dumps({"addition_embed_type": "text_time"} if model == "sdxl" else {}))
+    (tmp_path / "unet" / "config.json").write_text(json.dumps({"addition_embed_type": "text_time"}
+                                                              if model == "sdxl" else {}))
     for argv in (["lpo", "--model", str(tmp_path)], ["lpo", f"--model={tmp_path}"]):
         parsed = train.parse(argv)
         assert (parsed.rank, parsed.threshold_min) == (rank, threshold)
@@ -68,4 +72,5 @@ def test_demo_removes_nothing_but_a_demo(tmp_path, capsys):
     (tmp_path / "lpo").mkdir()
     (tmp_path / "lpo" / "two days of work").write_text("…")
     assert train.main(["demo", "--out", str(tmp_path)]) == 2
-    assert "is not an earlier demo" in capsys.readouterr().err and (tmp_path / "lpo" / "two days of work").is_file()
+    assert ("is not an earlier demo" in capsys.readouterr().err
+            and (tmp_path / "lpo" / "two days of work").is_file())

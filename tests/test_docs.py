@@ -1,4 +1,5 @@
-"""The documentation says what is there: links, tests, paths, modules, flags, make targets, and the generated settings."""
+"""The documentation says what is there: links, tests, paths, modules, flags, make targets,
+and the generated settings."""
 
 import ast
 import importlib.util
@@ -21,9 +22,9 @@ PAGES += sorted((ROOT / "docs").glob("*.md"))
 BY_HAND = [page for page in PAGES if page.name != "settings.md"]
 LIMIT = 9216  # bytes of README.md: a screen and a half
 # Flags of other programs, and official ones that our command takes over.
-FOREIGN = set("""--benchmark-only --config --config-file --config-name --config-path --constraint --editable --help --kills
-    --master-addr --master-port --nnodes --no --node-rank --nproc-per-node --num-processes --ranks --results --seconds --strict
-    --triton --use-deepspeed""".split())
+FOREIGN = set("""--benchmark-only --config --config-file --config-name --config-path --constraint --editable
+    --help --kills --master-addr --master-port --nnodes --no --node-rank --nproc-per-node --num-processes
+    --ranks --results --seconds --strict --triton --use-deepspeed""".split())
 pytestmark = pytest.mark.skipif(not (ROOT / "mkdocs.yml").is_file(), reason="no checkout")
 
 
@@ -50,9 +51,11 @@ def test_a_broken_link_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     links = program("check_links")
     monkeypatch.setattr(links, "ROOT", tmp_path)
     (tmp_path / "SECURITY.md").write_text("# One two: `three`\n")
-    (tmp_path / "README.md").write_text("[a](SECURITY.md#one-two-three) [b](no.md) [c](SECURITY.md#no) `[d](no.md)`\n"
+    (tmp_path / "README.md").write_text("[a](SECURITY.md#one-two-three) [b](no.md) [c](SECURITY.md#no) "
+                                        "`[d](no.md)`\n"
                                         "```\n[e](no.md)\n```\n[f](https://example.org/no.md)\n")
-    assert [line.split(": ", 1)[1] for line in links.broken()] == ["no.md: no such file", "SECURITY.md#no: no such heading"]
+    assert ([line.split(": ", 1)[1] for line in links.broken()]
+            == ["no.md: no such file", "SECURITY.md#no: no such heading"])
 
 
 def test_settings_page_is_current() -> None:
@@ -74,8 +77,8 @@ def test_lines_are_short(page: Path) -> None:
 
 def test_tests_of_the_fault_table_exist() -> None:
     """By the name of the function, wherever it lies below tests/."""
-    defined = {node.name for file in (ROOT / "tests").rglob("test_*.py") for node in ast.walk(ast.parse(text(file)))
-               if isinstance(node, ast.FunctionDef)}
+    defined = {node.name for file in (ROOT / "tests").rglob("test_*.py")
+               for node in ast.walk(ast.parse(text(file))) if isinstance(node, ast.FunctionDef)}
     named = set(re.findall(r"`(test_\w+)`", text(ROOT / "docs" / "faults.md")))
     assert len(named) > 30
     assert sorted(named - defined) == []
@@ -84,7 +87,8 @@ def test_tests_of_the_fault_table_exist() -> None:
 @pytest.mark.parametrize("page", BY_HAND, ids=lambda page: page.name)
 def test_paths_exist(page: Path) -> None:
     """Files and folders of the repository, in backticks or in commands; <op> and {n} stand for any name."""
-    named = re.findall(r"(?<![\w./-])((?:lpo_fast|kernels|bench|tests|docs|\.ci|\.github)/[\w./<>*-]*)", text(page))
+    named = re.findall(r"(?<![\w./-])((?:lpo_fast|kernels|bench|tests|docs|\.ci|\.github)/[\w./<>*-]*)",
+                       text(page))
     missing = [name for name in named if not list(ROOT.glob(re.sub(r"<\w+>", "*", name.rstrip("./")) or "."))]
     assert [name for name in missing if name != "lpo_fast/<command>.py"] == []
 
@@ -92,9 +96,10 @@ def test_paths_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", BY_HAND, ids=lambda page: page.name)
 def test_modules_exist(page: Path) -> None:
     """What is run with -m or named with dots."""
-    named = re.findall(r"-m (lpo_fast[\w.]*)", text(page)) + re.findall(r"(?:from|import) (lpo_fast[\w.]*)", text(page))
-    missing = [name for name in named if not (ROOT / name.rstrip(".").replace(".", "/")).with_suffix(".py").is_file()
-               and not (ROOT / name.replace(".", "/")).is_dir()]
+    named = (re.findall(r"-m (lpo_fast[\w.]*)", text(page))
+             + re.findall(r"(?:from|import) (lpo_fast[\w.]*)", text(page)))
+    missing = [name for name in named if not (ROOT / name.rstrip(".").replace(".", "/")).with_suffix(".py")
+               .is_file() and not (ROOT / name.replace(".", "/")).is_dir()]
     assert missing == []
 
 
@@ -102,7 +107,8 @@ def test_modules_exist(page: Path) -> None:
 def test_make_targets_exist(page: Path) -> None:
     """Each word after "make" in code."""
     targets = set(re.findall(r"^([a-z]+):", text(ROOT / "Makefile"), re.M))
-    code = "\n".join(re.findall(r"^```\n(.*?)^```", text(page), re.M | re.S) + re.findall(r"`([^`\n]+)`", text(page)))
+    code = "\n".join(re.findall(r"^```\n(.*?)^```", text(page), re.M | re.S)
+                     + re.findall(r"`([^`\n]+)`", text(page)))
     assert set(re.findall(r"^make ([a-z]+)", code, re.M)) <= targets
 
 
@@ -123,7 +129,8 @@ def flags() -> set[str]:
 @pytest.mark.parametrize("page", BY_HAND, ids=lambda page: page.name)
 def test_flags_exist(page: Path) -> None:
     """Flags of our commands, but for those of other programs; --columns.* stands for all columns."""
-    named = {name.rstrip(".-").replace("_", "-") for name in re.findall(r"(?<![\w-])(--[a-z][\w.-]*)", text(page))}
+    named = {name.rstrip(".-").replace("_", "-")
+             for name in re.findall(r"(?<![\w-])(--[a-z][\w.-]*)", text(page))}
     named = {name for name in named if not name.startswith("--config.") and name != "--columns"}
     assert sorted(named - flags() - FOREIGN) == []
 

@@ -1,4 +1,5 @@
-"""Pictures of two models from the same noise, intervals and win rates against known truths, resuming, ranks, refusals."""
+"""Pictures of two models from the same noise, intervals and win rates against known truths, resuming,
+ranks, refusals."""
 
 import csv
 import json
@@ -50,13 +51,15 @@ def argv(tmp_path: Path, tiny_sd: Path) -> list[str]:
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
     loras.save_lora(unet, tmp_path / "lora")
     (tmp_path / "prompts.json").write_text(json.dumps([{"caption": prompt} for prompt in PROMPTS]))
-    return ["--model", str(tiny_sd), "--lora", str(tmp_path / "lora"), "--prompts", str(tmp_path / "prompts.json"),
-            "--out", str(tmp_path / "out"), "--steps", "3", "--batch-size", "2"]
+    return ["--model", str(tiny_sd), "--lora", str(tmp_path / "lora"), "--prompts",
+            str(tmp_path / "prompts.json"), "--out", str(tmp_path / "out"), "--steps", "3",
+            "--batch-size", "2"]
 
 
 def with_(argv: list[str], **changes: object) -> list[str]:
     """The command line with other values; None drops a setting."""
-    pairs = dict(zip(argv[::2], argv[1::2], strict=True)) | {f"--{k.replace('_', '-')}": v for k, v in changes.items()}
+    pairs = (dict(zip(argv[::2], argv[1::2], strict=True))
+             | {f"--{k.replace('_', '-')}": v for k, v in changes.items()})
     return [str(part) for key, value in pairs.items() if value is not None for part in (key, value)]
 
 
@@ -70,8 +73,10 @@ def pixels(out: Path, side: str) -> dict[str, np.ndarray]:
 
 
 @torch.no_grad()
-def by_hand(model: Path, lora: Path | None, prompts: list[str], items: list[int], steps: int = 3) -> np.ndarray:
-    """The pictures one by one, with merged weights, parts loaded by their own classes, and the plain mean and noise."""
+def by_hand(model: Path, lora: Path | None, prompts: list[str], items: list[int],
+            steps: int = 3) -> np.ndarray:
+    """The pictures one by one, with merged weights, parts loaded by their own classes,
+    and the plain mean and noise."""
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
     if lora:
         export.merge(unet, export.read(str(lora)))
@@ -101,31 +106,38 @@ def test_another_size_and_vae(argv, tmp_path, tiny_sd, tiny_lrm, capsys):
     assert evaluate.main(with_(argv, number=2, resolution=32, lrm=tiny_lrm, lrm_base=tiny_sd)) == 0
     first = pixels(tmp_path / "out", "tuned")
     assert {picture.shape for picture in first.values()} == {(32, 32, 3)}
-    assert evaluate.main(with_(argv, number=2, resolution=32, vae=tmp_path / "vae")) == 2  # other pictures lie there
+    # other pictures lie there
+    assert evaluate.main(with_(argv, number=2, resolution=32, vae=tmp_path / "vae")) == 2
     assert "drawn with other vae" in capsys.readouterr().err
-    assert evaluate.main(with_(argv, number=2, resolution=32, vae=tmp_path / "vae", out=tmp_path / "other")) == 0
+    assert (evaluate.main(with_(argv, number=2, resolution=32, vae=tmp_path / "vae", out=tmp_path / "other"))
+            == 0)
     assert np.abs(pixels(tmp_path / "other", "tuned")["00000.png"] - first["00000.png"]).max() > 5
-    assert evaluate.main(with_(argv, resolution=24)) == 2 and "not a multiple of 16" in capsys.readouterr().err
+    assert (evaluate.main(with_(argv, resolution=24)) == 2
+            and "not a multiple of 16" in capsys.readouterr().err)
 
 
 def test_the_whole_command(argv, tmp_path, tiny_sd, tiny_lrm, capsys):
     scorers = ["--scorer", "test_evaluate:brightness", "--scorer", "test_evaluate:ties"]
     assert evaluate.main([*with_(argv, lrm=tiny_lrm), *scorers]) == 0
     shown, out = capsys.readouterr().out, tmp_path / "out"
-    assert {p.name for p in out.iterdir()} == {"base", "tuned", "scores.csv", "summary.json", "settings.json", "page.html"}
+    assert {p.name for p in out.iterdir()} == {"base", "tuned", "scores.csv", "summary.json", "settings.json",
+                                               "page.html"}
     table = rows(out)
-    assert [row["prompt"] for row in table] == PROMPTS and [int(row["item"]) for row in table] == [0, 1, 2, 3, 4]
+    assert ([row["prompt"] for row in table] == PROMPTS
+            and [int(row["item"]) for row in table] == [0, 1, 2, 3, 4])
     for side, lora in (("base", None), ("tuned", tmp_path / "lora")):
         drawn = pixels(out, side)
         wanted = by_hand(tiny_sd, lora, PROMPTS, list(range(5)))
         assert np.abs(np.stack(list(drawn.values())) - wanted).max() <= 1
         files = [out / row[side] for row in table]
-        assert [float(row[f"{side} brightness"]) for row in table] == brightness([Image.open(f) for f in files], PROMPTS)
+        assert ([float(row[f"{side} brightness"]) for row in table]
+                == brightness([Image.open(f) for f in files], PROMPTS))
         scores = Scorer(tiny_lrm, base=tiny_sd)(files, PROMPTS).tolist()
         assert [float(row[f"{side} lrm"]) for row in table] == pytest.approx(scores, abs=1e-4)
     assert np.abs(pixels(out, "base")["00000.png"] - pixels(out, "tuned")["00000.png"]).max() > 5
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["prompts"] == summary["pictures"] == 5 and list(summary["scores"]) == ["lrm", "brightness", "ties"]
+    assert (summary["prompts"] == summary["pictures"] == 5
+            and list(summary["scores"]) == ["lrm", "brightness", "ties"])
     gap = [float(row["tuned brightness"]) - float(row["base brightness"]) for row in table]
     found = summary["scores"]["brightness"]
     assert found["difference"]["mean"] == pytest.approx(np.mean(gap))
@@ -160,13 +172,15 @@ def test_drawn_pictures_are_kept_and_missing_ones_come_back_the_same(argv, tmp_p
     assert evaluate.main(with_(argv, number=5, batch_size=3)) == 0
     after = pixels(out, "base") | {f"t{k}": v for k, v in pixels(out, "tuned").items()}
     assert len(after) == 10 and (after["00002.png"] == 0).all()  # not drawn again
-    assert all(np.abs(after[name] - value).max() <= 1 for name, value in before.items() if name != "00002.png")
-    monkeypatch.setattr(policies, "load", lambda *a: pytest.fail("a model was loaded though all pictures are there"))
+    assert all(np.abs(after[name] - value).max() <= 1 for name, value in before.items()
+               if name != "00002.png")
+    monkeypatch.setattr(policies, "load",
+                        lambda *a: pytest.fail("a model was loaded though all pictures are there"))
     assert evaluate.main([*argv, "--scorer", "test_evaluate:brightness"]) == 0
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"steps": 4}, {"guidance": 4.0}, {"eta": 0.5}, {"pictures_per_prompt": 2},
-                                    {"lora": None}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"steps": 4}, {"guidance": 4.0}, {"eta": 0.5},
+                                    {"pictures_per_prompt": 2}, {"lora": None}])
 def test_other_settings_do_not_mix_with_drawn_pictures(argv, tmp_path, capsys, change):
     assert evaluate.main(with_(argv, number=1)) == 0
     assert evaluate.main(with_(argv, **change)) == 2
@@ -185,7 +199,8 @@ def test_changed_weights_or_prompts_do_not_mix_either(argv, tmp_path, capsys):
 def test_a_tuned_directory(argv, tmp_path, tiny_sd, form):
     """The LoRA merged: as a whole model, as a run with unet/, as a U-Net alone."""
     assert evaluate.main(with_(argv, number=2)) == 0
-    assert export.main(["--model", str(tiny_sd), "--lora", str(tmp_path / "lora"), "--out", str(tmp_path / "whole")]) == 0
+    assert export.main(["--model", str(tiny_sd), "--lora", str(tmp_path / "lora"), "--out",
+                        str(tmp_path / "whole")]) == 0
     (tmp_path / "run").mkdir()
     shutil.copytree(tmp_path / "whole" / "unet", tmp_path / "run" / "unet")
     tuned = {"whole": tmp_path / "whole", "run": tmp_path / "run", "unet": tmp_path / "run" / "unet"}[form]
@@ -203,7 +218,8 @@ def test_a_model_alone(argv, tmp_path, capsys):
 
 def test_sdxl_scored_by_a_reward_model_of_another_family(argv, tmp_path, tiny_sd, tiny_sdxl, tiny_lrm):
     """What travels is pictures, so nothing but the LRM and its own base must share latents."""
-    assert evaluate.main(with_(argv, model=tiny_sdxl, lora=None, number=1, lrm=tiny_lrm, lrm_base=tiny_sd)) == 0
+    assert (evaluate.main(with_(argv, model=tiny_sdxl, lora=None, number=1, lrm=tiny_lrm, lrm_base=tiny_sd))
+            == 0)
     assert np.isfinite(float(rows(tmp_path / "out")[0]["base lrm"]))
     assert pixels(tmp_path / "out", "base")["00000.png"].shape == (16, 16, 3)
 
@@ -236,7 +252,8 @@ def test_bootstrap_intervals_cover_the_mean_of_a_known_distribution(monkeypatch)
 
 
 def test_of_one_value_there_is_no_interval():
-    assert compare.bootstrap(np.array([2.0]))["mean"] == 2.0 and np.isnan(compare.bootstrap(np.array([2.0]))["low"])
+    assert (compare.bootstrap(np.array([2.0]))["mean"] == 2.0
+            and np.isnan(compare.bootstrap(np.array([2.0]))["low"]))
     assert "[" not in compare.table({"s": {"base": compare.bootstrap(np.array([2.0]))}})
 
 
@@ -246,15 +263,18 @@ def test_win_rate_of_hand_made_scores():
     assert found["win_rate"]["mean"] == 2.5 / 4 and found["difference"]["mean"] == 0
     assert found["base"]["mean"] == found["tuned"]["mean"] == 2.5
     all_won = compare.summary({"base": base, "tuned": base + 1})["win_rate"]
-    assert all_won["mean"] == 1 and all_won["high"] == 1 and 0.4 < all_won["low"] < 1  # four wins prove little
+    # four wins prove little
+    assert all_won["mean"] == 1 and all_won["high"] == 1 and 0.4 < all_won["low"] < 1
     reverse = compare.summary({"base": tuned, "tuned": base})["win_rate"]
-    assert reverse["mean"] == pytest.approx(1 - 2.5 / 4) and reverse["low"] == pytest.approx(1 - found["win_rate"]["high"])
+    assert (reverse["mean"] == pytest.approx(1 - 2.5 / 4)
+            and reverse["low"] == pytest.approx(1 - found["win_rate"]["high"]))
 
 
 def test_what_is_resampled_is_prompts():
     """Pictures of a prompt that score alike tell no more than one of them."""
     one = np.random.default_rng(0).normal(size=(50, 1))
-    alone, copied = (compare.summary({"base": x, "tuned": x + 0.1})["base"] for x in (one, np.repeat(one, 10, 1)))
+    alone, copied = (compare.summary({"base": x, "tuned": x + 0.1})["base"]
+                     for x in (one, np.repeat(one, 10, 1)))
     assert alone == pytest.approx(copied)
 
 
@@ -267,25 +287,30 @@ def test_a_paired_difference_is_narrower_than_its_parts():
 
 BAD = [
     ({"model": None}, "--model (none): is required"), ({"prompts": None}, "--prompts (none): is required"),
-    ({"model": "nowhere"}, "--model nowhere: no such directory"), ({"prompts": "nowhere.txt"}, "--prompts nowhere.txt"),
+    ({"model": "nowhere"}, "--model nowhere: no such directory"),
+    ({"prompts": "nowhere.txt"}, "--prompts nowhere.txt"),
     ({"lora": "nowhere"}, "no LoRA there"), ({"tuned": "{sd}"}, "--lora is given as well"),
     ({"lora": None, "tuned": "nowhere"}, "--tuned nowhere: no such directory"),
     ({"lora": None, "tuned": "{dir}/lora"}, "holds no unet/"), ({"lrm": "nowhere"}, "--lrm nowhere"),
     ({"lrm": "{sd}"}, "state_dict.pt is missing"), ({"scorer": "nothing"}, "--scorer nothing"),
-    ({"scorer": "no_module:f"}, "cannot be imported"), ({"out": "{dir}/lora"}, "holds something other than an evaluation"),
-    ({"out": "{dir}/prompts.json/x"}, "cannot be written"), ({"steps": 0}, "--steps 0"), ({"steps": 1000}, "--steps 1000"),
-    ({"eta": 2.0}, "--eta 2.0"), ({"eta": "nan"}, "--eta nan"), ({"guidance": -1.0}, "--guidance -1"),
-    ({"number": -1}, "--number -1"), ({"batch_size": 0}, "--batch-size 0"),
-    ({"pictures_per_prompt": 0}, "--pictures-per-prompt"),
+    ({"scorer": "no_module:f"}, "cannot be imported"),
+    ({"out": "{dir}/lora"}, "holds something other than an evaluation"),
+    ({"out": "{dir}/prompts.json/x"}, "cannot be written"), ({"steps": 0}, "--steps 0"),
+    ({"steps": 1000}, "--steps 1000"), ({"eta": 2.0}, "--eta 2.0"), ({"eta": "nan"}, "--eta nan"),
+    ({"guidance": -1.0}, "--guidance -1"), ({"number": -1}, "--number -1"),
+    ({"batch_size": 0}, "--batch-size 0"), ({"pictures_per_prompt": 0}, "--pictures-per-prompt"),
     ({"seed": -1}, "--seed -1"), ({"caption_key": "text"}, "has no 'text'"), ({"model": "{sdxl}"}, "--lora"),
-    ({"lora": None, "tuned": "{sdxl}", "lrm": "{lrm}", "lrm_base": "{sdxl}", "model": "{sdxl}"}, "scores sd latents"),
+    ({"lora": None, "tuned": "{sdxl}", "lrm": "{lrm}", "lrm_base": "{sdxl}", "model": "{sdxl}"},
+     "scores sd latents"),
 ]
 
 
 @pytest.mark.parametrize("change, message", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(argv, tmp_path, tiny_sd, tiny_sdxl, tiny_lrm, capsys, change, message):
+def test_bad_input_is_one_line_and_exit_code_2(argv, tmp_path, tiny_sd, tiny_sdxl, tiny_lrm, capsys, change,
+                                               message):
     names = {"dir": tmp_path, "sd": tiny_sd, "sdxl": tiny_sdxl, "lrm": tiny_lrm}
-    change = {key: value.format(**names) if isinstance(value, str) else value for key, value in change.items()}
+    change = {key: value.format(**names) if isinstance(value, str) else value
+              for key, value in change.items()}
     assert evaluate.main(with_(argv, **change)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
@@ -314,6 +339,7 @@ def test_scores_are_keyed_by_the_picture_s_number(tmp_path, tiny_sd, tiny_lrm, m
         asked.append((texts, rows))
         return torch.tensor([float(row) for row in rows])
     monkeypatch.setattr(score, "Scorer", lambda *_, **__: reward)
-    settings = evaluate.Evaluate(model=str(tiny_sd), lrm=str(tiny_lrm), out=str(tmp_path), pictures_per_prompt=2)
+    settings = evaluate.Evaluate(model=str(tiny_sd), lrm=str(tiny_lrm), out=str(tmp_path),
+                                 pictures_per_prompt=2)
     rows = evaluate.score(settings, ["a", "b"], [1, 2], {})
     assert asked == [(["a", "b"], [1, 2])] and [row["base lrm"] for row in rows] == [1.0, 2.0]

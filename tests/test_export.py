@@ -40,7 +40,8 @@ def draw(pipe) -> torch.Tensor:
 def test_the_merged_model_draws_what_diffusers_draws_with_the_lora(request, tmp_path, family, alpha):
     model = request.getfixturevalue(f"tiny_{family}")
     loras.save_lora(adapted(model, 4, alpha), tmp_path / "lora")
-    assert export.main(["--model", str(model), "--lora", str(tmp_path / "lora"), "--out", str(tmp_path / "merged")]) == 0
+    assert export.main(["--model", str(model), "--lora", str(tmp_path / "lora"), "--out",
+                        str(tmp_path / "merged")]) == 0
     theirs = pipeline(model)
     base = draw(theirs)
     theirs.load_lora_weights(tmp_path / "lora")
@@ -55,11 +56,14 @@ def test_a_whole_directory_with_other_parts_unchanged(tiny_sd, tmp_path, copied)
     (model / "LICENSE").write_text("of the weights")
     loras.save_lora(adapted(model, 2, 2), tmp_path)
     (tmp_path / "merged").mkdir()  # empty: allowed
-    assert export.main(["--model", str(model), "--lora", str(tmp_path), "--out", str(tmp_path / "merged")]) == 0
-    files = {str(f.relative_to(tmp_path / "merged")): f for f in (tmp_path / "merged").rglob("*") if f.is_file()}
+    assert (export.main(["--model", str(model), "--lora", str(tmp_path), "--out", str(tmp_path / "merged")])
+            == 0)
+    files = {str(f.relative_to(tmp_path / "merged")): f for f in (tmp_path / "merged").rglob("*")
+             if f.is_file()}
     wanted = {str(f.relative_to(tiny_sd)) for f in tiny_sd.rglob("*") if f.is_file()} | {"LICENSE"}
     assert set(files) == wanted
-    assert all(f.read_bytes() == (model / name).read_bytes() for name, f in files.items() if not name.startswith("unet/"))
+    assert all(f.read_bytes() == (model / name).read_bytes() for name, f in files.items()
+               if not name.startswith("unet/"))
     models.pipeline(str(tmp_path / "merged"), "--model")
     assert StableDiffusionPipeline.from_pretrained(tmp_path / "merged", safety_checker=None).unet is not None
 
@@ -72,7 +76,8 @@ def test_full_fine_tuning_becomes_a_whole_directory(tiny_sd, tmp_path, place, ca
     unet.save_pretrained(tmp_path / "run" / "unet")
     (tmp_path / "run" / "config.json").write_text("{}")
     argv = ["--model", str(tiny_sd), "--out", str(tmp_path / "whole")]
-    assert export.main([*argv, "--lora", str(tmp_path / "run")]) == 2 and "use --tuned for it" in capsys.readouterr().err
+    assert (export.main([*argv, "--lora", str(tmp_path / "run")]) == 2
+            and "use --tuned for it" in capsys.readouterr().err)
     for wrong in (["--lora", "x"], ["--form", "lora"]):
         assert export.main([*argv, "--tuned", str(tmp_path / "run"), *wrong]) == 2
     assert export.main([*argv, "--tuned", str(tmp_path / "run" / place)]) == 0
@@ -99,10 +104,12 @@ def test_merged_weights_are_peft_s(tiny_sd, tmp_path, targets):
     assert all(torch.allclose(theirs[name], tensor, atol=1e-6) for name, tensor in plain.state_dict().items())
 
 
-@pytest.mark.parametrize("dtype, torch_dtype", [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)])
+@pytest.mark.parametrize("dtype, torch_dtype",
+                         [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_dtype_is_the_saved_one(tiny_sd, tmp_path, dtype, torch_dtype):
     loras.save_lora(adapted(tiny_sd, 2, 2), tmp_path)
-    argv = ["--model", str(tiny_sd), "--lora", str(tmp_path), "--out", str(tmp_path / dtype), "--dtype", dtype]
+    argv = ["--model", str(tiny_sd), "--lora", str(tmp_path), "--out", str(tmp_path / dtype),
+            "--dtype", dtype]
     assert export.main(argv) == 0
     saved = load_file(tmp_path / dtype / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch_dtype}
@@ -125,7 +132,8 @@ def test_the_form_that_diffusers_reads(tiny_sd, tmp_path, official):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["pytorch_lora_weights.safetensors"]
     pipe = pipeline(tiny_sd)
     pipe.load_lora_weights(tmp_path / "out")
-    x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([301, 1]), torch.randn(2, 16, unet.config.cross_attention_dim)
+    x, t, text = (torch.randn(2, 4, 8, 8), torch.tensor([301, 1]),
+                  torch.randn(2, 16, unet.config.cross_attention_dim))
     with torch.no_grad():
         wanted, got = unet(x, t, text).sample, pipe.unet(x, t, text).sample
     assert (wanted - got).abs().max() < 1e-5
@@ -134,12 +142,14 @@ def test_the_form_that_diffusers_reads(tiny_sd, tmp_path, official):
 def test_ranks_may_differ_without_alpha(tiny_sd, tmp_path):
     state = loras.lora_state(adapted(tiny_sd, 4, 4))
     first = next(iter(state)).removesuffix(export.A)
-    state[first + export.A], state[first + export.B] = state[first + export.A][:2], state[first + export.B][:, :2]
+    state[first + export.A], state[first + export.B] = (state[first + export.A][:2],
+                                                        state[first + export.B][:, :2])
     torch.save(state, tmp_path / "unet_lora.pt")
     lora = export.read(str(tmp_path))
     with pytest.raises(errors.InputError, match="different ranks"):
         lora.rank  # noqa: B018
-    assert export.main(["--model", str(tiny_sd), "--lora", str(tmp_path), "--out", str(tmp_path / "merged")]) == 0
+    assert (export.main(["--model", str(tiny_sd), "--lora", str(tmp_path), "--out", str(tmp_path / "merged")])
+            == 0)
 
 
 @pytest.fixture
@@ -153,7 +163,8 @@ def bad(tiny_sd, tmp_path) -> dict[str, str]:
            "other": {f"middle.{n}": t for n, t in state.items()}}
     for key, value in odd.items():
         torch.save(value, tmp_path / f"{key}.pt")
-    save_file({"text_encoder.q.lora_linear_layer.down.weight": torch.zeros(2, 2)}, tmp_path / "text.safetensors")
+    save_file({"text_encoder.q.lora_linear_layer.down.weight": torch.zeros(2, 2)},
+              tmp_path / "text.safetensors")
     (tmp_path / "damaged.safetensors").write_bytes(b"x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").write_text("else")
@@ -164,15 +175,15 @@ def bad(tiny_sd, tmp_path) -> dict[str, str]:
     (["--out", "{dir}/o", "--model", "{sd}"], "--lora (none)"),
     (["--out", "{dir}/o", "--lora", "{dir}/good"], "--model (none)"),
     (["--lora", "{dir}/good", "--model", "{sd}"], "--out (none)"),
-    (["--lora", "{dir}/good", "--model", "{dir}/nowhere", "--out", "{dir}/o"], "--model {dir}/nowhere: no such directory"),
+    (["--lora", "{dir}/good", "--model", "{dir}/nowhere", "--out", "{dir}/o"],
+     "--model {dir}/nowhere: no such directory"),
     (["--lora", "{dir}/nowhere", "--model", "{sd}", "--out", "{dir}/o"], "no LoRA there"),
     (["--lora", "{dir}/good", "--model", "{sd}", "--out", "{dir}/full"], "--out {dir}/full: is not empty"),
     (["--lora", "{dir}/good", "--model", "{sd}", "--out", "{dir}/half.pt/o"], "cannot be written"),
     *[(["--lora", f"{{dir}}/{name}", "--model", "{sd}", "--out", "{dir}/o"], message) for name, message in [
         ("half.pt", "is not an adapter"), ("dora.pt", "is not an adapter"), ("none.pt", "is not an adapter"),
-        ("list.pt", "not a dictionary"),
-        ("wide.pt", "which is ("), ("other.pt", "which is absent"), ("text.safetensors", "is not an adapter"),
-        ("damaged.safetensors", "cannot be read")]],
+        ("list.pt", "not a dictionary"), ("wide.pt", "which is ("), ("other.pt", "which is absent"),
+        ("text.safetensors", "is not an adapter"), ("damaged.safetensors", "cannot be read")]],
 ])
 def test_bad_input_is_one_line_and_exit_code_2(bad, argv, message, capsys):
     assert export.main([part.format(**bad) for part in argv]) == 2
@@ -183,7 +194,8 @@ def test_bad_input_is_one_line_and_exit_code_2(bad, argv, message, capsys):
 
 def test_a_lora_for_another_family_is_refused(tiny_sd, tiny_sdxl, tmp_path, capsys):
     loras.save_lora(adapted(tiny_sd, 2, 2), tmp_path)
-    assert export.main(["--model", str(tiny_sdxl), "--lora", str(tmp_path), "--out", str(tmp_path / "o")]) == 2
+    assert (export.main(["--model", str(tiny_sdxl), "--lora", str(tmp_path), "--out", str(tmp_path / "o")])
+            == 2)
     assert "name the model on which it was trained" in capsys.readouterr().err
 
 

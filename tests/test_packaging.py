@@ -1,4 +1,5 @@
-"""What packaging must keep: the link to kernels/, no package of that name, and an import that does not drag in models."""
+"""What packaging must keep: the link to kernels/, no package of that name,
+and an import that does not drag in models."""
 
 import os
 import subprocess

@@ -1,4 +1,5 @@
-"""The run report: its intervals, what it shows of complete, broken and empty runs, and that it stands alone."""
+"""The run report: its intervals, what it shows of complete, broken and empty runs, and that it stands alone.
+"""
 
 import base64
 import io
@@ -16,14 +17,16 @@ from PIL import Image
 from lpo_fast import report
 
 ATTACK = '</title><script>alert("x")</script><img src=x onerror=alert(1)>'
-SECTIONS = ["Pictures before", "Latent reward model", "Alignment (LPO)", "Time per stage", "Settings", "What ran"]
+SECTIONS = ["Pictures before", "Latent reward model", "Alignment (LPO)", "Time per stage", "Settings",
+            "What ran"]
 
 
 def lpo_rows(n: int) -> list[dict]:
     rows = []
     for step in range(1, n + 1):
-        rows.append({"kind": "train", "epoch": 0, "global_step": step, "train_loss": 0.7 - 0.001 * step, "lr": 6e-5,
-                     "implicit_acc": 0.5 + 0.2 * (step % 3), "train_margin": 1e-3 * step, "grad_norm": 1.0 + step % 5})
+        rows.append({"kind": "train", "epoch": 0, "global_step": step, "train_loss": 0.7 - 0.001 * step,
+                     "lr": 6e-5, "implicit_acc": 0.5 + 0.2 * (step % 3), "train_margin": 1e-3 * step,
+                     "grad_norm": 1.0 + step % 5})
         rows.append({"kind": "batch", "epoch": 0, "global_step": step, "total_valid_samples_num": 6,
                      "timesteps": [951, 501, 1], "valid_by_timestep": [3, 2, 1], "pairs_possible": 12,
                      "seconds": 0.5, "prompts_per_second": 8.0})
@@ -31,8 +34,8 @@ def lpo_rows(n: int) -> list[dict]:
 
 
 def lrm_rows(n: int) -> list[dict]:
-    rows = [{"kind": "train", "global_step": step, "loss": 0.5, "accuracy": 0.75, "lr": 1e-4, "grad_norm": 1.0}
-            for step in range(1, n + 1)]
+    rows = [{"kind": "train", "global_step": step, "loss": 0.5, "accuracy": 0.75, "lr": 1e-4,
+             "grad_norm": 1.0} for step in range(1, n + 1)]
     return [*rows, {"kind": "validation", "global_step": n, "accuracy": 1.0, "n": 64,
                     "accuracy_by_timestep": {"951": 0.5, "51": 0.98, "1": 1.0}}]
 
@@ -118,7 +121,7 @@ def test_full_run(full: str) -> None:
     assert "50.0%" in full and "correct before [40.4, 59.6]" in full and "correct after [65.7, 82.5]" in full
     assert "+25.0" in full and "points change [+14.5, +35.5]" in full
     assert "More pictures are correct after alignment than before." in full
-    assert "100 pictures of 40 captions, paired by seed: 30 became right, 5 became wrong" in full
+    assert "100 pictures of 40 captions, paired by seed: 30 became correct, 5 became wrong" in full
     assert full.count('role="img"') == full.count("<svg") == 8
     assert "1:02:05" in full and "8 prompts/s" in full and "lrm.steps" in full
     assert full.count('<img class="small"') == 96 and "48 of 50 pairs" in full and "36 more" in full
@@ -161,7 +164,8 @@ def test_killed_run(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text('{"n": 10, "before": {"ri')
     (tmp_path / "config.json").write_text("[1, 2]")
     picture(tmp_path / "pictures" / "000_before.png", 300)
-    (tmp_path / "pictures" / "000_after.png").write_bytes((tmp_path / "pictures" / "000_before.png").read_bytes()[:60])
+    (tmp_path / "pictures" / "000_after.png").write_bytes((tmp_path / "pictures" / "000_before.png")
+                                                          .read_bytes()[:60])
     text = page(tmp_path)
     assert "pairs kept of 36 possible" in text and "<h2>Settings" not in text
     assert text.count("<img") == 1 and "1 of 1 pairs" in text and "more</summary>" not in text
@@ -175,7 +179,8 @@ def test_reward_model_run_without_policy(tmp_path: Path) -> None:
 
 
 def test_odd_values(tmp_path: Path) -> None:
-    """NaN, null, text and huge numbers, wrong types and missing keys: shown where they make sense, never an error."""
+    """NaN, null, text and huge numbers, wrong types and missing keys:
+    shown where they make sense, never an error."""
     rows = lpo_rows(4) + lrm_rows(4)
     for value in (math.nan, None, "text", math.inf, 10**400, [1], {}):
         rows += [dict.fromkeys(row, value) | {"kind": row["kind"], "global_step": 9}

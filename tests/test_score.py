@@ -21,11 +21,13 @@ from lpo_fast.method import noise
 from lpo_fast.models import texts
 from lpo_fast.score import Scorer
 
-PROMPTS = ["a red circle", "a blue square on a green background", "a red circle", "three cats", "a blue square"]
+PROMPTS = ["a red circle", "a blue square on a green background", "a red circle", "three cats",
+           "a blue square"]
 
 
 def picture(seed: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3),
+                                                                dtype=np.uint8))
 
 
 @pytest.fixture
@@ -53,14 +55,16 @@ def plain(sd: Path, lrm: Path, pictures: list[Image.Image], prompts: list[str], 
         x0 = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
         text = model.encode(texts.tokenize(tokenizers, [prompt]), texts.tokenize(tokenizers, [""]))
         z = noise.normal(seed, 0, torch.tensor([row]), t, draws, tuple(x0.shape[1:]))
-        scores.append(sum(model.score(ddpm.add_noise(x0, n, torch.tensor([t])), torch.tensor([t]), text) for n in z) / draws)
+        scores.append(sum(model.score(ddpm.add_noise(x0, n, torch.tensor([t])), torch.tensor([t]), text)
+                          for n in z) / draws)
     return torch.cat(scores)
 
 
 @pytest.mark.parametrize("timestep, draws, seed", [(1, 1, 0), (501, 3, 0), (951, 1, 7), (0, 1, 0)])
 def test_scores_are_those_of_plain_calls(tiny_sd, tiny_lrm, timestep, draws, seed):
     pictures = [picture(i) for i in range(5)]
-    scores = Scorer(tiny_lrm, base=tiny_sd, seed=seed, batch_size=2)(pictures, PROMPTS, timestep=timestep, draws=draws)
+    scores = Scorer(tiny_lrm, base=tiny_sd, seed=seed,
+                    batch_size=2)(pictures, PROMPTS, timestep=timestep, draws=draws)
     wanted = plain(tiny_sd, tiny_lrm, pictures, PROMPTS, timestep, draws, seed)
     assert scores.shape == (5,) and scores.dtype == torch.float32
     torch.testing.assert_close(scores, wanted, rtol=1e-5, atol=2e-5)
@@ -72,12 +76,14 @@ def test_sdxl_scores_are_those_of_plain_calls(tiny_sdxl, tmp_path):
     checkpoint.save_lrm(model, texts.load_tokenizers(tiny_sdxl, model.family), tmp_path / "lrm")
     pictures = [picture(i) for i in range(2)]
     scores = Scorer(tmp_path / "lrm", base=tiny_sdxl)(pictures, PROMPTS[:2])
-    torch.testing.assert_close(scores, plain(tiny_sdxl, tmp_path / "lrm", pictures, PROMPTS[:2], 1, 1), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(scores, plain(tiny_sdxl, tmp_path / "lrm", pictures, PROMPTS[:2], 1, 1),
+                               rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl"])
 def test_the_resolution_of_its_training(name, tmp_path, request):
-    """Is recorded for every family; pictures are resized to it, or to another that is asked for, and time ids say so."""
+    """Is recorded for every family; pictures are resized to it, or to another that is asked for,
+    and time ids say so."""
     base = request.getfixturevalue(name)
     model = checkpoint.new_lrm(base, generator=torch.Generator().manual_seed(1), resolution=32)
     checkpoint.save_lrm(model, texts.load_tokenizers(base, model.family), tmp_path / "lrm")
@@ -86,9 +92,11 @@ def test_the_resolution_of_its_training(name, tmp_path, request):
     for resolution, size in ((0, 32), (16, 16)):
         scorer = Scorer(tmp_path / "lrm", resolution=resolution)
         sizes = scorer.lrm.sizes
-        assert scorer.resolution == size and (sizes is None or sizes.tolist() == [[size, size, 0, 0, size, size]])
+        assert (scorer.resolution == size
+                and (sizes is None or sizes.tolist() == [[size, size, 0, 0, size, size]]))
         image_features = scorer.lrm.image_features
-        scorer.lrm.image_features = lambda x, *rest, f=image_features: shapes.append(tuple(x.shape[1:])) or f(x, *rest)
+        scorer.lrm.image_features = (lambda x, *rest, f=image_features: shapes.append(tuple(x.shape[1:]))
+                                     or f(x, *rest))
         scorer([picture(0)], PROMPTS[:1])
     assert shapes == [(4, 16, 16), (4, 8, 8)]
 
@@ -159,7 +167,8 @@ def test_a_line_a_picture(tiny_sd, tiny_lrm, scorer, files, capsys):
     assert command(tiny_sd, tiny_lrm, "--prompt", "a red circle", "--batch-size", "2", *files) == 0
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert [path for _, path in lines] == files
-    assert [float(number) for number, _ in lines] == pytest.approx(scorer(files, "a red circle").tolist(), abs=1e-4)
+    assert ([float(number) for number, _ in lines]
+            == pytest.approx(scorer(files, "a red circle").tolist(), abs=1e-4))
 
 
 def write(file: Path, rows: list[dict]) -> str:
@@ -187,14 +196,16 @@ def read(file: Path) -> list[dict]:
 @pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet"])
 @pytest.mark.parametrize("out", [".csv", ".jsonl", ".parquet"])
 def test_a_table_gets_a_column(tiny_sd, tiny_lrm, scorer, files, tmp_path, kind, out):
-    rows = [{"id": f"n{i}", "text": prompt, "file": os.path.basename(files[i])} for i, prompt in enumerate(PROMPTS)]
+    rows = [{"id": f"n{i}", "text": prompt, "file": os.path.basename(files[i])}
+            for i, prompt in enumerate(PROMPTS)]
     table = write(tmp_path / f"rows{kind}", rows)
     target = tmp_path / "new" / f"scored{out}"
     keys = "--prompt-key", "text", "--image-key", "file"
     assert command(tiny_sd, tiny_lrm, "--table", table, "--out", str(target), *keys) == 0
     scored = read(target)
     assert [{key: row[key] for key in rows[0]} for row in scored] == rows
-    assert [float(row["lrm_score"]) for row in scored] == pytest.approx(scorer(files, PROMPTS).tolist(), abs=1e-5)
+    assert ([float(row["lrm_score"]) for row in scored]
+            == pytest.approx(scorer(files, PROMPTS).tolist(), abs=1e-5))
     assert [p.name for p in target.parent.iterdir()] == [target.name]
 
 
@@ -203,7 +214,8 @@ def test_a_table_with_bytes(tiny_sd, tiny_lrm, scorer, files, tmp_path, wrap, ca
     encoded = [Path(file).read_bytes() for file in files]
     rows = [{"prompt": p, "image": wrap(b)} for p, b in zip(PROMPTS, encoded, strict=True)]
     table = write(tmp_path / "rows.parquet", rows)
-    assert command(tiny_sd, tiny_lrm, "--table", table, "--out", str(tmp_path / "o.parquet"), "--score-key", "s") == 0
+    assert command(tiny_sd, tiny_lrm, "--table", table, "--out", str(tmp_path / "o.parquet"),
+                   "--score-key", "s") == 0
     scored = pq.read_table(tmp_path / "o.parquet")
     assert scored["image"].to_pylist() == [row["image"] for row in rows]
     assert scored["s"].to_pylist() == pytest.approx(scorer(encoded, PROMPTS).tolist(), abs=1e-5)
@@ -260,14 +272,16 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny_sd, tiny_lrm, files, tmp_pat
         return str(tmp_path / name)
     whole = Path(files[0]).read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[:len(whole) // 2])
-    names = {"dir": tmp_path, "text": file("t.txt", "text"), "csv": file("good.csv", "prompt,image\na,0.png\n"),
+    names = {"dir": tmp_path, "text": file("t.txt", "text"),
+             "csv": file("good.csv", "prompt,image\na,0.png\n"),
              "lost": file("lost.csv", "prompt,image\na,0.png\na,gone.png\n"),
              "corrupt": file("corrupt.csv", "prompt,image\na,0.png\na,t.txt\n"),
              "cut": file("cut.csv", "prompt,image\na,0.png\na,cut.png\n"),
              "ragged": file("ragged.csv", "prompt,image\na,0.png\na,0.png,c\n"),
-             "null": file("null.jsonl", '{"prompt": null, "image": "0.png"}\n'), "json": file("bad.jsonl", '{"prompt": \n'),
-             "list": file("list.jsonl", '{"prompt": "a", "image": "0.png"}\n[1]\n'), "fake": file("fake.parquet", "text"),
-             "empty": file("empty.csv", "prompt,image\n")}
+             "null": file("null.jsonl", '{"prompt": null, "image": "0.png"}\n'),
+             "json": file("bad.jsonl", '{"prompt": \n'),
+             "list": file("list.jsonl", '{"prompt": "a", "image": "0.png"}\n[1]\n'),
+             "fake": file("fake.parquet", "text"), "empty": file("empty.csv", "prompt,image\n")}
     assert command(tiny_sd, tiny_lrm, *[part.format(*files, **names) for part in argv]) == 2
     error = capsys.readouterr().err
     line = error[error.index("error: "):]  # after a progress bar, where the model had been loaded
@@ -279,7 +293,8 @@ def test_wrong_models_are_refused(tiny_sd, tiny_sdxl, tiny_lrm, files, capsys):
     for lrm, base, message in [("nowhere", tiny_sd, "--lrm nowhere: no such directory"),
                                (tiny_sd, tiny_sd, "state_dict.pt is missing"),
                                (tiny_lrm, "nowhere", "--lrm-base nowhere: no such directory"),
-                               (tiny_lrm, tiny_sdxl, "scores sd latents"), ("", tiny_sd, "--lrm (none): is required")]:
+                               (tiny_lrm, tiny_sdxl, "scores sd latents"),
+                               ("", tiny_sd, "--lrm (none): is required")]:
         assert score.main(["--lrm", str(lrm), "--lrm-base", str(base), "--prompt", "a", files[0]]) == 2
         assert message in capsys.readouterr().err
 

@@ -16,7 +16,8 @@ from lpo_fast.errors import InputError
 from lpo_fast.score_table import ScoreTable
 from tests.helpers.pairs import BLUE, RED, plain, table
 
-GREYS = [[10, 200, 60, 90, 0], [50, 100, 60, 20, 7]]  # red channels of the pictures; labels 1/0, 0/1, a tie, 1/0, 0/1
+# red channels of the pictures; labels 1/0, 0/1, a tie, 1/0, 0/1
+GREYS = [[10, 200, 60, 90, 0], [50, 100, 60, 20, 7]]
 
 
 @pytest.fixture
@@ -32,10 +33,12 @@ def scorers(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         return [picture.getpixel((0, 0))[0] / 100 for picture in pictures]
     module = types.ModuleType("my_scorers")
     module.red, module.seven = red, 7
-    module.minus = lambda pictures, prompts: np.array([-score for score in red(pictures, prompts)], np.float32)
+    module.minus = lambda pictures, prompts: np.array([-score for score in red(pictures, prompts)],
+                                                      np.float32)
     module.words = lambda pictures, prompts: [len(prompt) for prompt in prompts]
     module.short = lambda pictures, prompts: [1.0]
-    module.infinite = lambda pictures, prompts: [float("inf") if i == 1 else 0.0 for i in range(len(pictures))]
+    module.infinite = lambda pictures, prompts: [float("inf") if i == 1 else 0.0
+                                                 for i in range(len(pictures))]
     monkeypatch.setitem(sys.modules, "my_scorers", module)
     return seen
 
@@ -44,8 +47,8 @@ def scorers(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 def config(tmp_path: Path) -> ScoreTable:
     columns = {f"jpg_{i}": [plain((grey, 0, 0)) for grey in side] for i, side in enumerate(GREYS)}
     path = table(tmp_path / "p.parquet", list("abcde"), **columns)
-    return ScoreTable(str(path), "my_scorers:red", "my_scorers:minus", "my_scorers:words", str(tmp_path / "out" / "s.csv"),
-                      batch_size=2)
+    return ScoreTable(str(path), "my_scorers:red", "my_scorers:minus", "my_scorers:words",
+                      str(tmp_path / "out" / "s.csv"), batch_size=2)
 
 
 def rows(file: Path) -> list[dict]:
@@ -68,7 +71,8 @@ def test_ties_have_absolute_gaps(config: ScoreTable, scorers, tmp_path: Path) ->
     path = table(tmp_path / "t.parquet", ["a", "b"], jpg_0=[plain((9, 0, 0)), plain((99, 0, 0))],
                  jpg_1=[plain((99, 0, 0)), plain((9, 0, 0))], label_0=[0.5, 0.5], label_1=[0.5, 0.5])
     made = rows(score_table.make(replace(config, pairs=str(path))))
-    assert [float(row[gap]) for row in made for gap in ("aesthetic_gap", "clipscore_gap")] == pytest.approx([0.9] * 4)
+    assert ([float(row[gap]) for row in made for gap in ("aesthetic_gap", "clipscore_gap")]
+            == pytest.approx([0.9] * 4))
 
 
 @pytest.mark.parametrize("keyed", [False, True])
@@ -76,7 +80,8 @@ def test_the_filter_takes_the_table(config: ScoreTable, scorers, tmp_path: Path,
     keys = {"image_0_uid": list("pqrst"), "image_1_uid": list("uvwxy")} if keyed else {}
     columns = {f"jpg_{i}": [plain((grey, 0, 0)) for grey in side] for i, side in enumerate(GREYS)}
     path = table(tmp_path / "k.parquet", list("abcde"), **columns, **keys)
-    out = score_table.make(replace(config, pairs=str(path), clipscore="my_scorers:red", vqascore="my_scorers:red"))
+    out = score_table.make(replace(config, pairs=str(path), clipscore="my_scorers:red",
+                                   vqascore="my_scorers:red"))
     scores = mpcf.read_scores(str(out))
     assert (scores.keys is not None) == keyed
     assert preferences.choose(preferences.read(str(path)), LRM(), scores).rows.tolist() == [2, 3, 4]
@@ -86,7 +91,8 @@ def test_a_stopped_run_goes_on_after_its_last_row(config: ScoreTable, scorers) -
     whole = score_table.make(replace(config, out=config.out + ".whole.csv")).read_bytes()
     scorers.calls.clear()
     scorers.fail = 3  # in the second batch: each is scored twice by what counts
-    with pytest.raises(InputError, match="--clipscore my_scorers:minus: at rows 2 to 3 failed .RuntimeError: out of memory"):
+    with pytest.raises(InputError, match="--clipscore my_scorers:minus: at rows 2 to 3 failed .RuntimeError: "
+                       "out of memory"):
         score_table.make(config)
     assert not Path(config.out).exists()
     part = next(Path(config.out).parent.glob(".*.part"))
@@ -99,9 +105,10 @@ def test_a_stopped_run_goes_on_after_its_last_row(config: ScoreTable, scorers) -
     assert not list(Path(config.out).parent.glob(".*.part"))
 
 
-def test_pictures_that_do_not_decode_and_pairs_not_judged_have_no_gaps(config: ScoreTable, scorers, tmp_path: Path) -> None:
-    path = table(tmp_path / "c.parquet", list("abc"), jpg_0=[b"?", RED, RED], jpg_1=[BLUE] * 3, label_0=[1, 1, 0],
-                 label_1=[0, 0, 0], has_label=[True, True, False])
+def test_pictures_that_do_not_decode_and_pairs_not_judged_have_no_gaps(
+        config: ScoreTable, scorers, tmp_path: Path) -> None:
+    path = table(tmp_path / "c.parquet", list("abc"), jpg_0=[b"?", RED, RED], jpg_1=[BLUE] * 3,
+                 label_0=[1, 1, 0], label_1=[0, 0, 0], has_label=[True, True, False])
     made = score_table.make(replace(config, pairs=str(path)))
     assert [row["aesthetic_gap"] for row in rows(made)] == ["nan", "2.55", "nan"]
     assert mpcf.mpcf(made, 3)[0].tolist() == []
@@ -117,7 +124,8 @@ def test_pictures_that_do_not_decode_and_pairs_not_judged_have_no_gaps(config: S
     ({"vqascore": "my_scorers:seven"}, "--vqascore", "is int, not a function"),
     ({"vqascore": "my_scorers:short"}, "--vqascore", "at rows 0 to 1 gave 1 scores for 4 pictures"),
     ({"vqascore": "my_scorers:infinite"}, "--vqascore", "a score of row 1 (from 0) is not finite"),
-    ({"pairs": "nowhere.parquet"}, "--pairs", "no .parquet there"), ({"batch_size": 0}, "--batch-size", "below 1"),
+    ({"pairs": "nowhere.parquet"}, "--pairs", "no .parquet there"),
+    ({"batch_size": 0}, "--batch-size", "below 1"),
 ])
 def test_bad_input(config: ScoreTable, scorers, changes: dict, flag: str, message: str) -> None:
     with pytest.raises(InputError) as caught:

@@ -1,10 +1,11 @@
-"""python bench/official/check.py --official DIR --python PYTHON [--out FILE]: ours against the official code, run as it is.
+"""python bench/official/check.py --official DIR --python PYTHON [--out FILE]:
+ours against the official code, run as it is.
 
-DIR is a checkout of Kwai-Kolors/LPO, PYTHON that of an environment in which it runs: torch 2.13.0, diffusers 0.31.0,
-transformers 4.46.3, peft 0.13.2, huggingface_hub<0.27, accelerate, datasets, mmengine, ml_collections, absl-py (wandb and
-torchvision are stubs here). On tiny random models: ``ours`` trains LRMs and LoRAs by our commands and computes; then the
-other Python computes the same from the same files (``official``); ``compare`` writes the table.
-Error: max|a − b| / max|b|.
+DIR is a checkout of Kwai-Kolors/LPO, PYTHON that of an environment in which it runs: torch 2.13.0, diffusers
+0.31.0, transformers 4.46.3, peft 0.13.2, huggingface_hub<0.27, accelerate, datasets, mmengine,
+ml_collections, absl-py (wandb and torchvision are stubs here). On tiny random models: ``ours`` trains LRMs
+and LoRAs by our commands and computes; then the other Python computes the same from the same files
+(``official``); ``compare`` writes the table. Error: max|a − b| / max|b|.
 """
 
 import argparse
@@ -27,7 +28,8 @@ REPO = Path(__file__).resolve().parents[2]
 PROMPTS = ["a red circle on a blue background", "a green cross on a white background", "a blue square"]
 STEPS, CANDIDATES, GUIDANCE, BETA, EPS = 20, 4, 5.0, 500.0, 0.1
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
-SCORES, PICTURES, WHOLE_RUN = 2e-5, 1e-4, 1e-4  # fp32: one evaluation; four denoising steps and the VAE; twenty steps
+# fp32: one evaluation; four denoising steps and the VAE; twenty steps
+SCORES, PICTURES, WHOLE_RUN = 2e-5, 1e-4, 1e-4
 
 
 def versions() -> dict[str, str]:
@@ -43,7 +45,8 @@ def pictures(model: Path, lora: Path | None = None) -> np.ndarray:
     if lora:
         pipe.load_lora_weights(str(lora), weight_name="pytorch_lora_weights.safetensors")
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    return pipe(PROMPTS, latents=latents, num_inference_steps=4, guidance_scale=GUIDANCE, output_type="np").images
+    return pipe(PROMPTS, latents=latents, num_inference_steps=4, guidance_scale=GUIDANCE,
+                output_type="np").images
 
 
 def fixed() -> dict[str, torch.Tensor]:
@@ -82,7 +85,8 @@ def make_models(work: Path) -> None:
     make_sd(work / "sd")
     bare = make_sdxl(work / "bare", work / "sd")
     whole = pipeline(bare)
-    StableDiffusionXLPipeline(**{n: p for n, p in whole.components.items() if n not in ("image_encoder", "feature_extractor")},
+    StableDiffusionXLPipeline(**{n: p for n, p in whole.components.items()
+                                 if n not in ("image_encoder", "feature_extractor")},
                               add_watermarker=False).save_pretrained(work / "sdxl")
     shutil.rmtree(bare)
     for name in ("sd", "sdxl"):
@@ -105,14 +109,15 @@ def ours(work: Path) -> None:
     found = {}
     for name in ("sd", "sdxl"):
         lrm = work / f"lrm_{name}"
-        command("lrm", "--model", work / name, "--pairs", work / "pairs.parquet", "--out", lrm, "--batch-size", 16,
-                "--max-steps", 20, "--warmup-steps", 2, "--learning-rate", 3e-3, "--num-workers", 0)
+        command("lrm", "--model", work / name, "--pairs", work / "pairs.parquet", "--out", lrm,
+                "--batch-size", 16, "--max-steps", 20, "--warmup-steps", 2, "--learning-rate", 3e-3,
+                "--num-workers", 0)
         for rank, alpha in ((4, 4), (4, 6)):
             run = work / f"lora_{name}_{alpha}"
-            command("lpo", "--model", work / name, "--lrm", lrm / "checkpoint-final", "--prompts", work / "prompts.json",
-                    "--out", run, "--rank", rank, "--alpha", alpha, "--epochs", 1, "--num-steps", 4, "--pictures", 0,
-                    "--threshold-min", 0, "--threshold-max", 0, "--learning-rate", 3e-3, "--batch-size", 3,
-                    "--train-batch-size", 3)
+            command("lpo", "--model", work / name, "--lrm", lrm / "checkpoint-final",
+                    "--prompts", work / "prompts.json", "--out", run, "--rank", rank, "--alpha", alpha,
+                    "--epochs", 1, "--num-steps", 4, "--pictures", 0, "--threshold-min", 0,
+                    "--threshold-max", 0, "--learning-rate", 3e-3, "--batch-size", 3, "--train-batch-size", 3)
             found[f"pictures {name} {alpha}"] = pictures(work / name, run)
         found[f"pictures {name} base"] = pictures(work / name)
         found |= scores(work, name)
@@ -131,7 +136,8 @@ def scores(work: Path, name: str) -> dict[str, np.ndarray]:
 
 
 def sampling_and_step(work: Path) -> dict[str, np.ndarray]:
-    """SDXL: a sampling run, its pairs, and loss and gradients of a LoRA step on all of them, from a checkpoint of ours.
+    """SDXL: a sampling run, its pairs, and loss and gradients of a LoRA step on all of them,
+    from a checkpoint of ours.
 
     The thresholds are such that about half of the pairs are kept; the official run is told them.
     """
@@ -141,22 +147,25 @@ def sampling_and_step(work: Path) -> dict[str, np.ndarray]:
     from lpo_fast.models import loras
     from lpo_fast.verify.golden import Recorded
     start = work / "lora_sdxl_6" / "checkpoint_0" / loras.LORA_OFFICIAL
-    config = LPO(model=str(work / "sdxl"), lrm=str(work / "lrm_sdxl" / "checkpoint-final"), rank=4, lora=str(start))
+    config = LPO(model=str(work / "sdxl"), lrm=str(work / "lrm_sdxl" / "checkpoint-final"), rank=4,
+                 lora=str(start))
     model, sched = policies.load(config, PROMPTS, torch.device("cpu"))
     score, index = judging.load_score(config, PROMPTS, torch.device("cpu")), torch.arange(len(PROMPTS))
-    pairs, drawn = sampling.trajectory(model.predict, score, sched, torch.zeros(1000), Recorded(fixed()), index,
-                                     guidance=GUIDANCE, num_candidates=CANDIDATES)
+    pairs, drawn = sampling.trajectory(model.predict, score, sched, torch.zeros(1000), Recorded(fixed()),
+                                       index, guidance=GUIDANCE, num_candidates=CANDIDATES)
     margin = (drawn.amax(1) - drawn.amin(1)).flatten()
     low, high = (torch.tanh(margin.median() / 2) * torch.tensor([0.9, 1.1])).tolist()
     gap = select.gaps(sched, "sigma", low, high)[pairs.t]
     kept = pairs.take(margin > gap)
     count = len(kept.t)
-    out = steps.evaluate(model, sched, kept, torch.full((count,), 1 / count), guidance=GUIDANCE, beta=BETA, eps=EPS)
+    out = steps.evaluate(model, sched, kept, torch.full((count,), 1 / count), guidance=GUIDANCE, beta=BETA,
+                         eps=EPS)
     out.loss.backward()
     grads = {f"grad {name}": p.grad.numpy() for name, p in model.unet.named_parameters() if p.requires_grad}
-    return {"thresholds": np.array([low, high]), "run scores": drawn.flatten(1).numpy(), "margin": margin.numpy(),
-            "gap": gap.numpy(), "t": kept.t.numpy(), "x_t": kept.x_t.numpy(), "winner": kept.winner.numpy(),
-            "loser": kept.loser.numpy(), "loss": out.loss.detach().numpy(), "ratio win": out.ratio_win.detach().mean().numpy(),
+    return {"thresholds": np.array([low, high]), "run scores": drawn.flatten(1).numpy(),
+            "margin": margin.numpy(), "gap": gap.numpy(), "t": kept.t.numpy(),
+            "x_t": kept.x_t.numpy(), "winner": kept.winner.numpy(), "loser": kept.loser.numpy(),
+            "loss": out.loss.detach().numpy(), "ratio win": out.ratio_win.detach().mean().numpy(),
             "ratio lose": out.ratio_lose.detach().mean().numpy(),
             "densities": torch.stack([density.detach() for density in out[4:8]]).numpy()} | grads
 
@@ -172,19 +181,21 @@ def stub(name: str, **attributes: object) -> None:
 
 
 def official_lrm(work: Path, name: str):
-    """The official LRM class with our directory loaded; its projection's width is hard-coded, and so replaced."""
+    """The official LRM class with our directory loaded;
+    its projection's width is hard-coded, and so replaced."""
     models = "lpo.preference_models.models"
     unet = json.loads((work / name / "unet" / "config.json").read_text())["block_out_channels"]
     if name == "sd":
         code = importlib.import_module(f"{models}.sd15_preference_model")
         width = json.loads((work / name / "text_encoder" / "config.json").read_text())["hidden_size"]
         torch.save({"text_projection.weight": torch.eye(width)}, work / "clip.bin")
-        cfg = code.SD15PreferenceModelConfig(str(work / name), str(work / "clip.bin"), None, text_embed_dim=width,
-                                             projection_dim=width)
+        cfg = code.SD15PreferenceModelConfig(str(work / name), str(work / "clip.bin"), None,
+                                             text_embed_dim=width, projection_dim=width)
         model = code.SD15PreferenceModel(cfg)
     else:
         code = importlib.import_module(f"{models}.sdxl_base_preference_model")
-        cfg = code.SDXLBasePreferenceModelConfig(str(work / name), str(work / name / "vae"), None, projection_dim=12)
+        cfg = code.SDXLBasePreferenceModelConfig(str(work / name), str(work / name / "vae"), None,
+                                                 projection_dim=12)
         model = code.SDXLBasePreferenceModel(cfg)
     model.visual_projection = torch.nn.Linear(sum(unet) + unet[-1], cfg.projection_dim, bias=False)
     model.load(str(work / f"lrm_{name}" / "checkpoint-final"))
@@ -238,26 +249,28 @@ def get_config():
 
 
 def official_program(work: Path) -> dict[str, np.ndarray]:
-    """train_lpo_sdxl.py itself, from ``main`` on: one prompt batch and one optimizer step, resumed from our checkpoint.
+    """train_lpo_sdxl.py itself, from ``main`` on: one prompt batch and one optimizer step,
+    resumed from our checkpoint.
 
-    What is random is replaced by ``fixed``, what it does is looked at from outside: the pairs where sampling returns them,
-    the gradients where AdamW takes them, the loss where it is logged.
+    What is random is replaced by ``fixed``, what it does is looked at from outside: the pairs where sampling
+    returns them, the gradients where AdamW takes them, the loss where it is logged.
     """
     from lpo.preference_models import PREFERENCE_MODEL_FUNC_BUILDERS
     low, high = np.load(work / "ours.npz")["thresholds"].tolist()
     tiny = {"type": "tiny"}
     values = {
         "use_xformers": False, "lora_rank": 4, "logdir": str(work), "run_name": "official", "num_epochs": 2,
-        "resume_from": str(work / "lora_sdxl_6" / "checkpoint_0"), "validation_prompts": None, "dataloader_num_workers": 0,
+        "resume_from": str(work / "lora_sdxl_6" / "checkpoint_0"),
+        "validation_prompts": None, "dataloader_num_workers": 0,
         "dataloader_shuffle": False, "dataloader_pin_memory": False, "pretrained.model": str(work / "sdxl"),
         "pretrained.vae_model_name_or_path": None, "preference_model_func_cfg": tiny,
-        "compare_func_cfg": {"type": "preference_score_compare", "threshold": 0.6, "dynamic_threshold": "sigma",
-                             "threshold_min": low, "threshold_max": high},
+        "compare_func_cfg": {"type": "preference_score_compare", "threshold": 0.6,
+                             "dynamic_threshold": "sigma", "threshold_min": low, "threshold_max": high},
         "dataset_cfg": {"type": "PromptDataset", "meta_json_path": str(work / "prompts.json"),
                         "pretrained_tokenzier_path": str(work / "sdxl" / "tokenizer")},
-        "sample.num_steps": STEPS, "sample.guidance_scale": GUIDANCE, "sample.sample_batch_size": len(PROMPTS),
-        "sample.num_sample_each_step": CANDIDATES, "sample.inner_start_step": 0, "train.train_batch_size": 1000,
-        "train.beta": BETA, "train.eps": EPS,
+        "sample.num_steps": STEPS, "sample.guidance_scale": GUIDANCE,
+        "sample.sample_batch_size": len(PROMPTS), "sample.num_sample_each_step": CANDIDATES,
+        "sample.inner_start_step": 0, "train.train_batch_size": 1000, "train.beta": BETA, "train.eps": EPS,
     }
     (work / "config.py").write_text(CONFIG.format(values=values))
     program = importlib.import_module("train_lpo_sdxl")
@@ -269,7 +282,8 @@ def official_program(work: Path) -> dict[str, np.ndarray]:
     @PREFERENCE_MODEL_FUNC_BUILDERS.register_module(name="tiny")
     def build(cfg):
         model = official_lrm(work, "sdxl")
-        return lambda x, info: model.get_preference_score(x, info["input_ids"], info["input_ids_2"], info["timesteps"])
+        return lambda x, info: model.get_preference_score(x, info["input_ids"], info["input_ids_2"],
+                                                          info["timesteps"])
 
     noise, choices = iter(io["candidate_noise"]), iter(io["chosen_candidate"])
     stock.randn_tensor = lambda *a, **k: io["initial_latents"]
@@ -288,9 +302,10 @@ def official_program(work: Path) -> dict[str, np.ndarray]:
     program.main(None)
     t, x_t, x_p, *_, scored = seen["sampled"]
     named = {f"grad {n}": grads[id(p)].numpy() for n, p in seen["unet"].named_parameters() if p.requires_grad}
-    return {"run scores": scored.view(STEPS, -1).numpy(), "t": t[:, 0].numpy(), "x_t": x_t[:, 0].numpy(),
-            "winner": x_p[:, 0].numpy(), "loser": x_p[:, 1].numpy(), "loss": np.array(seen["train_loss"]),
-            "ratio win": np.array(seen["train_ratio_win"]), "ratio lose": np.array(seen["train_ratio_lose"])} | named
+    return ({"run scores": scored.view(STEPS, -1).numpy(), "t": t[:, 0].numpy(), "x_t": x_t[:, 0].numpy(),
+             "winner": x_p[:, 0].numpy(), "loser": x_p[:, 1].numpy(), "loss": np.array(seen["train_loss"]),
+             "ratio win": np.array(seen["train_ratio_win"]), "ratio lose": np.array(seen["train_ratio_lose"])}
+            | named)
 
 
 def look_at(owner: object, name: str, see: Callable) -> None:
@@ -316,12 +331,14 @@ def error(a: np.ndarray, b: np.ndarray) -> float:
 
 def compare(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[tuple[str, float, float]]:
     """What, error, tolerance. a: ours, b: the official code's."""
-    rows = [(f"LRM that we trained, {name}: scores at t = 1, 351, 951", error(a[f"scores {name}"], b[f"scores {name}"]), SCORES)
-            for name in ("sd", "sdxl")]
+    rows = [(f"LRM that we trained, {name}: scores at t = 1, 351, 951",
+             error(a[f"scores {name}"], b[f"scores {name}"]), SCORES) for name in ("sd", "sdxl")]
     for name in ("sd", "sdxl"):
-        for key, what in (("base", "without LoRA"), ("4", "our LoRA, rank 4, alpha 4"), ("6", "our LoRA, rank 4, alpha 6")):
+        for key, what in (("base", "without LoRA"), ("4", "our LoRA, rank 4, alpha 4"),
+                          ("6", "our LoRA, rank 4, alpha 6")):
             one, other = (side[f"pictures {name} {key}"] for side in (a, b))
-            moved = "" if key == "base" else f" (moves pixels by {abs(one - a[f'pictures {name} base']).max():.2f})"
+            moved = ("" if key == "base" else
+                     f" (moves pixels by {abs(one - a[f'pictures {name} base']).max():.2f})")
             rows.append((f"pictures by both diffusers, {name}, {what}{moved}", error(one, other), PICTURES))
     count, possible = len(a["t"]), a["margin"].size
     rows.append((f"SDXL sampling run of {STEPS} steps, all {a['run scores'].size} scores",
@@ -335,24 +352,27 @@ def compare(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[tuple[st
     mine = sorted(key.replace(".default", "") for key in a if key.startswith("grad "))
     if mine != [key.replace(".default", "") for key in names]:
         return [*rows, ("LoRA step: the same parameters train", float("inf"), 0.0)]
-    # What the official code loses by subtracting fp32 log densities, times beta, beside two fp32 evaluations (golden.py).
+    # What the official code loses by subtracting fp32 log densities, times beta,
+    # beside two fp32 evaluations (golden.py).
     tolerance = 4 * SCORES + BETA * 2 * np.finfo(np.float32).eps * max(abs(a["densities"]).max(), 1.0)
     scale = max(abs(b[name]).max() for name in names)
     worst = max(float(abs(a[name] - b[name]).max()) for name in names) / scale
     return [*rows, (f"LoRA step: {len(names)} gradients (largest {scale:.2e})", worst, float(tolerance))]
 
 
-def report(rows: list[tuple[str, float, float]], sides: list[dict[str, str]], args: argparse.Namespace) -> str:
+def report(rows: list[tuple[str, float, float]], sides: list[dict[str, str]],
+           args: argparse.Namespace) -> str:
     """The Markdown page."""
     git = ["git", "-C", str(REPO), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    head = ["# Ours against the official code", "", f"`python bench/official/check.py --official {args.official} --python "
+    head = ["# Ours against the official code", "",
+            f"`python bench/official/check.py --official {args.official} --python "
             f"{args.python}`, commit {commit}, CPU, fp32, tiny random models.", "",
-            "The official LRM classes score what our commands trained; `train_lpo_sdxl.py` itself, its random numbers given, "
-            "runs a prompt batch and a step from our `checkpoint_0`. Error: max\\|a − b\\| / max\\|b\\|.", "",
-            "| | " + " | ".join(PACKAGES) + " |", "|---|" + "---|" * len(PACKAGES),
-            *(f"| {name} | " + " | ".join(side[p] for p in PACKAGES) + " |" for name, side in zip(("ours", "official"), sides,
-                                                                                               strict=True)), ""]
+            "The official LRM classes score what our commands trained; `train_lpo_sdxl.py` itself, its "
+            "random numbers given, runs a prompt batch and a step from our `checkpoint_0`. Error: max\\|a − "
+            "b\\| / max\\|b\\|.", "", "| | " + " | ".join(PACKAGES) + " |", "|---|" + "---|" * len(PACKAGES),
+            *(f"| {name} | " + " | ".join(side[p] for p in PACKAGES) + " |"
+              for name, side in zip(("ours", "official"), sides, strict=True)), ""]
     table = ["| check | error | tolerance | |", "|---|---|---|---|"]
     table += [f"| {what} | {apart:.1e} | {limit:.0e} | {'ok' if apart <= limit else '**FAIL**'} |"
               for what, apart, limit in rows]
@@ -361,7 +381,8 @@ def report(rows: list[tuple[str, float, float]], sides: list[dict[str, str]], ar
 
 def main() -> int:
     """The driver, or (with --phase) one side."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official", type=Path, required=True, help="checkout of Kwai-Kolors/LPO")
     parser.add_argument("--python", default=sys.executable, help="the Python that runs it")
     parser.add_argument("--out", type=Path, default=REPO / "bench" / "results" / "official-check.md")
@@ -385,7 +406,8 @@ def main() -> int:
     page = report(rows, [json.loads(str(side["versions"])) for side in sides], args)
     args.out.write_text(page)
     print(page)
-    return int(sum(apart > limit for _, apart, limit in rows))  # of numpy's bools: sys.exit takes their sum for a message
+    # of numpy's bools: sys.exit takes their sum for a message
+    return int(sum(apart > limit for _, apart, limit in rows))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,23 @@
-"""LPO as the official code computes it: our own statement of it, evaluation by evaluation, for SD1.5, SD2.1 and SDXL.
+"""LPO as the official code computes it: our own statement of it, evaluation by evaluation, for SD1.5,
+SD2.1 and SDXL.
 
-The baseline of bench_lpo.py and the yardstick of tests/official/test_lpo_loop.py and tests/run/test_flops.py. What it keeps of the
-official program, and lpo_fast does not do:
+The baseline of bench_lpo.py and the yardstick of tests/official/test_lpo_loop.py and tests/run/test_flops.py.
+What it keeps of the official program, and lpo_fast does not do:
 
-- the text encoders of the policy run on every prompt batch, those of the LRM on the prompts *and as many copies of ""* at
-  every step for every candidate;
-- the reference is a second denoiser; winner and loser of a pair are evaluated one after the other by policy and reference,
-  although both have the same x_t, t and prompt;
-- pairs are picked by boolean indexing, so that the host waits for the device; text features travel with the pairs;
-- networks, latents and the LRM's head are fp16 on CUDA, only the policy under autocast; log sigmoid may overflow; gradients
-  are not clipped; metrics are read one by one; the allocator's cache is emptied before training.
+- the text encoders of the policy run on every prompt batch, those of the LRM on the prompts *and as many
+  copies of ""* at every step for every candidate;
+- the reference is a second denoiser; winner and loser of a pair are evaluated one after the other by policy
+  and reference, although both have the same x_t, t and prompt;
+- pairs are picked by boolean indexing, so that the host waits for the device;
+  text features travel with the pairs;
+- networks, latents and the LRM's head are fp16 on CUDA, only the policy under autocast; log sigmoid may
+  overflow; gradients are not clipped; metrics are read one by one; the allocator's cache is emptied before
+  training.
 
-It is one process, where no pair is dropped and the last training batch may be smaller; over P processes the official code
-deals out floor(pairs / P) to each. Thresholds are computed from the schedule, not looked up in a table of four decimals.
-What a network is (its blocks, its text conditioning) comes from lpo_fast; formulas, order and precision are stated here.
+It is one process, where no pair is dropped and the last training batch may be smaller; over P processes the
+official code deals out floor(pairs / P) to each. Thresholds are computed from the schedule, not looked up in
+a table of four decimals. What a network is (its blocks, its text conditioning) comes from lpo_fast; formulas,
+order and precision are stated here.
 """
 
 import copy
@@ -38,7 +42,8 @@ from lpo_fast.system import devices
 
 
 class Pairs(NamedTuple):
-    """The valid pairs of a prompt batch, step-major. x_t, winner, loser: [N, C, H, W]; t, prompt: int64 [N]."""
+    """The valid pairs of a prompt batch, step-major. x_t, winner, loser: [N, C, H, W]; t, prompt: int64 [N].
+    """
 
     x_t: Tensor
     winner: Tensor
@@ -73,13 +78,14 @@ class Random:
 
 
 class Official:
-    """The models of an LPO run, and what is computed with them. ids: token ids [P, L] of all prompts, one tensor an encoder,
-    and of "" [1, L]; for the policy, and with the LRM's own tokenizers for the LRM."""
+    """The models of an LPO run, and what is computed with them. ids: token ids [P, L] of all prompts, one
+    tensor an encoder, and of "" [1, L]; for the policy, and with the LRM's own tokenizers for the LRM."""
 
-    def __init__(self, config: LPO, family: Family, unet: nn.Module, encoders: list[nn.Module], judge: LatentRewardModel,
-                 scheduler: DDIMScheduler, sizes: Tensor | None, ids: tuple[list[Tensor], list[Tensor]],
-                 judge_ids: tuple[list[Tensor], list[Tensor]]):
-        self.config, self.family, self.encoders, self.judge, self.sizes = config, family, encoders, judge, sizes
+    def __init__(self, config: LPO, family: Family, unet: nn.Module, encoders: list[nn.Module],
+                 judge: LatentRewardModel, scheduler: DDIMScheduler, sizes: Tensor | None,
+                 ids: tuple[list[Tensor], list[Tensor]], judge_ids: tuple[list[Tensor], list[Tensor]]):
+        self.config, self.family, self.encoders, self.judge, self.sizes = (
+            config, family, encoders, judge, sizes)
         self.device = next(unet.parameters()).device
         self.half = self.device.type == "cuda"
         self.dtype = torch.float16 if self.half else torch.float32
@@ -91,8 +97,9 @@ class Official:
         self.parameters = [p for p in unet.parameters() if p.requires_grad]
         for parameter in self.parameters:
             parameter.data = parameter.data.float()
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay,
-                                           betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay,
+            betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.half)
         self.ids, self.judge_ids, self.scheduler = ids, judge_ids, scheduler
         self.alphas = scheduler.alphas_cumprod.to(self.device)
@@ -110,7 +117,8 @@ class Official:
     def score(self, x: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         """S(x, t, prompt), [N], of latents [N, C, H, W]; the text encoders run on 2N sequences."""
         judge, n, null = self.judge, len(x), self.judge_ids[1]
-        ids = [torch.cat([i[prompts], empty.repeat(n, 1)]) for i, empty in zip(self.judge_ids[0], null, strict=True)]
+        ids = [torch.cat([i[prompts], empty.repeat(n, 1)])
+               for i, empty in zip(self.judge_ids[0], null, strict=True)]
         text = models_texts.encode(judge.family, list(judge.text_encoders), ids)
         down, mid = denoisers.down_mid(judge.unet, torch.cat([x, x]), torch.cat([t, t]), text, judge.sizes)
         text_mid, null_mid = mid.mean((2, 3)).chunk(2)
@@ -159,31 +167,37 @@ class Official:
     def log_density(self, output: Tensor, t: Tensor, x: Tensor, x_p: Tensor) -> Tensor:
         """log p(x_p | x_t), the mean over C, H, W. [B]."""
         sigma = self.sigma(t)
-        density = -(x_p - self.mean(output, t, x)) ** 2 / (2 * sigma**2) - sigma.log() - math.log(math.sqrt(2 * math.pi))
+        density = (-(x_p - self.mean(output, t, x)) ** 2 / (2 * sigma**2) - sigma.log()
+                   - math.log(math.sqrt(2 * math.pi)))
         return density.mean((1, 2, 3))
 
     def threshold(self, t: Tensor) -> Tensor:
-        """th_t of timesteps [B], from threshold_min at the trajectory's last to threshold_max at its first."""
+        """th_t of timesteps [B], from threshold_min at the trajectory's last to threshold_max at its first.
+        """
         config = self.config
         if config.threshold_shape == "none":
             return torch.full(t.shape, config.threshold_min, device=self.device)
         curve = {"linear": lambda at: at.float(), "sigma": lambda at: self.sigma(at).flatten(),
                  "variance": lambda at: self.sigma(at).flatten() ** 2}[config.threshold_shape]
         last, first = curve(self.scheduler.timesteps[[-1, 0]].to(self.device))
-        return config.threshold_min + (curve(t) - last) / (first - last) * (config.threshold_max - config.threshold_min)
+        return (config.threshold_min
+                + (curve(t) - last) / (first - last) * (config.threshold_max - config.threshold_min))
 
     # The loop
 
     @torch.no_grad()
-    def sample(self, prompts: Tensor, draw: Random, encode: Callable = None, score: Callable = None) -> tuple[Pairs, Tensor]:
-        """The pairs of prompt numbers [B], and all scores [T, K, B]. encode and score may stand in for the methods."""
+    def sample(self, prompts: Tensor, draw: Random, encode: Callable = None,
+               score: Callable = None) -> tuple[Pairs, Tensor]:
+        """The pairs of prompt numbers [B], and all scores [T, K, B].
+        encode and score may stand in for the methods."""
         k, b, text = self.config.num_candidates, len(prompts), (encode or self.encode)(prompts)
         x, found, logged = draw.initial(), [], []
         for step, timestep in enumerate(self.scheduler.timesteps.to(self.device)):
             t = timestep.repeat(b)
             mean = self.mean(self.predict(self.unet, x, t, text), t, x)
             x_p = (mean + self.sigma(t) * draw.noise(step)).to(self.dtype)  # [K, B, C, H, W]
-            scores = (score or self.score)(x_p.flatten(0, 1), timestep.repeat(k * b), prompts.repeat(k)).view(k, b)
+            scores = (score or self.score)(x_p.flatten(0, 1), timestep.repeat(k * b),
+                                           prompts.repeat(k)).view(k, b)
             ordered, index = scores.sort(0, descending=True)
             likely = ordered[[0, -1]].softmax(0)
             valid, rows = likely[0] - likely[1] > self.threshold(t), torch.arange(b, device=self.device)
@@ -197,7 +211,8 @@ class Official:
         return Pairs(*(torch.cat(field) for field in zip(*found, strict=True))), scores
 
     def loss(self, pairs: Pairs) -> tuple[Tensor, list[Tensor]]:
-        """Step DPO, and r_w, r_l and the four log densities, each [N]: winner, then loser; of each policy, then reference."""
+        """Step DPO, and r_w, r_l and the four log densities, each [N]: winner, then loser;
+        of each policy, then reference."""
         densities, text, eps = [], Text(pairs.context, pairs.pooled), self.config.clip_eps
         for x_p in (pairs.winner, pairs.loser):
             for network in (self.unet, self.reference):
@@ -211,9 +226,11 @@ class Official:
     def train_step(self, pairs: Pairs) -> dict[str, float]:
         """One optimizer step; its metrics, each of which the host waits for."""
         loss, (win, lose, *densities) = self.loss(pairs)
-        names = ("train_win_prob_policy", "train_win_prob_ref", "train_lose_prob_policy", "train_lose_prob_ref")
-        metrics = {"train_loss": loss.item(), "train_ratio_win": win.mean().item(), "train_ratio_lose": lose.mean().item(),
-                   "implicit_acc": (win > lose).float().mean().item(), "train_margin": (win - lose).mean().item(),
+        names = ("train_win_prob_policy", "train_win_prob_ref", "train_lose_prob_policy",
+                 "train_lose_prob_ref")
+        metrics = {"train_loss": loss.item(), "train_ratio_win": win.mean().item(),
+                   "train_ratio_lose": lose.mean().item(), "implicit_acc": (win > lose).float().mean().item(),
+                   "train_margin": (win - lose).mean().item(),
                    **{name: d.detach().exp().mean().item() for name, d in zip(names, densities, strict=True)}}
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -234,16 +251,20 @@ class Official:
 
 
 def load(config: LPO, prompts: list[str], device: torch.device) -> Official:
-    """The official run of our settings: attention by xformers where it runs (the LRM's by torch), no channels-last."""
+    """The official run of our settings: attention by xformers where it runs (the LRM's by torch),
+    no channels-last."""
     model, path, base = locate.model(config), locate.lrm(config), locate.base(config)
     unet = denoisers.load_unet(model).to(device).eval()
     if not attention.xformers_problem():
         attention.attention(unet, "xformers")
     attention.checkpointing(unet, config.checkpointing)
-    family, judge = families.family_of(unet.config), checkpoint.load_lrm(path, base, resolution=config.resolution)
+    family, judge = (families.family_of(unet.config),
+                     checkpoint.load_lrm(path, base, resolution=config.resolution))
     tokenizers = [models_texts.load_tokenizers(model, family),
-                  models_texts.load_tokenizers(path if (Path(path) / "tokenizer").is_dir() else base, judge.family)]
-    ids = [tuple([i.to(device) for i in models_texts.tokenize(own, texts)] for texts in (prompts, [""])) for own in tokenizers]
+                  models_texts.load_tokenizers(path if (Path(path) / "tokenizer").is_dir() else base,
+                                               judge.family)]
+    ids = [tuple([i.to(device) for i in models_texts.tokenize(own, texts)] for texts in (prompts, [""]))
+           for own in tokenizers]
     sizes = denoisers.size_conditions(model, family, unet, config.resolution)
     how = {"clip_sample": False} | json.loads((model / "scheduler" / "scheduler_config.json").read_text())
     scheduler = DDIMScheduler.from_config(how)

@@ -1,9 +1,11 @@
-"""python bench/official/time.py --official DIR --python PYTHON [--rounds N] [--out FILE]: our statement's time beside theirs.
+"""python bench/official/time.py --official DIR --python PYTHON [--rounds N] [--out FILE]:
+our statement's time beside theirs.
 
-DIR and PYTHON as in check.py. In one process of that environment train_lpo.py itself runs, from ``main`` on, on the
-"small" SD1.5 of random_models.py, at 128 pixels and on one thread. A round is a sampling step (text encoding, STEPS denoising
-steps with candidates and LRM) and a training step on its pairs. loop.py computes both too, from equal weights and
-random numbers, in every other round before the official code, else after it. Ratio: statement / official.
+DIR and PYTHON as in check.py. In one process of that environment train_lpo.py itself runs, from ``main`` on,
+on the "small" SD1.5 of random_models.py, at 128 pixels and on one thread. A round is a sampling step (text
+encoding, STEPS denoising steps with candidates and LRM) and a training step on its pairs. loop.py computes
+both too, from equal weights and random numbers, in every other round before the official code, else after it.
+Ratio: statement / official.
 """
 
 import argparse
@@ -42,7 +44,8 @@ def make(work: Path) -> None:
     unet.write_text(json.dumps(json.loads(unet.read_text()) | {"sample_size": SIDE}))
     parts = {"vae": ["diffusers", "AutoencoderKL"], "unet": ["diffusers", "UNet2DConditionModel"],
              "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
-             "tokenizer": ["transformers", "CLIPTokenizer"], "safety_checker": [None, None], "feature_extractor": [None, None]}
+             "tokenizer": ["transformers", "CLIPTokenizer"], "safety_checker": [None, None],
+             "feature_extractor": [None, None]}
     (model / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"} | parts))
     lrm = checkpoint.new_lrm(model, generator=torch.Generator().manual_seed(0))
     checkpoint.save_lrm(lrm, texts.load_tokenizers(model, lrm.family), folder)
@@ -58,11 +61,13 @@ def statement(work: Path):
     from lpo_fast.config import LPO
     from lpo_fast.models import families, texts
 
-    def load_text(path: Path, family: families.Family, folder: Path | None = None, state: object = None) -> list:
+    def load_text(path: Path, family: families.Family, folder: Path | None = None,
+                  state: object = None) -> list:
         return [kind.from_pretrained((folder or path) / name) for name, kind in family.encoders]
     texts.load_text = load_text
-    config = LPO(model=str(work / "sd"), lrm=str(work / "lrm_sd" / "checkpoint-final"), rank=4, num_candidates=CANDIDATES,
-                 guidance_scale=GUIDANCE, beta=BETA, clip_eps=EPS, threshold_shape="none", threshold_min=-1.0)
+    config = LPO(model=str(work / "sd"), lrm=str(work / "lrm_sd" / "checkpoint-final"), rank=4,
+                 num_candidates=CANDIDATES, guidance_scale=GUIDANCE, beta=BETA, clip_eps=EPS,
+                 threshold_shape="none", threshold_min=-1.0)
     ours = official_loop.load(config, PROMPTS, torch.device("cpu"))
     ours.scheduler.timesteps = ours.scheduler.timesteps[:STEPS]
     return ours
@@ -74,7 +79,8 @@ def tick() -> np.ndarray:
 
 
 class Beside:
-    """The statement and its times, and those of the program around which ``before`` and ``after`` are called."""
+    """The statement and its times, and those of the program around which ``before`` and ``after`` are called.
+    """
 
     def __init__(self, work: Path):
         from official_loop import Random
@@ -149,16 +155,19 @@ def both(work: Path, code: Path, rounds: int) -> None:
     beside = Beside(work)
     how = beside.ours.config
     values = {
-        "use_xformers": False, "lora_rank": how.rank, "logdir": str(work), "run_name": "official", "save_interval": 10**6,
-        "num_epochs": WARM + rounds, "validation_prompts": None, "dataloader_num_workers": 0, "dataloader_shuffle": False,
-        "dataloader_pin_memory": False, "pretrained.model": str(work / "sd"), "preference_model_func_cfg": {"type": "small"},
+        "use_xformers": False, "lora_rank": how.rank, "logdir": str(work), "run_name": "official",
+        "save_interval": 10**6, "num_epochs": WARM + rounds, "validation_prompts": None,
+        "dataloader_num_workers": 0, "dataloader_shuffle": False, "dataloader_pin_memory": False,
+        "pretrained.model": str(work / "sd"), "preference_model_func_cfg": {"type": "small"},
         "compare_func_cfg": {"type": "preference_score_compare", "threshold": how.threshold_min},
         "dataset_cfg": {"type": "PromptDataset", "meta_json_path": str(work / "prompts.json"),
                         "pretrained_tokenzier_path": str(work / "sd" / "tokenizer")},
-        "sample.num_steps": how.num_steps, "sample.guidance_scale": GUIDANCE, "sample.sample_batch_size": len(PROMPTS),
-        "sample.num_sample_each_step": CANDIDATES, "train.divert_end_step": STEPS, "train.train_batch_size": 1000,
-        "train.beta": BETA, "train.eps": EPS, "train.learning_rate": how.learning_rate, "train.adam_beta1": how.adam_beta1,
-        "train.adam_beta2": how.adam_beta2, "train.adam_weight_decay": how.weight_decay, "train.adam_epsilon": how.adam_epsilon,
+        "sample.num_steps": how.num_steps, "sample.guidance_scale": GUIDANCE,
+        "sample.sample_batch_size": len(PROMPTS), "sample.num_sample_each_step": CANDIDATES,
+        "train.divert_end_step": STEPS, "train.train_batch_size": 1000, "train.beta": BETA,
+        "train.eps": EPS, "train.learning_rate": how.learning_rate, "train.adam_beta1": how.adam_beta1,
+        "train.adam_beta2": how.adam_beta2, "train.adam_weight_decay": how.weight_decay,
+        "train.adam_epsilon": how.adam_epsilon,
     }
     (work / "config.py").write_text(official_check.CONFIG.format(values=values))
     program = importlib.import_module("train_lpo")
@@ -185,14 +194,17 @@ def both(work: Path, code: Path, rounds: int) -> None:
     look_at(program.Accelerator, "log", lambda out, self, values, *a: beside.log(values))
     program.FLAGS(["train_lpo.py", "--config", str(work / "config.py")])
     program.main(None)
-    times = {f"{part} {side}": np.stack(found[WARM:]).tolist() for (part, side), found in beside.times.items()}
-    (work / "times.json").write_text(json.dumps({"times": times, "errors": beside.errors, "pairs": len(beside.pairs.t),
+    times = {f"{part} {side}": np.stack(found[WARM:]).tolist()
+             for (part, side), found in beside.times.items()}
+    (work / "times.json").write_text(json.dumps({"times": times, "errors": beside.errors,
+                                                 "pairs": len(beside.pairs.t),
                                                  "versions": official_check.versions()}))
 
 
 def cpu_name() -> str:
     """The processor, as Linux calls it."""
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+             if "model name" in line]
     return f"{len(names)} × {names[0]}"
 
 
@@ -200,31 +212,37 @@ def report(found: dict, args: argparse.Namespace) -> str:
     """The Markdown page."""
     from measure import environment
     here, times = environment(), {name: np.array(rows) for name, rows in found["times"].items()}
-    code = subprocess.run(["git", "-C", args.official, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    code = subprocess.run(["git", "-C", args.official, "rev-parse", "--short=12", "HEAD"],
+                          capture_output=True, text=True)
     lines = ["# The time of our statement beside the official code's", "",
-             f"`python bench/official/time.py --official {args.official} --python {args.python} --rounds {args.rounds}`, "
-             f"commit {here['commit']}, official code {code.stdout.strip()}, {cpu_name()}, one thread, {here['date']}. Both in "
-             f"one process: {', '.join(f'{name} {version}' for name, version in found['versions'].items())}, fp32.", "",
-             "`train_lpo.py` itself and `bench/official/loop.py`, SD1.5 with a quarter of every width at 128 pixels: "
-             f"{len(PROMPTS)} prompts, {CANDIDATES} candidates, denoising steps a sampling step: {STEPS}, pairs a training "
-             f"step: {found['pairs']}. Medians (quartiles) of {args.rounds} alternating rounds. Ratio: statement / official. "
+             f"`python bench/official/time.py --official {args.official} --python "
+             f"{args.python} --rounds {args.rounds}`, commit {here['commit']}, official code "
+             f"{code.stdout.strip()}, {cpu_name()}, one thread, {here['date']}. Both in one process: "
+             f"{', '.join(f'{name} {version}' for name, version in found['versions'].items())}, fp32.", "",
+             "`train_lpo.py` itself and `bench/official/loop.py`, SD1.5 with a quarter of every "
+             f"width at 128 pixels: {len(PROMPTS)} prompts, {CANDIDATES} candidates, denoising "
+             f"steps a sampling step: {STEPS}, pairs a training step: {found['pairs']}. Medians "
+             f"(quartiles) of {args.rounds} alternating rounds. Ratio: statement / official. "
              "CPU: seconds of all threads, which a busy machine disturbs less.", "",
-             "| | official: clock, CPU s | statement: clock, CPU s | ratio, clock | ratio, CPU |", "|---|---|---|---|---|"]
+             "| | official: clock, CPU s | statement: clock, CPU s | ratio, clock | ratio, CPU |",
+             "|---|---|---|---|---|"]
     for part, what in PARTS.items():
         theirs, mine = times[f"{part} official"], times[f"{part} statement"]
         shown = [f"{low:.2f}–{high:.2f}" for low, high in np.percentile(mine / theirs, [25, 75], axis=0).T]
         clock, cpu = np.median(mine / theirs, axis=0)
         seconds = [", ".join(f"{value:.2f}" for value in np.median(side, axis=0)) for side in (theirs, mine)]
-        lines.append(f"| {what} | {seconds[0]} | {seconds[1]} | {clock:.3f} ({shown[0]}) | {cpu:.3f} ({shown[1]}) |")
+        lines.append(f"| {what} | {seconds[0]} | {seconds[1]} | {clock:.3f} ({shown[0]}) | {cpu:.3f} "
+                     f"({shown[1]}) |")
     lines += ["", "Largest error, max\\|a − b\\| / max\\|b\\|, in any round: "
-              + ", ".join(f"{name} {apart:.0e}" if apart else f"{name} 0" for name, apart in found["errors"].items())
-              + ". (The margin is a difference of near-equal ratios.)"]
+              + ", ".join(f"{name} {apart:.0e}" if apart else f"{name} 0" for name, apart in found["errors"]
+                          .items()) + ". (The margin is a difference of near-equal ratios.)"]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """The driver, or (with --work) the other environment's part."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official", type=Path, required=True, help="checkout of Kwai-Kolors/LPO")
     parser.add_argument("--python", default=sys.executable, help="the Python that runs it")
     parser.add_argument("--rounds", type=int, default=11)
@@ -236,10 +254,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         make(Path(scratch))
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPO),
-                                    "OMP_NUM_THREADS": "1"}
-        subprocess.run([args.python, __file__, "--official", args.official.absolute(), "--rounds", str(args.rounds), "--work",
-                        scratch], check=True, env=environment)
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
+                                    "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+        subprocess.run([args.python, __file__, "--official", args.official.absolute(), "--rounds",
+                        str(args.rounds), "--work", scratch], check=True, env=environment)
         page = report(json.loads((Path(scratch) / "times.json").read_text()), args)
     args.out.write_text(page)
     print(page)

@@ -1,9 +1,10 @@
-"""Measure an operator, as bench/bench_kernels.py does, and print the table of a run.
+"""Measure operators for bench/bench_kernels.py, and print the table of a run.
 
-Times are of right results only: every variant is checked against the reference in fp64 first, on the device and inputs that
-are timed (coarsely: tests/ are for precision). Wall clock: back-to-back calls, what a caller without a CUDA graph pays.
-GPU time: a replayed CUDA graph of many calls, so without the host. Both rotate over copies of the inputs that together are
-at least twice the L2 cache, and keep as many results alive, so that memory and not the cache is measured.
+Only correct results are timed: every variant is first checked against the reference in fp64, on the device
+and inputs that are timed (coarsely; precision is tested in tests/). Wall clock: back-to-back calls, the cost
+for a caller without a CUDA graph. GPU time: a replayed CUDA graph of many calls, without the host. Both
+rotate over copies of the inputs that together are at least twice the L2 cache, and keep as many results
+alive, so that memory is measured and not the cache.
 """
 
 import itertools
@@ -28,26 +29,27 @@ import torch._functorch.config
 from lpo_fast.verify.operators import Operator, error
 
 HERE = Path(__file__).resolve().parents[1]
-ROUNDS, ROUND = (20, 0.02) if torch.cuda.is_available() else (10, 0.003)  # rounds of a benchmark; seconds of one
-GRAPH = 20  # calls in a CUDA graph, at least
+# rounds of a benchmark; seconds of one
+ROUNDS, ROUND = (20, 0.02) if torch.cuda.is_available() else (10, 0.003)
+GRAPH = 20  # least number of calls in a CUDA graph
 VARIANTS = ("eager", "compiled", "kernel")
 
 
 def clock() -> float:
-    """Seconds, when the GPU has done all that was asked of it."""
+    """Return the time in seconds after the GPU has finished all queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def rotation(calls: list[Callable]) -> Callable[[], None]:
-    """The calls in turn; as many results stay alive, so that not one buffer gets them all."""
+    """Return a function that makes the calls one after another; it keeps results alive, so buffers differ."""
     turn, alive = itertools.cycle(calls), deque(maxlen=len(calls))
     return lambda: alive.append(next(turn)())
 
 
 def gpu_seconds(calls: list[Callable], stream: torch.cuda.Stream) -> float:
-    """Of one call within a CUDA graph; ``calls`` have run on ``stream`` before."""
+    """Return the seconds per call within a CUDA graph; ``calls`` must have run on ``stream`` before."""
     call, n = rotation(calls), len(calls) * -(-GRAPH // len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
@@ -65,15 +67,16 @@ def gpu_seconds(calls: list[Callable], stream: torch.cuda.Stream) -> float:
 
 
 def launches(call: Callable) -> int:
-    """Kernels, copies and fills that one call runs on the GPU."""
+    """Return how many kernels, copies and fills one call runs on the GPU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
-    return sum(e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation for e in profile.events())
+    return sum(e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
+               for e in profile.events())
 
 
 def copy_bytes_per_second(device: torch.device) -> float:
-    """Bytes read and written a second by a copy within the device, the best that a memory-bound kernel can hope for."""
+    """Return a device copy's bytes per second, read and written: the limit of memory-bound kernels."""
     source = torch.ones(2**29 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
     target, times = torch.empty_like(source), []
     for _ in range(ROUNDS):
@@ -85,17 +88,20 @@ def copy_bytes_per_second(device: torch.device) -> float:
 
 
 def environment() -> dict[str, str]:
-    """Device, versions, commit and date: what a figure depends on."""
+    """Return the device, versions, commit and date of a measurement."""
     import triton
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    return {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
-            "torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0],
-            "commit": commit or os.environ.get("COMMIT", "unknown"), "date": datetime.now(UTC).date().isoformat()}
+    commit = (subprocess.run(command, capture_output=True, text=True).stdout.strip()
+              if shutil.which("git") else "")
+    return {
+        "device": torch.cuda.get_device_name()
+            if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
+        "torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0],
+        "commit": commit or os.environ.get("COMMIT", "unknown"), "date": datetime.now(UTC).date().isoformat()}
 
 
 def run(operator: Operator, size: str, how: str, backward: bool, benchmark, copy_rate: float) -> dict:
-    """Check and time one variant; its row of the results, without a time if benchmarks are disabled."""
+    """Check and time one variant; return its row of results, without times if benchmarks are disabled."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     make = partial(operator.inputs, device, **(operator.sizes if cuda else operator.small)[size])
@@ -109,9 +115,10 @@ def run(operator: Operator, size: str, how: str, backward: bool, benchmark, copy
     if how == "compiled":
         torch._dynamo.reset()
         function = torch.compile(function, fullgraph=True, dynamic=False)
-    row = {"op": operator.name, "size": size, "pass": direction, "how": how, "bytes": moved, "copies": len(inputs)}
+    row = {"op": operator.name, "size": size, "pass": direction, "how": how, "bytes": moved,
+           "copies": len(inputs)}
 
-    with torch._functorch.config.patch(donated_buffer=False):  # a graph that stays
+    with torch._functorch.config.patch(donated_buffer=False):  # the autograd graph is kept
         todo = operator.calls(function, inputs, backward)
         error(f"{operator.name} {how} {direction}", todo[0](), operator.truth(inputs[0], backward))
     call = rotation(todo)
@@ -121,7 +128,8 @@ def run(operator: Operator, size: str, how: str, backward: bool, benchmark, copy
     for _ in range(4):
         call()
     seconds = (clock() - start) / 4
-    benchmark.pedantic(call, rounds=ROUNDS, iterations=min(max(int(ROUND / seconds), 1), 1000), warmup_rounds=1)
+    benchmark.pedantic(call, rounds=ROUNDS, iterations=min(max(int(ROUND / seconds), 1), 1000),
+                       warmup_rounds=1)
     if benchmark.stats is None:
         return row
     wall = benchmark.stats.stats
@@ -131,20 +139,24 @@ def run(operator: Operator, size: str, how: str, backward: bool, benchmark, copy
         seconds = gpu_seconds(todo, torch.cuda.current_stream())
         row |= {"gpu_us": seconds * 1e6, "launches": launches(todo[0])}
     rate = moved / seconds
-    return row | {"GB/s": rate / 1e9, "copy GB/s": copy_rate / 1e9, "share": rate / copy_rate, **environment()}
+    return row | {"GB/s": rate / 1e9, "copy GB/s": copy_rate / 1e9, "share": rate / copy_rate,
+                  **environment()}
 
 
 def benchmarks(operator: Operator) -> Callable:
-    """A pytest function: every size × eager, compiled, kernel × forward, backward; without a GPU there is no kernel."""
+    """Return a pytest function over size × (forward, backward) × variant; no kernel without a GPU."""
     cuda = torch.cuda.is_available()
     directions = (False,) if operator.differentiable is None else (False, True)
-    cases = itertools.product(operator.sizes if cuda else operator.small, directions, VARIANTS if cuda else VARIANTS[:2])
+    cases = itertools.product(operator.sizes if cuda else operator.small, directions,
+                              VARIANTS if cuda else VARIANTS[:2])
 
     @pytest.mark.benchmark(timer=clock, group=operator.name)
-    @pytest.mark.parametrize("size, backward, how", [
-        pytest.param(*case, id=f"{case[0]}-{'backward' if case[1] else 'forward'}-{case[2]}") for case in cases])
-    def test(size: str, backward: bool, how: str, benchmark, copy_rate: float, record: Callable[[dict], None]) -> None:
-        stream = torch.cuda.Stream() if cuda else None  # a backward pass runs on the stream of its forward pass
+    @pytest.mark.parametrize("size, backward, how", [pytest.param(
+        *case, id=f"{case[0]}-{'backward' if case[1] else 'forward'}-{case[2]}") for case in cases])
+    def test(size: str, backward: bool, how: str, benchmark, copy_rate: float,
+             record: Callable[[dict], None]) -> None:
+        # a backward pass runs on the stream of its forward pass
+        stream = torch.cuda.Stream() if cuda else None
         with torch.cuda.stream(stream):
             row = run(operator, size, how, backward, benchmark, copy_rate)
         benchmark.extra_info.update(row)
@@ -153,12 +165,12 @@ def benchmarks(operator: Operator) -> Callable:
 
 
 def stamp() -> str:
-    """``environment`` in a line."""
+    """Return ``environment`` as one line."""
     return ", ".join(f"{key} {value}" for key, value in environment().items())
 
 
 def write(path: Path, rows: list[dict], page: str) -> None:
-    """Rows as JSON, and the page beside them as Markdown: a killed run leaves no half file."""
+    """Write rows as JSON and the page as Markdown next to it, atomically."""
     for target, text in ((path, json.dumps(rows, indent=1) + "\n"), (path.with_suffix(".md"), page)):
         aside = target.with_suffix(".new")
         aside.write_text(text, encoding="utf-8")
@@ -166,17 +178,19 @@ def write(path: Path, rows: list[dict], page: str) -> None:
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable]) -> str:
-    """A table whose columns are aligned."""
+    """Return a Markdown table with aligned columns."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]) + "\n"
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+             for row in cells]
+    return ("\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+            + "\n")
 
 
 def table(rows: Iterable[dict]) -> str:
-    """Eager, compiled and kernel side by side: µs on the GPU (wall clock); rates are of the last of the three that ran.
+    """Return the table of eager, compiled and kernel: µs on the GPU (wall clock); rates of the last that ran.
 
-    Columns in which nothing was measured are left out: those of kernels and launches without a GPU.
+    Columns without measurements are omitted: those of kernels and launches without a GPU.
     """
     found: dict[tuple, dict[str, dict]] = {}
     for row in rows:
@@ -197,10 +211,12 @@ def table(rows: Iterable[dict]) -> str:
         three = [variants.get(how) for how in VARIANTS]
         last = [row for row in three if row][-1]
         counts = "/".join(str(row.get("launches", "-")) if row else "-" for row in three)
-        lines.append([*key, *map(cell, three), *(times(row, last) for row in three[:2]), f"{last['GB/s']:.1f}",
-                      f"{last['share']:.0%}", counts])
-    header = ("op", "size", "pass", "eager µs", "compiled µs", "kernel µs", "× eager", "× compiled", "GB/s", "of copy",
-              "launches")
-    keep = [not lines or any(cell.strip("-/") for cell in column) for column in zip(*lines or [header], strict=True)]
-    header, *lines = ([cell for cell, kept in zip(row, keep, strict=True) if kept] for row in (header, *lines))
+        lines.append([*key, *map(cell, three), *(times(row, last) for row in three[:2]),
+                      f"{last['GB/s']:.1f}", f"{last['share']:.0%}", counts])
+    header = ("op", "size", "pass", "eager µs", "compiled µs", "kernel µs", "× eager", "× compiled", "GB/s",
+              "of copy", "launches")
+    keep = [not lines or any(cell.strip("-/") for cell in column)
+            for column in zip(*lines or [header], strict=True)]
+    header, *lines = ([cell for cell, kept in zip(row, keep, strict=True) if kept]
+                      for row in (header, *lines))
     return markdown(header, lines)

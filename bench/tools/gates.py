@@ -1,10 +1,11 @@
-"""The kernels' gates that need no GPU, with another Triton than the installed one, and a record of them.
+"""Run the kernels' checks that need no GPU with another version of Triton, and record the results.
 
     python bench/tools/gates.py --triton 3.6.0 [--path DIR] [--out DIR]
 
-Runs the tests of kernels/ under Triton's interpreter and bench/tools/aot.py, with that Triton first on PYTHONPATH: from DIR, or
-installed by pip into a folder that is removed afterwards, or the installed one if it is of that version. Writes
-gates-triton-<version>.md and aot-triton-<version>.md into --out, bench/results by default. Exit status 1 if a gate fails.
+Runs the tests of kernels/ under Triton's interpreter, and bench/tools/aot.py, with that Triton first on
+PYTHONPATH: from DIR, from a temporary folder into which pip installs it, or the installed one if it has that
+version. Writes gates-triton-<version>.md and aot-triton-<version>.md into --out (default: bench/results). The
+exit status is 1 if a check fails.
 """
 
 import argparse
@@ -29,21 +30,23 @@ print(json.dumps(measure.environment() | {"numpy": numpy.__version__}))
 
 
 def folder(version: str, stack: ExitStack) -> str:
-    """Where that Triton is installed for the time being; empty if it is the installed one."""
+    """Install that Triton into a temporary folder and return it; "" if it is the installed version."""
     if importlib.metadata.version("triton") == version:
         return ""
     path = stack.enter_context(tempfile.TemporaryDirectory())
     packages = [f"triton=={version}"]
     if tuple(map(int, version.split(".")[:2])) < (3, 7):
         packages.append("numpy==2.3.5")  # its interpreter's loops fail with numpy 2.4
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", path, *packages], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", path,
+                    *packages], check=True)
     return path
 
 
 def gate(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
-    """Run a command and show what it prints; its exit status and closing line."""
+    """Run a command and show its output; return its exit status and last line."""
     closing = ""
-    with subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+                          text=True) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
             closing = line.strip(" =\n") or closing
@@ -51,10 +54,11 @@ def gate(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
 
 
 def main() -> int:
-    """Run the gates and write the record; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the checks and write the record; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--triton", required=True, metavar="VERSION")
-    parser.add_argument("--path", help="a folder that holds it, and a numpy that its interpreter works with")
+    parser.add_argument("--path", help="a folder with that Triton, and a numpy that its interpreter supports")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()
     out, names = options.out.resolve(), sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
@@ -63,13 +67,15 @@ def main() -> int:
         clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         search = os.pathsep.join(filter(None, (path, str(ROOT), clean.get("PYTHONPATH"))))
         environment = {**clean, "PYTHONPATH": search, "CUDA_VISIBLE_DEVICES": ""}
-        found = json.loads(subprocess.check_output([sys.executable, "-c", VERSIONS], cwd=ROOT, env=environment, text=True))
+        found = json.loads(subprocess.check_output([sys.executable, "-c", VERSIONS], cwd=ROOT,
+                                                   env=environment, text=True))
         if found["triton"] != options.triton:
             parser.error(f"--triton {options.triton}: found {found['triton']}")
         table = out / f"aot-triton-{options.triton}.md"
         rows, failed = [], 0
         for shown, command in (
-            ("python -m pytest " + " ".join(tests := ["tests/system/test_launch.py", *(f"tests/kernels/test_{name}.py" for name in names)]),
+            ("python -m pytest " + " ".join(tests := ["tests/system/test_launch.py",
+                                                      *(f"tests/kernels/test_{name}.py" for name in names)]),
              ["-m", "pytest", "--disable-warnings", "-p", "no:cacheprovider", *tests]),
             (f"python bench/tools/aot.py --out {table.name}", ["bench/tools/aot.py", "--out", str(table)]),
         ):
@@ -77,10 +83,12 @@ def main() -> int:
             rows.append((f"`{shown}`", status, closing))
             failed |= status
     out.mkdir(parents=True, exist_ok=True)
-    versions = ", ".join(f"{key} {found[key]}" for key in ("triton", "numpy", "torch", "python", "commit", "date"))
+    versions = ", ".join(f"{key} {found[key]}"
+                         for key in ("triton", "numpy", "torch", "python", "commit", "date"))
     (out / f"gates-triton-{options.triton}.md").write_text(
-        f"# Gates without a GPU, Triton {options.triton}\n\n`python bench/tools/gates.py --triton {options.triton}`: {versions}.\n\n"
-        + markdown(("command", "exit status", "closing line"), rows), encoding="utf-8")
+        f"# Gates without a GPU, Triton {options.triton}\n\n`python bench/tools/gates.py --triton "
+        f"{options.triton}`: {versions}.\n\n" + markdown(("command", "exit status", "closing line"), rows),
+        encoding="utf-8")
     return 1 if failed else 0
 
 

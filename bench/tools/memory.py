@@ -1,8 +1,10 @@
-"""python bench/tools/memory.py [SETTING …] [--out FILE.md]: README's settings that fit a GPU, by --dry-run and as measured.
+"""Compare the memory that --dry-run estimates with measured peaks, for the settings in docs/memory.md.
 
-Each is a run of one prompt batch, or of two LRM steps, on random weights of the real architecture, in a process of its own,
-whose peak is what torch's allocator gave out. The ratio is to be within 25 % of 1. Without a GPU: the dry run of a small model.
-Models lie in $BENCH_WORK.
+    python bench/tools/memory.py [SETTING …] [--out FILE.md]
+
+Each setting is a run of one prompt batch, or of two LRM steps, on random weights of the real architecture, in
+its own process; the peak is that of torch's allocator. The ratio should be within 25 % of 1. Without a GPU,
+only a small model's dry run is reported. Models are kept in $BENCH_WORK.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from lpo_fast.shapes import evaluate, world
 
 CUDA = torch.cuda.is_available()
 LPO = ["--max-batches", "1", "--pictures", "0", "--threshold-min", "0", "--threshold-max", "0.001"]
-# README's Memory table: stage, model, flags, and the GB of the GPU.
+# The table in docs/memory.md: stage, model, GB of the GPU, flags.
 SETTINGS = {
     "sd15": ("lpo", "sd15", 8, [*LPO, "--batch-size", "2", "--train-batch-size", "2", "--accumulate", "5",
                                 "--checkpointing", "selective"]),
@@ -40,7 +42,7 @@ sys.exit(code)
 
 
 def run(*arguments: str) -> list[str]:
-    """The command's output in a process of its own; its errors are shown."""
+    """Run the command in its own process; return its output lines. Its errors are shown."""
     done = subprocess.run([sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stdout}")
@@ -48,7 +50,7 @@ def run(*arguments: str) -> list[str]:
 
 
 def row(name: str, work: Path, scratch: Path) -> list[object]:
-    """Estimate and measurement of a setting, in GiB."""
+    """Return the table row of a setting: estimate and measurement in GiB."""
     stage, family, gigabytes, flags = SETTINGS[name]
     model, lrm = work / family, work / f"lrm_{family}"
     if not model.exists():
@@ -62,7 +64,8 @@ def row(name: str, work: Path, scratch: Path) -> list[object]:
     else:
         evaluate.write_pairs(scratch / "pairs.parquet", 64, 0, held_out=False)
         given += ["--pairs", str(scratch / "pairs.parquet")]
-    phases = [line.split()[-1].replace(",", "") for line in run(stage, *given, "--dry-run") if line.startswith("most while")]
+    phases = [line.split()[-1].replace(",", "") for line in run(stage, *given, "--dry-run")
+              if line.startswith("most while")]
     estimate = max(map(float, phases))
     if not CUDA:
         return [name, gigabytes, f"{estimate:.2f}", "no GPU", ""]
@@ -71,8 +74,9 @@ def row(name: str, work: Path, scratch: Path) -> list[object]:
 
 
 def main() -> None:
-    """Print the table row by row, and write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure all settings; print and write the table after each row."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", choices=[[], *SETTINGS], default=[], help="default: all")
     parser.add_argument("--out", type=Path, help="file of the table")
     args, rows = parser.parse_args(), []
@@ -83,7 +87,8 @@ def main() -> None:
             table = markdown(["setting", "GB of the GPU", "GiB by --dry-run", "GiB measured", "ratio"], rows)
             print(table, flush=True)
             if args.out:
-                args.out.write_text(f"# Peak memory\n\n`python bench/tools/memory.py`; {stamp()}.\n\n{table}", encoding="utf-8")
+                args.out.write_text(f"# Peak memory\n\n`python bench/tools/memory.py`; {stamp()}.\n\n{table}",
+                                    encoding="utf-8")
 
 
 if __name__ == "__main__":

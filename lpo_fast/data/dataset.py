@@ -47,8 +47,8 @@ class PairDataset(Dataset):
         pairs, row = self.pairs, int(self.pairs.rows[i])
         places, compare = pairs.pictures[i], bool(pairs.compare[i])
         item = {"row": pairs.key(i), "caption": pairs.captions[row],
-                "labels": torch.from_numpy(pairs.labels[row]), "count": int(pairs.counts[row]), "compare": compare,
-                "corrupt": False}
+                "labels": torch.from_numpy(pairs.labels[row]), "count": int(pairs.counts[row]),
+                "compare": compare, "corrupt": False}
         if self.cache is not None:
             numbers = places @ np.array([2, 1])
             moments, damaged = self.cache.read(numbers)
@@ -65,7 +65,8 @@ class PairDataset(Dataset):
 
     def decode(self, places: np.ndarray) -> Tensor:
         """Return fp32 [2, 3, r, r] of two pictures, given as (row, side)."""
-        return torch.stack([images.decode(self.pictures[side](row), self.resolution) for row, side in places.tolist()])
+        return torch.stack([images.decode(self.pictures[side](row), self.resolution)
+                            for row, side in places.tolist()])
 
 
 def check_pictures(pairs: PairTable) -> None:
@@ -84,8 +85,8 @@ def check_pictures(pairs: PairTable) -> None:
             if names[key] == key:
                 found = InputError(pairs.source.path, what, "store encoded JPEG or PNG", pairs.source.flag)
             else:
-                found = InputError(names[key], f"{what} in {pairs.source.path}", "name a column of encoded pictures or of "
-                                   "picture files", flag_of(key))
+                found = InputError(names[key], f"{what} in {pairs.source.path}",
+                                   "name a column of encoded pictures or of picture files", flag_of(key))
             problem = problem or found
     raise problem or InputError(pairs.source.path, "holds no pairs", "add pairs", pairs.source.flag)
 
@@ -97,14 +98,16 @@ def collate(items: list[dict]) -> dict:
     bool [B]. With a cache also cached bool [B], numbers int64 [2, B], damaged (an int) and moments [2, B, 2C,
     h, w]. pixels or moments are omitted if no pair has them, and are 0 for pairs that have the other.
     """
-    batch = {"rows": torch.tensor([item["row"] for item in items]), "captions": [item["caption"] for item in items],
+    batch = {"rows": torch.tensor([item["row"] for item in items]),
+             "captions": [item["caption"] for item in items],
              "counts": torch.tensor([item["count"] for item in items])}
     for key in ("compare", "corrupt", "cached"):
         if key in items[0]:
             batch[key] = torch.tensor([item[key] for item in items])
     for key in ("labels", "numbers", "pixels", "moments"):
         if (one := next((item[key] for item in items if key in item), None)) is not None:
-            batch[key] = torch.stack([item[key] if key in item else torch.zeros_like(one) for item in items], 1)
+            batch[key] = torch.stack([item[key] if key in item else torch.zeros_like(one) for item in items],
+                                     1)
     return batch | ({"damaged": sum(item["damaged"] for item in items)} if "cached" in batch else {})
 
 

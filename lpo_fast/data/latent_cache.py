@@ -41,7 +41,8 @@ class Cache:
     side.
     """
 
-    def __init__(self, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype, contents: dict[str, object]):
+    def __init__(self, folder: Path, shape: tuple[int, int, int], dtype: torch.dtype,
+                 contents: dict[str, object]):
         self.folder, self.shape, self.dtype, self.contents = folder, shape, dtype, contents
         self.size = int(np.prod(shape)) * dtype.itemsize
         self.files: tuple[int, int] | None = None  # file descriptors of marks and latents
@@ -56,7 +57,8 @@ class Cache:
             self.folder.mkdir(parents=True, exist_ok=True)
             # Every process writes the same contents.
             (self.folder / "contents.json").write_text(json.dumps(self.contents, indent=1) + "\n")
-            marks, latents = (os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644) for name in ("marks", "latents"))
+            marks, latents = (os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+                              for name in ("marks", "latents"))
             self.files = marks, latents
         return self.files
 
@@ -64,7 +66,8 @@ class Cache:
         """Return how many of these pictures have no entry. numbers: int64 [N], distinct. No file is created.
         """
         file = self.folder / "marks"
-        known = np.fromfile(file, "<u8", count=file.stat().st_size // MARK) if file.is_file() else np.zeros(0, "<u8")
+        known = (np.fromfile(file, "<u8", count=file.stat().st_size // MARK)
+                 if file.is_file() else np.zeros(0, "<u8"))
         return len(numbers) - int((known[numbers[numbers < len(known)]] != 0).sum())
 
     def read(self, numbers: np.ndarray) -> tuple[Tensor | None, int]:
@@ -99,8 +102,8 @@ class Cache:
                 os.pwrite(marks, (zlib.crc32(entry) + 1).to_bytes(MARK, "little"), MARK * number)
             except OSError as error:
                 self.writes = False
-                print(f"warning: --cache-latents {self.folder}: {error}; missing entries are encoded every time",
-                      file=sys.stderr)
+                print(f"warning: --cache-latents {self.folder}: {error}; missing entries are "
+                      "encoded every time", file=sys.stderr)
 
     def keep(self, batch: dict, moments: Tensor) -> None:
         """Write moments [2, B, 2C, h, w] of those pictures of a batch (``dataset.collate``) that were not
@@ -130,7 +133,8 @@ def of(config: LRM, pairs: PairTable, precision: str) -> Cache:
                 "table": pairs.source.fingerprint(), "pictures": [pairs.columns.jpg_0, pairs.columns.jpg_1]}
     name = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
     shape = (2 * vae["latent_channels"], resolution // side, resolution // side)
-    return Cache(Path(config.cache_latents) / name, shape, devices.DTYPES[precision], contents | {"entry": list(shape)})
+    return Cache(Path(config.cache_latents) / name, shape, devices.DTYPES[precision],
+                 contents | {"entry": list(shape)})
 
 
 @lru_cache

@@ -51,7 +51,8 @@ def read_columns(files: list[Path], columns: Sequence[str] | None = None, most: 
     most, tables, size = most or LARGEST_TEXT, [], 0
     for file in files:
         parquet = pq.ParquetFile(file)
-        schema = pa.schema([parquet.schema_arrow.field(name) for name in columns]) if columns else parquet.schema_arrow
+        schema = (pa.schema([parquet.schema_arrow.field(name) for name in columns])
+                  if columns else parquet.schema_arrow)
         batches = parquet.iter_batches(_rows(parquet, schema, most), columns=schema.names, use_threads=False)
         rows, found = parquet.metadata.num_rows * len(schema) * A_VALUE, []
         while rows + size <= most and (batch := next(batches, None)) is not None:
@@ -71,8 +72,10 @@ def _rows(parquet: pq.ParquetFile, schema: pa.Schema, most: int) -> int:
     if any(pa.types.is_dictionary(field.type) for field in schema):
         return 2**16  # distinct values are stored once, with indices
     groups = map(parquet.metadata.row_group, range(parquet.metadata.num_row_groups))
-    columns, paths = (g.column(i) for g in groups for i in range(g.num_columns)), tuple(f"{name}." for name in schema.names)
-    sizes = (column.total_uncompressed_size for column in columns if f"{column.path_in_schema}.".startswith(paths))
+    columns, paths = ((g.column(i) for g in groups for i in range(g.num_columns)),
+                      tuple(f"{name}." for name in schema.names))
+    sizes = (column.total_uncompressed_size for column in columns
+             if f"{column.path_in_schema}.".startswith(paths))
     return min(max(most // max([1, *sizes]), 1), 64)
 
 
@@ -83,6 +86,7 @@ def largest(files: Sequence[Path] = ()) -> int:
 
 def _size(column: pa.Array) -> int:
     """Return the bytes of a column's values, each counted separately."""
-    if pa.types.is_dictionary(column.type) and isinstance(column.dictionary, pa.StringArray | pa.LargeStringArray):
+    if (pa.types.is_dictionary(column.type)
+            and isinstance(column.dictionary, pa.StringArray | pa.LargeStringArray)):
         return pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0
     return column.nbytes

@@ -19,7 +19,8 @@ from lpo_fast.errors import InputError
 if TYPE_CHECKING:
     pass
 
-OPTIONAL = ("label_0", "label_1", "are_different", "has_label", "num_example_per_prompt", "image_0_uid", "image_1_uid")
+OPTIONAL = ("label_0", "label_1", "are_different", "has_label", "num_example_per_prompt", "image_0_uid",
+            "image_1_uid")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class PairTable:
         return int(self.rows[i]) + len(self.captions) * bool(self.compare[i])
 
 
-def read(path: str, flag: str = "--pairs", columns: Columns | None = None, split: str = "", cache_dir: str = "") -> PairTable:
+def read(path: str, flag: str = "--pairs", columns: Columns | None = None, split: str = "",
+         cache_dir: str = "") -> PairTable:
     """Read all pairs of a table and check captions and labels; no picture is read.
 
     Raises InputError, which names flag and row.
@@ -69,20 +71,24 @@ def read(path: str, flag: str = "--pairs", columns: Columns | None = None, split
         if names[key] and (given or source.has(names[key])):
             values[key] = source.values(names[key], key)
     captions = values["caption"] if "caption" in values else source.values("", "caption")
-    if bad := next(((i, caption) for i, caption in enumerate(captions) if not isinstance(caption, str)), None):
+    if bad := next(((i, caption) for i, caption in enumerate(captions) if not isinstance(caption, str)),
+                   None):
         raise InputError(path, f"row {bad[0]}: the caption is {bad[1]!r}", "make every caption text", flag)
     judged = np.array([bool(value) for value in values.get("has_label", [True] * len(captions))], bool)
     labels = _labels(values, judged, path, flag)
     different = labels[:, 0] != labels[:, 1]
     if "are_different" in values:
         different = np.array([bool(value) for value in values["are_different"]], bool)
-    uids = (values["image_0_uid"], values["image_1_uid"]) if {"image_0_uid", "image_1_uid"} <= values.keys() else None
+    uids = ((values["image_0_uid"], values["image_1_uid"]) if {"image_0_uid", "image_1_uid"} <= values.keys()
+            else None)
     for key in itertools.chain(*(uids or ())):
         if isinstance(key, list | dict):
             raise InputError(path, f"a picture's key is {key!r}", "use text or numbers", flag)
     rows = np.arange(len(captions))
-    return PairTable(source, columns, captions, labels, _counts(values, captions, path, flag), different, judged, uids, rows,
-                 np.stack([np.stack([rows, np.full_like(rows, side)], 1) for side in (0, 1)], 1), np.zeros(len(rows), bool))
+    return PairTable(source, columns, captions, labels,
+                     _counts(values, captions, path, flag), different, judged, uids, rows,
+                     np.stack([np.stack([rows, np.full_like(rows, side)], 1) for side in (0, 1)], 1),
+                     np.zeros(len(rows), bool))
 
 
 def _numbers(values: list) -> np.ndarray:
@@ -130,7 +136,8 @@ def _counts(values: dict[str, list], captions: list[str], path: str, flag: str) 
     return counts.astype(np.int64)
 
 
-def choose(pairs: PairTable, config: PairChoice, scores: Scores | None = None, training: bool = True) -> PairTable:
+def choose(pairs: PairTable, config: PairChoice, scores: Scores | None = None,
+           training: bool = True) -> PairTable:
     """Return the pairs that a run uses, selected by its options and (in training) the score table.
 
     Raises InputError if none is left.
@@ -183,7 +190,8 @@ def best_of_chains(pairs: PairTable, keep: np.ndarray) -> tuple[np.ndarray, np.n
     rows = np.flatnonzero(keep)
     better: dict = {}
     for winner in (1, 0):  # defeats as second picture replace those as first
-        better |= {pairs.uids[1 - winner][row]: pairs.uids[winner][row] for row in rows if pairs.labels[row, winner] == 1}
+        better |= {pairs.uids[1 - winner][row]: pairs.uids[winner][row] for row in rows
+                   if pairs.labels[row, winner] == 1}
     cyclic = set()
     for loser in list(better):
         seen, best = {loser}, better[loser]
@@ -224,9 +232,8 @@ def match(scores: Scores, pairs: PairTable) -> np.ndarray:
                 place[row] = found[key][turn[key]]
             turn[key] += 1
         if (place < 0).any():
-            raise InputError(scores.path,
-                             f"has no row for {int((place < 0).sum())} of the {count} pairs, the first of them "
-                             f"row {int((place < 0).argmax())} (counting from 0)",
+            raise InputError(scores.path, f"has no row for {int((place < 0).sum())} of the {count} pairs, "
+                             f"the first of them row {int((place < 0).argmax())} (counting from 0)",
                              "use the table made from these pairs", "--scores")
     elif len(scores.different) != count:
         raise InputError(scores.path, f"has {len(scores.different)} rows, {pairs.source.path} {count} pairs",
@@ -236,8 +243,7 @@ def match(scores: Scores, pairs: PairTable) -> np.ndarray:
     won = pairs.labels[:, 0] != pairs.labels[:, 1]
     wrong = np.flatnonzero(pairs.judged & (won != (scores.different[place] == 1)))
     if len(wrong):
-        raise InputError(scores.path,
-                         f"different_flag contradicts the labels in {len(wrong)} of {count} pairs, the first: "
-                         f"rows {', '.join(map(str, wrong[:5]))} (counting from 0)",
+        raise InputError(scores.path, f"different_flag contradicts the labels in {len(wrong)} of {count} "
+                         f"pairs, the first: rows {', '.join(map(str, wrong[:5]))} (counting from 0)",
                          "use the table made from these pairs, in the same order", "--scores")
     return place

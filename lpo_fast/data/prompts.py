@@ -100,6 +100,7 @@ def _parquet(file: Path, key: str) -> list[tuple[str, object]]:
     parquet.require_columns(file, (key,), "--prompts")
     try:
         with memory_limit(3 * LARGEST_TEXT):
-            return [(f"row {i}", caption) for i, caption in enumerate(parquet.read_columns([file], (key,))[key].to_pylist())]
+            return [(f"row {i}", caption)
+                    for i, caption in enumerate(parquet.read_columns([file], (key,))[key].to_pylist())]
     except (pa.ArrowException, OSError) as error:
         raise InputError(str(file), f"cannot be read ({error})", "write it again", "--prompts") from error

@@ -155,13 +155,16 @@ class Parquet(Source):
         import datasets
         try:
             home = Path(self.cache_dir or datasets.config.HF_DATASETS_CACHE) / "lpo_fast"
-            key = hashlib.sha256(repr([name, [(str(file.resolve()), *_version(file)) for file in self.files]]).encode())
+            key = hashlib.sha256(repr([name, [(str(file.resolve()), *_version(file)) for file in self.files]])
+                                 .encode())
             with make_once(home / f"{key.hexdigest()[:16]}.arrow") as aside:
                 if aside:
                     self.convert(name, aside)
-            dataset = datasets.Dataset.from_file(str(home / f"{key.hexdigest()[:16]}.arrow")).with_format("arrow")
+            dataset = (datasets.Dataset.from_file(str(home / f"{key.hexdigest()[:16]}.arrow"))
+                       .with_format("arrow"))
             if len(dataset) != (rows := sum(pq.read_metadata(file).num_rows for file in self.files)):
-                raise ValueError(f"{home}/{key.hexdigest()[:16]}.arrow has {len(dataset)} rows, not {rows}: remove it")
+                raise ValueError(f"{home}/{key.hexdigest()[:16]}.arrow has {len(dataset)} rows, not "
+                                 f"{rows}: remove it")
             return dataset
         except Exception as error:  # datasets wraps whatever its readers raise
             raise InputError(self.path,
@@ -174,9 +177,11 @@ class Parquet(Source):
         schema = pa.unify_schemas([pa.schema([pq.read_schema(file).field(name)]) for file in self.files],
                                   promote_options="permissive").remove_metadata()
         left = largest(self.files)
-        with memory_limit(3 * left), pa.OSFile(str(target), "wb") as out, pa.ipc.new_stream(out, schema) as stream:
+        with (memory_limit(3 * left), pa.OSFile(str(target), "wb") as out,
+              pa.ipc.new_stream(out, schema) as stream):
             for file in self.files:
-                for batch in pq.ParquetFile(file).iter_batches(batch_size=READ, columns=[name], use_threads=False):
+                for batch in pq.ParquetFile(file).iter_batches(batch_size=READ, columns=[name],
+                                                               use_threads=False):
                     if (left := left - batch.nbytes) < 0:
                         raise ValueError(f"its pictures take more than {largest(self.files):,} bytes")
                     stream.write_table(pa.table(batch).cast(schema))
@@ -221,7 +226,8 @@ class Stored(Source):
 
     def fingerprint(self) -> str:
         """Return a hash of the files' versions and the dataset's fingerprint."""
-        return _fingerprint((file["filename"] for file in self.dataset.cache_files), self.dataset._fingerprint)
+        return _fingerprint((file["filename"] for file in self.dataset.cache_files),
+                            self.dataset._fingerprint)
 
     def read(self, name: str) -> pa.ChunkedArray:
         """Return a small column."""
@@ -247,7 +253,8 @@ def _cell(cell: pa.Scalar, index: int | None) -> Any:
 
 
 def _fingerprint(files: Iterable[str | Path], of: str = "") -> str:
-    return hashlib.sha256(repr([of, *((Path(file).name, *_version(Path(file))) for file in files)]).encode()).hexdigest()
+    return (hashlib.sha256(repr([of, *((Path(file).name, *_version(Path(file))) for file in files)]).encode())
+            .hexdigest())
 
 
 def _line(error: Exception) -> str:
@@ -276,8 +283,8 @@ def _load(path: str, flag: str, split: str, load: Callable[[], Any]) -> Any:
         loaded = load()
     except Exception as error:  # offline, absent, gated, damaged: datasets and the hub raise many kinds
         raise InputError(path,
-                         f"is not a file or directory, and cannot be loaded as a data set ({type(error).__name__}: "
-                         f"{_line(error)})",
+                         "is not a file or directory, and cannot be loaded as a data set "
+                         f"({type(error).__name__}: {_line(error)})",
                          "name a .parquet file, a directory, or a data set that can be reached",
                          flag) from error
     if isinstance(loaded, dict):
@@ -305,9 +312,9 @@ def _of_split(path: str, flag: str, split: str) -> list[Path]:
         return files
     names = ", ".join(sorted(set(splits.values()) - {""}))
     if stray := [file.name for file in files if not splits[file]]:
-        raise InputError(path,
-                         f"some of its files are named for splits ({names}), others are not: {', '.join(stray[:5])}",
-                         "move them to separate directories, or name one file", flag)
+        raise InputError(
+            path, f"some of its files are named for splits ({names}), others are not: {', '.join(stray[:5])}",
+            "move them to separate directories, or name one file", flag)
     if split not in splits.values():
         raise InputError(split, f"is not a split of {path}, which has {names}", "name one of these",
                          _split_flag(flag))
@@ -325,4 +332,5 @@ def _split(name: str, split: str) -> str:
 
 
 def _split_flag(flag: str) -> str:
-    return {"--validation-pairs": "--validation-split", "--test-pairs": "--test-split"}.get(flag, "--train-split")
+    return {"--validation-pairs": "--validation-split",
+            "--test-pairs": "--test-split"}.get(flag, "--train-split")

@@ -59,7 +59,8 @@ def read(table: str, prompt_key: str, image_key: str, new_key: str) -> tuple[Row
 
 def columns(rows: Rows) -> list[str]:
     """Return the names of all columns, in order."""
-    return list(dict.fromkeys(name for row in rows for name in row)) if isinstance(rows, list) else rows.column_names
+    return (list(dict.fromkeys(name for row in rows for name in row))
+            if isinstance(rows, list) else rows.column_names)
 
 
 def _csv(file: Path) -> list[dict]:

@@ -42,7 +42,8 @@ def summary(scores: dict[str, np.ndarray]) -> dict[str, dict]:
         gap = scores["tuned"] - scores["base"]
         share = float((gap > 0).mean() + 0.5 * (gap == 0).mean())
         low, high = wilson(share * len(gap), len(gap))
-        result |= {"difference": bootstrap(gap.mean(1)), "win_rate": {"mean": share, "low": low, "high": high}}
+        result |= {"difference": bootstrap(gap.mean(1)),
+                   "win_rate": {"mean": share, "low": low, "high": high}}
     return result
 
 
@@ -70,13 +71,16 @@ def page(rows: list[dict], result: dict[str, dict], out: Path, note: str) -> Pat
     for row in rows[:SHOWN]:
         pair = "".join(f"<span>{_embedded(out / row[side], side)}{side}{_scores(row, result, side)}</span>"
                        for side in SIDES if side in row)
-        cards.append(f'<figure><figcaption>{escape(row["prompt"])}</figcaption><div class="pair">{pair}</div></figure>')
+        cards.append(f'<figure><figcaption>{escape(row["prompt"])}</figcaption><div '
+                     f'class="pair">{pair}</div></figure>')
     lines = table(result).splitlines() if result else []
-    cells = [[f"<td>{escape(cell.strip())}</td>" for cell in line.strip("|").split("|")] for line in lines[:1] + lines[2:]]
+    cells = [[f"<td>{escape(cell.strip())}</td>" for cell in line.strip("|").split("|")]
+             for line in lines[:1] + lines[2:]]
     numbers = "".join(f"<tr>{''.join(line)}</tr>" for line in cells)
-    body = (f'<h1>Base and tuned</h1><p class="muted">{escape(note)}</p><table>{numbers}</table><h2>Pictures</h2>'
-            f'<p class="muted">The first {len(cards)} of {len(rows)} pairs, drawn with the same noise.</p>'
-            f'<div class="pictures">{"".join(cards)}</div>')
+    body = (
+        f'<h1>Base and tuned</h1><p class="muted">{escape(note)}</p><table>{numbers}</table><h2>Pictures</h2>'
+        f'<p class="muted">The first {len(cards)} of {len(rows)} pairs, drawn with the same noise.</p>'
+        f'<div class="pictures">{"".join(cards)}</div>')
     (file := out / "page.html").write_text(PAGE.substitute(title="evaluation", body=body), "utf-8", "replace")
     return file
 
@@ -91,5 +95,6 @@ def _embedded(file: Path, alt: str) -> str:
     image.thumbnail((EMBED, EMBED))
     small = image.width <= SMALL
     image.save(data := io.BytesIO(), "PNG" if small else "JPEG", quality=85)
-    return (f'<img class="{"small" * small}" alt="{alt}" width="{image.width}" src="data:image/{"png" if small else "jpeg"};'
+    return (f'<img class="{"small" * small}" alt="{alt}" width="{image.width}" '
+            f'src="data:image/{"png" if small else "jpeg"};'
             f'base64,{base64.b64encode(data.getvalue()).decode()}">')

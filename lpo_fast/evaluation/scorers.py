@@ -35,7 +35,8 @@ Score = Callable[[list[Image], list[str]], Sequence[float]]
 
 CLIP_L = "openai/clip-vit-large-patch14"
 HUB = {
-    "pickscore": {"model": "yuvalkirstain/PickScore_v1", "processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"},
+    "pickscore": {"model": "yuvalkirstain/PickScore_v1",
+                  "processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"},
     "clipscore": {"model": CLIP_L, "processor": CLIP_L},
     "aesthetic": {"model": CLIP_L, "processor": CLIP_L, "head": "trl-lib/ddpo-aesthetic-predictor"},
 }
@@ -106,7 +107,8 @@ def clip(name: str) -> tuple[CLIPModel, CLIPProcessor]:
     """Load a built-in scorer's CLIP in fp32, once."""
     folder = located(name, "model")
     try:  # reads a pytorch_model.bin with weights_only
-        model = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa")
+        model = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True,
+                                          attn_implementation="sdpa")
         processor = CLIPProcessor.from_pretrained(located(name, "processor"), local_files_only=True)
     except Exception as error:  # transformers raises many kinds
         raise InputError(str(folder), f"cannot be read safely as CLIP ({type(error).__name__})",
@@ -154,7 +156,8 @@ def head() -> list[tuple[Tensor, Tensor]]:
     """Load the layers of the aesthetic head, (weight, bias) each, from ``layers.{n}.weight`` and ``.bias``.
     """
     path = located("aesthetic", "head")
-    file = path if path.is_file() else next((f for kind in ("*.pth", "*.pt", "*.bin") for f in sorted(path.glob(kind))), path)
+    file = (path if path.is_file() else
+            next((f for kind in ("*.pth", "*.pt", "*.bin") for f in sorted(path.glob(kind))), path))
     state = reading.read_pickle(file, "--scorer")
     try:
         numbers = sorted(int(name.split(".")[1]) for name in state if name.endswith(".weight"))
@@ -185,4 +188,5 @@ def _imagereward() -> object:
 
 def imagereward(pictures: list[Image], prompts: list[str]) -> list[float]:
     """Return ImageReward (Xu et al., 2023) of each picture."""
-    return [float(_imagereward().score(prompt, picture)) for picture, prompt in zip(pictures, prompts, strict=True)]
+    return [float(_imagereward().score(prompt, picture))
+            for picture, prompt in zip(pictures, prompts, strict=True)]

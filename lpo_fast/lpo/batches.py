@@ -43,9 +43,9 @@ class Progress(session.Progress):
 
     def state(self) -> dict[str, Any]:
         """Return the fields as plain values and CPU tensors; index is None unless pairs remain."""
-        unfinished = self.pairs is not None
-        return super().state() | {"pairs": [x.cpu() for x in self.pairs] if unfinished else None,
-                                  "index": self.index.cpu() if unfinished else None}
+        pairs = None if self.pairs is None else [x.cpu() for x in self.pairs]
+        index = None if self.index is None or pairs is None else self.index.cpu()
+        return super().state() | {"pairs": pairs, "index": index}
 
     def load(self, saved: dict[str, Any]) -> None:
         """Restore the fields from what ``state`` returned, with the pairs on the run's device."""
@@ -93,7 +93,7 @@ class Sampler:
         processes cannot hold the text of the current batch.
         """
         size = self.config.batch_size * distributed.world_size()
-        if at.pairs is None:
+        if at.pairs is None or at.index is None:
             at.index = order(self.config, at.epoch, self.count, at.prompts)[0]
             at.prompts += len(at.index)
         elif isinstance(self.policy.text, TextWindow) and len(at.index) > size:
@@ -110,6 +110,7 @@ class Sampler:
 
         Raises InputError if the GPU has too little memory.
         """
+        assert at.index is not None, "fetch comes first"
         config, index = self.config, at.index.to(devices.device())
         try:
             pairs, metrics = sample_pairs(self.policy, self.score, self.sched, self.gap, self.shape, index,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -89,7 +90,8 @@ def pictures(predict: Predict, sched: Schedule, model: Path, prompts: Tensor, sh
     N−1). prefetch: ``Policy.prefetch``.
     """
     device = sched.table.device
-    vae = vaes.load_vae(model).to(device)
+    vae: Any = vaes.load_vae(model)
+    vae.to(device)
     items = torch.arange(len(prompts)) if items is None else items
     drawn = []
     for index, item in zip(prompts.split(batch), items.to(device).split(batch), strict=True):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -40,7 +41,7 @@ class Policy:
         self.unet, self.text, self.sizes = unet, text, sizes
         self.precision, self.attention = precision, attention
         self.frozen = copy.deepcopy(unet).requires_grad_(False) if full else None
-        for network in (unet, self.frozen) if sharded else ():
+        for network in filter(None, (unet, self.frozen)) if sharded else ():
             sharding.shard(network, precision)
         self.adapters, self.prefetch = loras.adapters(unet), text.prefetch
         self._compiled = compilation.compiled(self._evaluate, compile)
@@ -79,7 +80,7 @@ class Policy:
             return denoisers.predict(unet, x_t, t, self.text[prompts], self.sizes)
 
 
-def add_lora(unet: nn.Module, config: Weights) -> None:
+def add_lora(unet: UNet2DConditionModel, config: Weights) -> None:
     """Attach the run's LoRA to a denoiser, with trainable weights in fp32."""
     loras.add_lora(unet, config.rank, config.alpha or config.rank, config.targets, config.seed)
     for parameter in loras.trainable(unet):
@@ -94,7 +95,7 @@ def load_denoiser(config: LPO, device: torch.device, precision: str,
     """
     # Frozen weights are loaded in the network's precision, which takes less memory than fp32.
     dtype = torch.float32 if config.full else devices.DTYPES[precision]
-    unet = denoisers.load_unet(locate.model(config), dtype, weights)
+    unet: Any = denoisers.load_unet(locate.model(config), dtype, weights)
     unet = unet.to("cpu" if config.shard else device)  # sharded: it may not fit into one GPU
     unet = devices.layout(unet).eval()
     if config.fused_norms:
@@ -151,14 +152,14 @@ def encoded(config: Prompts, family: Family, tokenizers: list[CLIPTokenizer], en
     """
     text = texts.encode_prompts(family, tokenizers, encoders, prompts, zero_null=zero_null,
                                 dtype=devices.DTYPES[precision], placement=devices.text_placement)
-    if text.context.device == text.null.context.device:
+    if text.null is None or text.context.device == text.null.context.device:
         return text
     console.say(f"text features of {len(prompts)} prompts take {text.context.nbytes / 1e9:.1f} GB and are "
                 "kept in host memory")
     return TextWindow(text, config.batch_size * distributed.world_size())
 
 
-def latent_shape(config: Model, unet: UNet2DConditionModel) -> tuple[int, int, int]:
+def latent_shape(config: Model, unet: Any) -> tuple[int, int, int]:
     """Return (C, H, W) of the latents that the policy generates."""
     size = config.resolution // vaes.pixels_per_latent(locate.model(config)) or unet.config.sample_size
     return unet.config.in_channels, size, size

@@ -69,7 +69,8 @@ class CounterNoise:
         device = self.prompts.device
         run = torch.tensor([self.seed, self.epoch], device=device)
         for step in torch.arange(count, device=device):
-            yield (Counter(run, step, self.prompts),) * 2
+            counter = Counter(run, step, self.prompts)
+            yield counter, counter
 
 
 def choose(predict: Predict, score: Score, sched: Schedule, gap: Tensor, x: Tensor, t: Tensor,

@@ -30,9 +30,8 @@ def evaluate(policy: Policy, sched: Schedule, pairs: LatentPairs, weight: Tensor
     loss (``loss.step_dpo``). guidance: scale. beta: β of the loss. eps: clip width of the ratios.
     """
     at = pairs.x_t, pairs.t, pairs.prompt
-    return pair_loss(sched, pairs.x_t, pairs.winner, pairs.loser, pairs.t,
-                     policy.train(*at), policy.reference(*at),
-                     weight, guidance=guidance, beta=beta, eps=eps)
+    return pair_loss(sched, pairs.x_t, pairs.winner, pairs.loser, pairs.t, policy.train(*at),
+                     policy.reference(*at), weight, guidance=guidance, beta=beta, eps=eps)
 
 
 def padded(pairs: LatentPairs, size: int) -> LatentPairs:
@@ -62,11 +61,10 @@ def train_step(policy: Policy, sched: Schedule, pairs: LatentPairs, update: Opti
     finite changes nothing (run/optimization.py).
     """
     def gradients(size: int) -> Tensor:
-        metrics = 0
+        metrics = torch.zeros(len(METRICS), device=pairs.t.device)
         for micro in micro_batches(pairs, size):
-            out = evaluate(policy, sched, micro, micro.valid / len(pairs.t),
-                           beta=config.beta, eps=config.clip_eps,
-                           guidance=config.train_guidance)
+            out = evaluate(policy, sched, micro, micro.valid / len(pairs.t), beta=config.beta,
+                           eps=config.clip_eps, guidance=config.train_guidance)
             update.scaler.scale(out.loss).backward()
             metrics = metrics + out.totals
         return metrics

@@ -3,10 +3,11 @@
 import json
 import math
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from lpo_fast.errors import InputError
@@ -29,7 +30,7 @@ def new_lrm(base: Path, *, clip: str | None = None, generator: torch.Generator, 
     """
     unet = denoisers.load_down_mid(base / "unet", weights=weights)
     family = families.family_of(unet.config)
-    encoders = texts.load_text(base, family, weights=weights)
+    encoders: list[Any] = texts.load_text(base, family, weights=weights)
     width = encoders[-1].config.hidden_size
     if family.time_ids:
         text_projection = None
@@ -45,7 +46,7 @@ def new_lrm(base: Path, *, clip: str | None = None, generator: torch.Generator, 
         base=locate.origin(base), sizes=denoisers.size_conditions(base, family, unet, resolution), **settings)
 
 
-def read_heads(path: Path, channels: list[int]) -> dict:
+def read_heads(path: Path, channels: list[int]) -> dict[str, Any]:
     """Return an LRM's projections and logit scale, from state_dict.pt of a directory or from its single file.
 
     channels: of the denoiser's blocks. Raises InputError if they are missing or their widths do not fit the
@@ -53,8 +54,9 @@ def read_heads(path: Path, channels: list[int]) -> dict:
     """
     if path.is_file():
         state = read_pickle(path, "--lrm", mmap=True)
-        heads = {name: {"weight": state[f"{name}.weight"]}
-                 for name in ("visual_projection", "text_projection") if f"{name}.weight" in state}
+        heads: dict[str, Any] = {name: {"weight": state[f"{name}.weight"]}
+                                 for name in ("visual_projection", "text_projection")
+                                 if f"{name}.weight" in state}
         heads |= {"logit_scale": state.get("logit_scale")}
     else:
         heads = read_pickle(path / "state_dict.pt", "--lrm")
@@ -93,8 +95,8 @@ def load_lrm(path: Path, base: Path | None = None, *, resolution: int = 0, weigh
             raise InputError(str(path), "is a single file, without configs and tokenizers",
                              "name the diffusers directory of its base model with --lrm-base", "--lrm")
     state = read_pickle(path, "--lrm", mmap=True) if single else {}
-    home = base if single else path
-    unet = denoisers.load_down_mid(home / "unet", families.part(state, "unet"), weights)
+    home = base if single and base is not None else path
+    unet: Any = denoisers.load_down_mid(home / "unet", families.part(state, "unet"), weights)
     family = families.family_of(unet.config)
     heads = read_heads(path, list(unet.config.block_out_channels))
     visual = heads["visual_projection"]["weight"]
@@ -119,12 +121,11 @@ def recorded_settings(path: Path) -> dict:
     found = read_json(file, "--lrm") if file.is_file() else {}
     wanted = {"base": str, "guidance_scale": float | int | list, "multi_scale_cfg": bool, "resolution": int}
     for name, value in found.items():
-        scales = value if isinstance(value, list) else [value]
+        numbers: list[Any] = value if isinstance(value, list) else [value]
+        most = {"guidance_scale": 1e6, "resolution": 2**16}.get(name)
         valid = isinstance(value, wanted.get(name, ()))
-        if valid and name == "guidance_scale":
-            valid = bool(scales) and all(type(g) in (int, float) and 0 <= g < 1e6 for g in scales)
-        if valid and name == "resolution":
-            valid = 0 <= value <= 2**16
+        if valid and most is not None:
+            valid = bool(numbers) and all(type(n) in (int, float) and 0 <= n <= most for n in numbers)
         if not valid:
             raise InputError(str(file), f"{name} is {str(value)[:80]!r}, which is not valid",
                              "use the file of an LRM, unchanged", "--lrm")
@@ -141,7 +142,7 @@ def save_lrm(lrm: LatentRewardModel, tokenizers: list[CLIPTokenizer], path: Path
         lrm.unet.save_config(aside / "unet")
         complete = lrm.unet.state_dict() | denoisers.up_blocks(lrm.unet)
         save_tensors(complete, aside / "unet" / "diffusion_pytorch_model.safetensors")
-        for (name, _), encoder in zip(lrm.family.encoders, lrm.text_encoders, strict=True):
+        for (name, _), encoder in zip(lrm.family.encoders, cast(Any, lrm.text_encoders), strict=True):
             encoder.config.save_pretrained(aside / name)
             tensors = {n if n.startswith(("text_model.", "text_projection.")) else f"text_model.{n}": t
                        for n, t in encoder.state_dict().items()}  # names of transformers < 5, also read by 5
@@ -164,7 +165,7 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
 
 
-def feature_widths(unet: nn.Module, multi_scale: bool) -> list[int]:
+def feature_widths(unet: Any, multi_scale: bool) -> list[int]:
     """Return the channels of each pooled map: of the down blocks if multi_scale, and of the mid block."""
     channels = list(unet.config.block_out_channels)
     return [*(channels if multi_scale else []), channels[-1]]

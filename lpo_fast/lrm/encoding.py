@@ -4,9 +4,9 @@ import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -52,9 +52,10 @@ class Encoder:
         self.resolution = lrm.unet.config.sample_size * 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
     @cached_property
-    def vae(self) -> AutoencoderKL:
+    def vae(self) -> Any:
         """Return the VAE, loaded when a picture is first encoded: not at all if all latents are cached."""
-        return vaes.load_vae(self.vae_path).to(self.device)
+        vae: Any = vaes.load_vae(self.vae_path)
+        return vae.to(self.device)
 
     def moments(self, pixels: Tensor, flips: Tensor | None = None,
                 compiled: Callable | None = None) -> Tensor:
@@ -85,11 +86,11 @@ class Encoder:
             made = self.moments(batch["pixels"], flips, compiled)
             if cache is not None:
                 cache.keep(batch, made)
-            if moments is None:
-                moments = made
-            else:
+            if moments is not None:
                 cached = batch["cached"].to(self.device, non_blocking=True)[:, None, None, None]
-                moments = torch.where(cached, moments, made)
+                made = torch.where(cached, moments, made)
+            moments = made
+        assert moments is not None, "a batch holds pixels or moments"
         return split(moments)
 
     def latents(self, mean: Tensor, std: Tensor, rows: Tensor, step: int, t: Tensor) -> Tensor:
@@ -112,12 +113,13 @@ class Encoder:
 
         Each list holds one tensor per text encoder.
         """
-        return tuple([i.to(self.device, non_blocking=True) for i in ids]
+        own, null = ([i.to(self.device, non_blocking=True) for i in ids]
                      for ids in (texts.tokenize(self.tokenizers, captions), self.null_ids))
+        return own, null
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pixels: Tensor, precision: str) -> Tensor:
+def encode(vae: Any, pixels: Tensor, precision: str) -> Tensor:
     """Return moments [n, 2C, h, w], mean and log variance of the VAE's posterior, of pixels [n, 3, H, W].
 
     precision: of the networks, "no", "fp16" or "bf16".

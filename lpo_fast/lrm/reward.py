@@ -8,6 +8,7 @@ neither used nor loaded.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,20 +47,25 @@ class LatentRewardModel(nn.Module):
     of the pictures that it scores, in pixels, which lrm.json records.
     """
 
-    def __init__(self, family: Family, unet: nn.Module, text_encoders: Sequence[nn.Module],
+    unet: Any
+
+    def __init__(self, family: Family, unet: Any, text_encoders: Sequence[nn.Module],
                  visual_projection: Tensor, text_projection: Tensor | None, logit_scale: Tensor, *,
                  multi_scale: bool = True, multi_scale_cfg: bool = False,
                  guidance_scale: float | Sequence[float] = 7.5, sizes: Tensor | None = None, base: str = "",
                  resolution: int = 0):
         super().__init__()
         self.base, self.resolution = base, resolution
-        self.family, self.unet, self.text_encoders = family, unet, nn.ModuleList(text_encoders)
+        self.family, self.unet = family, unet
+        self.text_encoders = nn.ModuleList(text_encoders)
         self.visual_projection = linear(visual_projection)
         self.text_projection = None if text_projection is None else linear(text_projection)
         self.logit_scale = nn.Parameter(torch.as_tensor(logit_scale, dtype=torch.float32))
         self.multi_scale, self.multi_scale_cfg = multi_scale, multi_scale_cfg
         scales = guidance_scale if isinstance(guidance_scale, Sequence) else (guidance_scale,)
         self.guidance_scale = tuple(scales)
+        self.guidance: Tensor
+        self.sizes: Tensor | None
         self.register_buffer("guidance", guidance_table(self.guidance_scale), persistent=False)
         self.register_buffer("sizes", sizes, persistent=False)
 

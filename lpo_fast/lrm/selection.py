@@ -110,7 +110,8 @@ def require_disk_space(out: Path, lrm: LatentRewardModel, config: LRM, validated
     if not distributed.is_main():
         return
     with torch.device("meta"):
-        rest = UNet2DConditionModel.from_config(lrm.unet.config).num_parameters() - lrm.unet.num_parameters()
+        denoiser: Any = UNet2DConditionModel.from_config(lrm.unet.config)
+    rest = denoiser.num_parameters() - lrm.unet.num_parameters()
     complete = 4 * (rest + sum(p.numel() for p in lrm.parameters()))  # bytes, with the up blocks, fp32
     trained = [p for p in lrm.parameters() if p.requires_grad]
     state = sum(p.numel() * p.element_size() + writing.RECORD for p in trained)

@@ -159,7 +159,7 @@ class Learner:
     @property
     def rate(self) -> float:
         """Return the learning rate of the next step."""
-        return self.decay.get_last_lr()[0]
+        return float(self.decay.get_last_lr()[0])
 
     def step(self, batch: dict, step: int) -> Tensor:
         """Take optimizer step number ``step``; return its metrics, fp32 [len(STEP)] on the device."""

@@ -1,12 +1,12 @@
 """Measure an LRM's accuracy on held-out pairs."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
 
 from lpo_fast.config import LRM
-from lpo_fast.data.dataset import Corrupt
+from lpo_fast.data.dataset import Corrupt, PairDataset
 from lpo_fast.errors import InputError
 from lpo_fast.lrm import reward, steps
 from lpo_fast.lrm.encoding import Encoder
@@ -51,7 +51,7 @@ def validate(lrm: LatentRewardModel, encoder: Encoder, loader: DataLoader, times
             corrupt.count(batch)
         good = (~batch["corrupt"]).nonzero()[:, 0].to(device)
         rows = batch["rows"].to(device)
-        posterior = encoder.posterior(batch, loader.dataset.cache)
+        posterior = encoder.posterior(batch, cast(PairDataset, loader.dataset).cache)
         with devices.autocast(encoder.precision):
             captions = lrm.encode(*encoder.ids(batch["captions"]))
         totals[-1] += len(good)

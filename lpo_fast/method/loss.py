@@ -17,8 +17,9 @@ from lpo_fast.method import schedule
 from lpo_fast.method.schedule import SIGMA, Schedule
 
 HALF_LOG_2PI = 0.9189385175704956  # in fp32, as in the official code; a constant of every log density
+# the official names first
 METRICS = ("train_loss", "train_ratio_win", "train_ratio_lose", "train_win_prob_policy", "train_win_prob_ref",
-           "train_lose_prob_policy", "train_lose_prob_ref", "implicit_acc", "train_margin")  # the official names first
+           "train_lose_prob_policy", "train_lose_prob_ref", "implicit_acc", "train_margin")
 
 
 def guide(null: Tensor, text: Tensor, scale: float | Tensor) -> Tensor:
@@ -59,8 +60,9 @@ class StepDPO(NamedTuple):
     totals: Tensor
 
 
-def step_dpo(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Tensor, policy: tuple[Tensor, Tensor],
-             reference: tuple[Tensor, Tensor], *, guidance: float, beta: float, eps: float, weight: Tensor) -> StepDPO:
+def step_dpo(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Tensor,
+             policy: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor], *, guidance: float, beta: float,
+             eps: float, weight: Tensor) -> StepDPO:
     """Return the step-level DPO loss and metrics of N pairs.
 
     Both members of a pair share x_t, t and the prompt.
@@ -73,8 +75,8 @@ def step_dpo(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Ten
     training).
     """
     dtype = x_t.dtype
-    mean_policy, mean_ref = (schedule.mean(sched, x_t, guide(null.to(dtype), text.to(dtype), guidance), t)
-                             for null, text in (policy, reference))
+    mean_policy = schedule.mean(sched, x_t, guide(policy[0].to(dtype), policy[1].to(dtype), guidance), t)
+    mean_ref = schedule.mean(sched, x_t, guide(reference[0].to(dtype), reference[1].to(dtype), guidance), t)
     sigma = sched.table[t, SIGMA]
 
     def log_ratio(x_p: Tensor) -> Tensor:
@@ -91,17 +93,18 @@ def step_dpo(sched: Schedule, x_t: Tensor, winner: Tensor, loser: Tensor, t: Ten
         win, lose = log_win.exp(), log_lose.exp()
         metrics = [pair_loss, win, lose, *(d.exp() for d in densities), (win > lose).to(dtype), win - lose]
         totals = (weight * torch.stack(metrics)).sum(1)
-    return StepDPO((weight * pair_loss).sum(), pair_loss.detach(), win, lose, win_policy, win_ref, lose_policy,
-                   lose_ref, totals)
+    return StepDPO((weight * pair_loss).sum(), pair_loss.detach(), win, lose, win_policy, win_ref,
+                   lose_policy, lose_ref, totals)
 
 
-def preference(text: Tensor, image_0: Tensor, image_1: Tensor, logit_scale: Tensor, label_0: Tensor, label_1: Tensor,
-               num_examples: Tensor, timesteps: Tensor, *, loss_type: str = "pair", batch_coeff: float = 1.0,
-               aux_loss_coeff: float = 1.0) -> Tensor:
+def preference(text: Tensor, image_0: Tensor, image_1: Tensor, logit_scale: Tensor, label_0: Tensor,
+               label_1: Tensor, num_examples: Tensor, timesteps: Tensor, *, loss_type: str = "pair",
+               batch_coeff: float = 1.0, aux_loss_coeff: float = 1.0) -> Tensor:
     """Return the reward model's loss over B pairs, [].
 
         pair_i = −(y0 log P0 + y1 log P1) + [y0 = y1]·log ½,  P = softmax(S_0, S_1)
-        loss = Σ_i w_i a_i loss_i,  w_i ∝ 1/num_examples_i,  a_i = aux_loss_coeff where the two timesteps differ, else 1
+        loss = Σ_i w_i a_i loss_i,  w_i ∝ 1/num_examples_i,
+        a_i = aux_loss_coeff where the two timesteps differ, else 1
 
     text, image_0, image_1: [B, P] of unit length; logit_scale: [], the scale itself (not its logarithm).
     label_0, label_1: [B], each pair 1/0, 0/1 or ½/½. num_examples: [B], the number of pairs of the prompt.

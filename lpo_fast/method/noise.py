@@ -60,7 +60,8 @@ def philox(seed: int | Tensor, c0: Tensor, c1: Tensor, c2: Tensor,
            c3: int | Tensor) -> tuple[Tensor, ...]:
     """Return four uint32 words of Philox4x32-10 as int64 tensors.
 
-    c0 … c3, the counters: int64 tensors with uint32 values, broadcast together. The vector of Random123's authors:
+    c0 … c3, the counters: int64 tensors with uint32 values, broadcast together.
+    The vector of Random123's authors:
 
     >>> zero = torch.tensor(0)
     >>> [f"{int(word):08x}" for word in philox(0, zero, zero, zero, zero)]
@@ -142,7 +143,8 @@ def box_muller(length, turn):
     angle = 6.283185307179586 * ((turn >> 8).to(tl.float64) * 2.0**-24)
     quarter = ((turn >> 8) + 2**21) >> 22  # nearest quarter turn, 0 … 4
     q = quarter.to(tl.float64)
-    x = (angle - q * 1.57079632673412561417) - q * 6.07710050650619224932e-11  # π/2 in two parts, the first of 33 bits
+    # π/2 in two parts, the first of 33 bits
+    x = (angle - q * 1.57079632673412561417) - q * 6.07710050650619224932e-11
     y, cos, sin = x * x, 1.0, 1.0
     for i in tl.static_range(8):  # Taylor, |x| ≤ π/4  # pyright: ignore
         cos = 1 - y * (1 / ((15 - 2 * i) * (16 - 2 * i))) * cos

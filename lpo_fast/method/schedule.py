@@ -77,7 +77,8 @@ def from_config(config: dict, num_steps: int, eta: float = 1.0) -> Schedule:
 
     x0 is clipped only if the config contains ``clip_sample: true`` (DDIM's own default would clip).
 
-    >>> config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+    >>> config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+    ...           "steps_offset": 1}
     >>> from_config(config, 4).timesteps
     tensor([751, 501, 251,   1])
     """
@@ -85,7 +86,8 @@ def from_config(config: dict, num_steps: int, eta: float = 1.0) -> Schedule:
     scheduler: Any = DDIMScheduler.from_config(config)
     scheduler.set_timesteps(num_steps)
     clip = scheduler.config.clip_sample_range if scheduler.config.clip_sample else None
-    return ddim(scheduler.alphas_cumprod, scheduler.timesteps, num_steps, eta, scheduler.config.prediction_type, clip)
+    return ddim(scheduler.alphas_cumprod, scheduler.timesteps, num_steps, eta,
+                scheduler.config.prediction_type, clip)
 
 
 def coefficients(schedule: Schedule, t: Tensor) -> tuple[Tensor, ...]:

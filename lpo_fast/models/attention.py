@@ -94,7 +94,8 @@ def recomputed(how: str, block: Callable, *inputs) -> Tensor:
 
     how: "full" recomputes all of them; "selective" those that ``checkpoint_policy`` does not save.
     """
-    selective = {"context_fn": partial(create_selective_checkpoint_contexts, checkpoint_policy)} if how == "selective" else {}
+    selective = ({"context_fn": partial(create_selective_checkpoint_contexts, checkpoint_policy)}
+                 if how == "selective" else {})
     return activation_checkpoint(block, *inputs, use_reentrant=False, **selective)
 
 

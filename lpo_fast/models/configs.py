@@ -34,7 +34,8 @@ def positive_int(config: dict, key: str, folder: Path, flag: str, most: int = 2*
 def denoiser(path: Path, flag: str) -> dict:
     """Return the U-Net config below ``path``, with its numbers checked."""
     folder, unet = path / "unet", read_config(path / "unet", flag)
-    if missing := [key for key in ("in_channels", "cross_attention_dim", "block_out_channels") if key not in unet]:
+    if missing := [key for key in ("in_channels", "cross_attention_dim", "block_out_channels")
+                   if key not in unet]:
         raise InputError(str(path), f"unet/config.json has no {missing[0]}",
                          "name a Stable Diffusion directory", flag)
     for key in ("in_channels", "cross_attention_dim", "block_out_channels"):

@@ -38,7 +38,8 @@ def predict(unet: nn.Module, x_t: Tensor, t: Tensor, text: Text, sizes: Tensor |
                 added_cond_kwargs=added_conditions(both, sizes))[0]
 
 
-def down_mid(unet: nn.Module, x: Tensor, t: Tensor, text: Text, sizes: Tensor | None) -> tuple[list[Tensor], Tensor]:
+def down_mid(unet: nn.Module, x: Tensor, t: Tensor, text: Text,
+             sizes: Tensor | None) -> tuple[list[Tensor], Tensor]:
     """Run only the down and mid blocks.
 
     Returns each down block's last map before its down-sampler, and the mid map. x: [B, C, H, W]; t: int64
@@ -50,7 +51,8 @@ def down_mid(unet: nn.Module, x: Tensor, t: Tensor, text: Text, sizes: Tensor | 
     emb = emb if added is None else emb + added
     h, stages = unet.conv_in(x), []
     for block in unet.down_blocks:
-        cross = {"encoder_hidden_states": text.context} if getattr(block, "has_cross_attention", False) else {}
+        cross = ({"encoder_hidden_states": text.context} if getattr(block, "has_cross_attention", False) else
+                 {})
         h, residuals = block(hidden_states=h, temb=emb, **cross)
         stages.append(residuals[len(block.resnets) - 1])
     return stages, unet.mid_block(h, emb, encoder_hidden_states=text.context)
@@ -78,7 +80,8 @@ def load_down_mid(folder: Path, state: dict[str, Tensor] | None = None,
     found = {name: tensor for name, tensor in (state or {}).items() if name in wanted}
     for file in families.weight_files(folder):
         with safe_open(file, "pt") as tensors:
-            found |= {name: tensors.get_tensor(name) for name in tensors.keys() if name in wanted - found.keys()}
+            found |= {name: tensors.get_tensor(name) for name in tensors.keys()
+                      if name in wanted - found.keys()}
     if missing := wanted - found.keys():
         raise InputError(str(folder), f"lacks {len(missing)} weights, the first {min(missing)!r}",
                          "name a complete diffusers U-Net")
@@ -108,7 +111,8 @@ def load_unet(path: Path, dtype: torch.dtype = torch.float32, weights: bool = Tr
                                                 use_safetensors=True)
 
 
-def size_conditions(base: Path, family: families.Family, unet: nn.Module, resolution: int = 0) -> Tensor | None:
+def size_conditions(base: Path, family: families.Family, unet: nn.Module,
+                    resolution: int = 0) -> Tensor | None:
     """Return the time ids [1, 6] for a resolution in pixels (0: the denoiser's own), or None for families
     without them.
     """

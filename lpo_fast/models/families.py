@@ -50,7 +50,8 @@ def weight_files(folder: Path) -> list[Path]:
     Variants (.fp16) are returned only if there are no other files.
     """
     files = sorted(folder.glob("*.safetensors"))
-    return [file for file in files if "." not in file.stem] or [file for file in files if ".fp16" in file.stem]
+    return ([file for file in files if "." not in file.stem]
+            or [file for file in files if ".fp16" in file.stem])
 
 
 def without_weights(kind: type[nn.Module], folder: Path) -> nn.Module:
@@ -70,4 +71,5 @@ def variant(folder: Path) -> str | None:
 
 def part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """Return the tensors of a submodule, with its name removed from their names."""
-    return {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
+    return {key.removeprefix(f"{name}."): tensor for key, tensor in state.items()
+            if key.startswith(f"{name}.")}

@@ -49,8 +49,8 @@ class FusedResnetBlock(ResnetBlock2D):
 class FusedTransformer(Transformer2DModel):
     """A transformer that turns tokens back into a channels-last map without a copy."""
 
-    def _get_output_for_continuous_inputs(self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int,
-                                          width: int, inner_dim: int) -> Tensor:
+    def _get_output_for_continuous_inputs(self, hidden_states: Tensor, residual: Tensor, batch_size: int,
+                                          height: int, width: int, inner_dim: int) -> Tensor:
         if self.use_linear_projection:
             hidden_states = self.proj_out(hidden_states)
         h = hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)
@@ -60,7 +60,8 @@ class FusedTransformer(Transformer2DModel):
 def _can_fuse(block: ResnetBlock2D) -> bool:
     """Return whether ``FusedResnetBlock`` computes this block; other variants are left unchanged."""
     return (block.time_embedding_norm == "default" and block.upsample is None and block.downsample is None
-            and isinstance(block.nonlinearity, nn.SiLU) and not block.skip_time_act and block.time_emb_proj is not None
+            and isinstance(block.nonlinearity, nn.SiLU)
+            and not block.skip_time_act and block.time_emb_proj is not None
             and all(type(norm) is nn.GroupNorm and norm.affine for norm in (block.norm1, block.norm2)))
 
 

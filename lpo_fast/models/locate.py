@@ -38,8 +38,8 @@ MODEL = (*(f"{part}/{name}" for part in PARTS for name in PART),
          "tokenizer/*", "tokenizer_2/*", "scheduler/*", "model_index.json", "state_dict.pt", "lrm.json",
          "config.json", "diffusion_pytorch_model.safetensors")
 CLIP = ("config.json", "model.safetensors")
-TOKENIZER = ("tokenizer/*", "tokenizer_2/*", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
-             "merges.txt")
+TOKENIZER = ("tokenizer/*", "tokenizer_2/*", "tokenizer.json", "tokenizer_config.json",
+             "special_tokens_map.json", "vocab.json", "merges.txt")
 VARIANTS = ("*.fp16*", "*.non_ema*")
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(/(?P<folder>[\w./-]+))?(@(?P<revision>[\w./-]+))?")
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # stable_diffusion: diffusers' safety checker
@@ -59,7 +59,8 @@ def locate(name: str, flag: str, revision: str = "", wanted: tuple[str, ...] = M
         if revision:
             raise InputError(revision, f"{name} is not a hub name, and files have no revisions",
                              "drop --revision", "--revision")
-        return single_file(path, flag) if path.is_file() and path.suffix in (".safetensors", ".ckpt") else path
+        return (single_file(path, flag) if path.is_file() and path.suffix in (".safetensors", ".ckpt") else
+                path)
     if revision and hub["revision"]:
         raise InputError(revision, f"{name} already names a revision", "drop one of the two", "--revision")
     folder = download(hub["repo"], hub["folder"] or "", revision or hub["revision"] or "", wanted, name, flag)
@@ -72,10 +73,12 @@ def download(repo: str, inside: str, revision: str, wanted: tuple[str, ...], nam
     """Return the local folder ``inside`` of a hub repository, downloaded unless the cache has it."""
     prefix = f"{inside}/" if inside else ""
     try:
-        root = Path(huggingface_hub.snapshot_download(
-            repo, revision=revision or None, allow_patterns=[prefix + file for file in wanted], ignore_patterns=list(VARIANTS)))
+        root = Path(huggingface_hub.snapshot_download(repo, revision=revision or None,
+                                                      allow_patterns=[prefix + file for file in wanted],
+                                                      ignore_patterns=list(VARIANTS)))
         half = [f"{prefix}{part}/*.fp16*" for part in PARTS  # parts available in half precision only
-                if (root / prefix / part / "config.json").is_file() and not families.weight_files(root / prefix / part)]
+                if (root / prefix / part / "config.json").is_file()
+                and not families.weight_files(root / prefix / part)]
         if half:
             huggingface_hub.snapshot_download(repo, revision=root.name, allow_patterns=half)
     except GatedRepoError as error:
@@ -88,7 +91,8 @@ def download(repo: str, inside: str, revision: str, wanted: tuple[str, ...], nam
         raise InputError(name, "is not a local directory, and the hub has no such model (or it is private)",
                          "correct the name, or run `hf auth login`", flag) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the hub cannot be reached ({type(error).__name__})"
+        why = ("HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else
+               f"the hub cannot be reached ({type(error).__name__})")
         raise InputError(name, f"is not a local directory and not in the Hugging Face cache, and {why}",
                          f"run `hf download {repo}` on a machine with network access, or name a directory",
                          flag) from error
@@ -97,7 +101,8 @@ def download(repo: str, inside: str, revision: str, wanted: tuple[str, ...], nam
 
 def origin(path: Path) -> str:
     """Return where a model came from: its hub name with the commit, or the path."""
-    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]+)(/.*)?$", path.absolute().as_posix())
+    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]+)(/.*)?$",
+                       path.absolute().as_posix())
     return f"{cached[1]}/{cached[2]}{cached[4] or ''}@{cached[3]}" if cached else str(path.absolute())
 
 
@@ -123,10 +128,10 @@ def single_file(file: Path, flag: str) -> Path:
                 pipeline = cls.from_single_file(str(file), config=str(configs) if configs.is_dir() else None,
                                                 local_files_only=constants.HF_HUB_OFFLINE or configs.is_dir())
             except Exception as error:  # diffusers and the hub raise many kinds
-                raise InputError(
-                    str(file), f"cannot be converted ({type(error).__name__}: {str(error).splitlines()[0][:160]})",
-                    f"a single file has no configs and tokenizers: put those of its base model into {configs}/ (or "
-                    "let diffusers reach the hub)", flag) from error
+                raise InputError(str(file), f"cannot be converted ({type(error).__name__}: "
+                                 f"{str(error).splitlines()[0][:160]})",
+                                 "a single file has no configs and tokenizers: put those of its base model "
+                                 f"into {configs}/ (or let diffusers reach the hub)", flag) from error
             pipeline.save_pretrained(aside)
     return folder
 
@@ -142,7 +147,8 @@ def single_file_unet(file: Path, flag: str = "") -> dict:
                 shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys() if CONTEXT in name]
         else:
             state = reading.read_pickle(file, flag, mmap=True)
-            shapes = [tensor.shape for name, tensor in state.get("state_dict", state).items() if CONTEXT in name]
+            shapes = [tensor.shape for name, tensor in state.get("state_dict", state).items()
+                      if CONTEXT in name]
         if len(widths := {width for _, width in shapes}) != 1:
             raise ValueError(f"found {len(shapes)}, with {len(widths)} widths")
     except (SafetensorError, OSError, AttributeError, TypeError, ValueError) as error:
@@ -158,7 +164,8 @@ def single_file_unet(file: Path, flag: str = "") -> dict:
 def check_index(folder: Path, flag: str) -> None:
     """Refuse a model_index.json that names a library other than a pipeline's own: diffusers would import it.
     """
-    index = reading.read_json(folder / "model_index.json", flag) if (folder / "model_index.json").is_file() else {}
+    index = (reading.read_json(folder / "model_index.json", flag) if (folder / "model_index.json").is_file()
+             else {})
     for name, value in index.items():
         if isinstance(value, list) and value and value[0] not in (None, *LIBRARIES):
             raise InputError(str(folder / "model_index.json"),
@@ -176,7 +183,8 @@ def unet_config(name: str, revision: str = "") -> dict:
             return single_file_unet(path)
         if hub and not path.exists():
             file = "/".join(filter(None, (hub["folder"], "unet/config.json")))
-            path = Path(huggingface_hub.hf_hub_download(hub["repo"], file, revision=revision or hub["revision"])).parent.parent
+            path = Path(huggingface_hub.hf_hub_download(hub["repo"], file,
+                                                        revision=revision or hub["revision"])).parent.parent
         return dict(json.loads((path / "unet" / "config.json").read_text()))
     except Exception:  # preflight reports what is wrong with the model
         return {}

@@ -22,7 +22,8 @@ LORA_OFFICIAL, LORA_DIFFUSERS = "unet_lora.pt", "pytorch_lora_weights.safetensor
 NAME = re.compile(r"\^?[\w.]+")  # module names in a LoRA's config
 
 
-def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float, targets: tuple[str, ...], seed: int) -> None:
+def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float, targets: tuple[str, ...],
+             seed: int) -> None:
     """Attach a new LoRA, the only trainable parameters: A is Gaussian (standard deviation 1/rank), B is zero.
     """
     unet.requires_grad_(False)
@@ -47,7 +48,8 @@ def scaling(unet: UNet2DConditionModel) -> float:
 def scaled(state: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
     """Return adapter tensors on the CPU, with every B multiplied by a factor."""
     tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
-    return {name: tensor * factor if name.endswith(".lora_B.weight") else tensor for name, tensor in tensors.items()}
+    return {name: tensor * factor if name.endswith(".lora_B.weight") else tensor
+            for name, tensor in tensors.items()}
 
 
 def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
@@ -92,15 +94,18 @@ def read_lora(path: Path, key: str = "--lora") -> dict[str, Tensor]:
             config = {}
         for name, alpha in alphas.items():
             module = name.removesuffix(".alpha")
-            up = next(up for end in ("lora_up", "lora_B", "lora.up") if (up := f"{module}.{end}.weight") in tensors)
+            up = next(up for end in ("lora_up", "lora_B", "lora.up")
+                      if (up := f"{module}.{end}.weight") in tensors)
             tensors[up] = tensors[up] * (float(alpha) / tensors[up].shape[1])
         tensors, _ = StableDiffusionPipeline.lora_state_dict(tensors)  # accepts kohya's names too
-        state = {name.removeprefix("unet."): tensor for name, tensor in convert_unet_state_dict_to_peft(tensors).items()}
+        state = {name.removeprefix("unet."): tensor
+                 for name, tensor in convert_unet_state_dict_to_peft(tensors).items()}
         if scalars := [name for name, tensor in state.items() if tensor.dim() < 2]:
             raise ValueError(f"{scalars[0]!r} is not a matrix")
         return {name: tensor * lora_scale(config, name.removesuffix(".lora_B.weight"), tensor.shape[1])
                 if config and name.endswith(".lora_B.weight") else tensor for name, tensor in state.items()}
-    except (ValueError, KeyError, AttributeError, TypeError, IndexError, RuntimeError, StopIteration, OverflowError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, IndexError, RuntimeError, StopIteration,
+            OverflowError) as error:
         raise InputError(str(file), f"cannot be read as a LoRA ({error})",
                          f"merge it with the program that wrote it, or use a plain {LORA_DIFFUSERS}",
                          key) from error
@@ -112,7 +117,8 @@ def lora_config(metadata: dict[str, str]) -> dict:
     Raises ValueError for a kind of adapter, or an alpha, that is not supported.
     """
     recorded = parse_json(metadata.get("lora_adapter_metadata", "{}"))
-    found = {name.removeprefix("unet."): value for name, value in recorded.items() if name.startswith("unet.")}
+    found = {name.removeprefix("unet."): value for name, value in recorded.items()
+             if name.startswith("unet.")}
     if other := next((name for name in ("use_dora", "lora_bias", "use_qalora") if found.get(name)), None):
         raise ValueError(f"it was trained with {other}")
     pattern = found.get("alpha_pattern") or {}

@@ -30,7 +30,8 @@ def shard(unet: UNet2DConditionModel, precision: str) -> None:
         return
     for parameter in unet.parameters():
         parameter.data = parameter.data.contiguous()  # FSDP requires it; maps stay channels-last
-    half = {} if precision == "no" else {"param_dtype": devices.DTYPES[precision], "reduce_dtype": torch.float32}
+    half = {} if precision == "no" else {"param_dtype": devices.DTYPES[precision],
+                                         "reduce_dtype": torch.float32}
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     for module in (*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet):
         # Free all gathered weights after a forward pass, the outermost too: weights kept from sampling would
@@ -91,8 +92,8 @@ def load(owner: object, state: dict) -> None:
     """
     if isinstance(owner, torch.optim.Optimizer):
         own = dict(enumerate(p for group in owner.param_groups for p in group["params"]))
-        state = state | {"state": {i: {name: part(x, own[i]) if isinstance(x, Tensor) else x for name, x in values.items()}
-                                   for i, values in state["state"].items()}}
+        state = state | {"state": {i: {name: part(x, own[i]) if isinstance(x, Tensor) else x for name, x
+                                       in values.items()} for i, values in state["state"].items()}}
     elif isinstance(owner, EMAModel):
         state = state | {"shadow_params": [part(x, own) for x, own in zip(
             state["shadow_params"], owner.shadow_params, strict=True)]}

@@ -73,7 +73,8 @@ def tokenize(tokenizers: list[CLIPTokenizer], prompts: list[str]) -> list[Tensor
 
 def encode(family: Family, encoders: list[nn.Module], ids: list[Tensor]) -> Text:
     """Return text features (without null text) of token ids [P, L], one tensor per encoder."""
-    outputs = [encoder(i, output_hidden_states=family.penultimate) for encoder, i in zip(encoders, ids, strict=True)]
+    outputs = [encoder(i, output_hidden_states=family.penultimate)
+               for encoder, i in zip(encoders, ids, strict=True)]
     layers = [out.hidden_states[-2] if family.penultimate else out.last_hidden_state for out in outputs]
     pooled = outputs[-1].text_embeds if family.time_ids else outputs[-1].pooler_output
     return Text(torch.cat(layers, -1), pooled)
@@ -97,7 +98,8 @@ class TextWindow:
         if device.type == "cuda":
             self.all = replace(text, context=text.context.pin_memory(), pooled=text.pooled.pin_memory())
         self.numbers = torch.full((size,), -1, device=device)
-        self.here = Text(*(torch.zeros(size, *x.shape[1:], dtype=x.dtype, device=device) for x in (text.context, text.pooled)))
+        self.here = Text(*(torch.zeros(size, *x.shape[1:], dtype=x.dtype, device=device)
+                           for x in (text.context, text.pooled)))
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -124,7 +126,8 @@ class TextWindow:
 
 
 @torch.no_grad()
-def encode_prompts(family: Family, tokenizers: list[CLIPTokenizer], encoders: list[nn.Module], prompts: list[str],
+def encode_prompts(family: Family, tokenizers: list[CLIPTokenizer],
+                   encoders: list[nn.Module], prompts: list[str],
                    *, zero_null: bool, batch: int = 64, dtype: torch.dtype = torch.float32,
                    placement: Callable[[int], torch.device | str] | None = None) -> Text:
     """Encode all prompts, in batches on the encoders' device, with the null text of a policy or an LRM.
@@ -159,10 +162,12 @@ def load_text(path: Path, family: Family, folder: Path | None = None,
         if not weights:
             encoders.append(families.without_weights(cls, source).eval())
             continue
-        how = {"variant": families.variant(source), "dtype": torch.float32, "output_loading_info": True, "use_safetensors": True,
-               "attn_implementation": "sdpa"}  # a config.json could name code on the hub
+        # a config.json could name code on the hub
+        how = {"variant": families.variant(source), "dtype": torch.float32, "output_loading_info": True,
+               "use_safetensors": True, "attn_implementation": "sdpa"}
         if own := families.part(state or {}, name):
-            encoder, info = cls.from_pretrained(None, config=cls.config_class.from_pretrained(source), state_dict=own, **how)
+            encoder, info = cls.from_pretrained(None, config=cls.config_class.from_pretrained(source),
+                                                state_dict=own, **how)
         else:
             encoder, info = cls.from_pretrained(source, **how)
         if missing := info["missing_keys"]:

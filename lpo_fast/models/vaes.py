@@ -25,11 +25,12 @@ def vae_config(path: Path) -> dict:
 
 
 def load_vae(path: Path, weights: bool = True) -> AutoencoderKL:
-    """Load the VAE of a pipeline or of a separate directory: frozen, fp32; without weights on the meta device."""
+    """Load the VAE of a pipeline or of a separate directory: frozen, fp32;
+    without weights on the meta device."""
     folder = vae_folder(path)
     if weights:
-        vae = AutoencoderKL.from_pretrained(folder, variant=families.variant(folder), torch_dtype=torch.float32,
-                                            use_safetensors=True)
+        vae = AutoencoderKL.from_pretrained(folder, variant=families.variant(folder),
+                                            torch_dtype=torch.float32, use_safetensors=True)
     else:
         vae = families.without_weights(AutoencoderKL, folder)
     return vae.requires_grad_(False).eval()

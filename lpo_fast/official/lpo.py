@@ -27,28 +27,31 @@ SAME = {
     "seed": "seed", "allow_tf32": "tf32", "resume_from": "resume_from",
     "save_interval": "save_epochs", "run_name": "run_name", "wandb_project_name": "tracker_project",
     "pretrained.model": "model", "pretrained.vae_model_name_or_path": "vae", "lora_rank": "rank",
-    "preference_model_func_cfg.ft_model_path": "lrm", "preference_model_func_cfg.multi_scale_cfg": "lrm_multi_scale_cfg",
-    "dataset_cfg.meta_json_path": "prompts", "dataset_cfg.caption_key": "caption_key", "dataloader_shuffle": "shuffle",
-    "dataloader_drop_last": "drop_last", "num_epochs": "epochs", "sample.num_steps": "num_steps", "sample.eta": "eta",
-    "sample.guidance_scale": "guidance_scale", "sample.sample_batch_size": "batch_size",
-    "sample.num_sample_each_step": "num_candidates", "train.train_batch_size": "train_batch_size",
-    "train.gradient_accumulation_steps": "accumulate", "train.learning_rate": "learning_rate",
-    "train.adam_beta1": "adam_beta1", "train.adam_beta2": "adam_beta2", "train.adam_weight_decay": "weight_decay",
+    "preference_model_func_cfg.ft_model_path": "lrm",
+    "preference_model_func_cfg.multi_scale_cfg": "lrm_multi_scale_cfg",
+    "dataset_cfg.meta_json_path": "prompts", "dataset_cfg.caption_key": "caption_key",
+    "dataloader_shuffle": "shuffle", "dataloader_drop_last": "drop_last", "num_epochs": "epochs",
+    "sample.num_steps": "num_steps", "sample.eta": "eta", "sample.guidance_scale": "guidance_scale",
+    "sample.sample_batch_size": "batch_size", "sample.num_sample_each_step": "num_candidates",
+    "train.train_batch_size": "train_batch_size", "train.gradient_accumulation_steps": "accumulate",
+    "train.learning_rate": "learning_rate", "train.adam_beta1": "adam_beta1",
+    "train.adam_beta2": "adam_beta2", "train.adam_weight_decay": "weight_decay",
     "train.adam_epsilon": "adam_epsilon", "train.max_grad_norm": "max_grad_norm", "train.cfg": "train_cfg",
     "train.beta": "beta", "train.eps": "clip_eps", "num_validation_images": "validation_pictures",
     "eval_interval": "validate_epochs",
 }
 # Keys that ``settings`` translates.
 WORKED_OUT = {
-    "num_checkpoint_limit", "use_checkpointing", "use_xformers", "logdir", "use_wandb", "wandb_entity_name", "use_lora",
-    "dynamic_beta",
-    "preference_model_func_cfg.type", "preference_model_func_cfg.multi_scale", "preference_model_func_cfg.guidance_scale",
-    "compare_func_cfg.type", "compare_func_cfg.threshold", "compare_func_cfg.dynamic_threshold",
-    "compare_func_cfg.threshold_min", "compare_func_cfg.threshold_max", "dataset_cfg.type",
-    "dataset_cfg.pretrained_tokenzier_path", "train.use_8bit_adam", "sample.num_inner_step", "sample.inner_start_step",
-    "validation_prompts", "train.divert_start_step", "train.divert_end_step",
+    "num_checkpoint_limit", "use_checkpointing", "use_xformers", "logdir", "use_wandb", "wandb_entity_name",
+    "use_lora", "dynamic_beta", "preference_model_func_cfg.type", "preference_model_func_cfg.multi_scale",
+    "preference_model_func_cfg.guidance_scale", "compare_func_cfg.type", "compare_func_cfg.threshold",
+    "compare_func_cfg.dynamic_threshold", "compare_func_cfg.threshold_min", "compare_func_cfg.threshold_max",
+    "dataset_cfg.type", "dataset_cfg.pretrained_tokenzier_path", "train.use_8bit_adam",
+    "sample.num_inner_step", "sample.inner_start_step", "validation_prompts", "train.divert_start_step",
+    "train.divert_end_step",
 }
-IDLE = {"dataloader_num_workers": "prompts are encoded once for the run", "dataloader_pin_memory": "no prompt batch is copied"}
+IDLE = {"dataloader_num_workers": "prompts are encoded once for the run",
+        "dataloader_pin_memory": "no prompt batch is copied"}
 SHAPES = ("none", "linear", "sigma", "variance")
 NAMES = {"compare_func_cfg.type": "preference_score_compare", "dataset_cfg.type": "PromptDataset"}
 DATA = (".toml", ".yaml", ".yml", ".json")
@@ -101,7 +104,8 @@ def load(file: str) -> dict:
     sys.path.insert(0, os.getcwd())
     try:
         found = runpy.run_path(file)
-        config = found["get_config"]() if "get_config" in found else {k: v for k, v in found.items() if k[:2] != "__"}
+        config = (found["get_config"]() if "get_config" in found else
+                  {k: v for k, v in found.items() if k[:2] != "__"})
         return plain(config.to_dict() if hasattr(config, "to_dict") else config)
     except ModuleNotFoundError as error:
         remedy = ("pip install 'lpo_fast[official]'" if error.name in ("ml_collections", "absl") else
@@ -119,7 +123,8 @@ def plain(value: object) -> dict:
     return {key: plain(item) if isinstance(item, Mapping) else item for key, item in value.items()}
 
 
-def override(config: dict[str, object], changes: dict[str, str], others: Collection[str] = ()) -> dict[str, object]:
+def override(config: dict[str, object], changes: dict[str, str],
+             others: Collection[str] = ()) -> dict[str, object]:
     """Return the config with values from the command line, each parsed as the type of the file's value.
 
     others: keys that the file may lack. Raises InputError for an unknown key or a value of another type.
@@ -129,18 +134,20 @@ def override(config: dict[str, object], changes: dict[str, str], others: Collect
         flag = f"--config.{key}"
         if key not in config:
             near = difflib.get_close_matches(key, config, 1)
-            raise InputError(text, "no such key in the config file", f"did you mean --config.{near[0]}?" if near else
-                             f"it has {', '.join(sorted(config))}", flag)
+            raise InputError(text, "no such key in the config file", f"did you mean --config.{near[0]}?"
+                             if near else f"it has {', '.join(sorted(config))}", flag)
         before = config[key]
         try:
-            value = text if isinstance(before, str) else {"true": True, "false": False}.get(text.lower(), text)
+            value = (text if isinstance(before, str) else
+                     {"true": True, "false": False}.get(text.lower(), text))
             if not isinstance(before, str) and isinstance(value, str):
                 value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
         if isinstance(before, float) and type(value) is int:
             value = float(value)
-        if before is not None and type(value) is not type(before) and {type(value), type(before)} != {list, tuple}:
+        if (before is not None and type(value) is not type(before)
+                and {type(value), type(before)} != {list, tuple}):
             raise InputError(text, f"is not of type {type(before).__name__}", f"write it like {before!r}",
                              flag)
         config[key] = value
@@ -186,7 +193,8 @@ def settings(config: dict[str, object]) -> tuple[LPO, list[str]]:
     if shape not in SHAPES:
         raise InputError(shape, "is not a known threshold", f"use {', '.join(SHAPES)}",
                          "config.compare_func_cfg.dynamic_threshold")
-    low, high = of("compare_func_cfg.threshold_min", float, 0.2), of("compare_func_cfg.threshold_max", float, 0.5)
+    low, high = (of("compare_func_cfg.threshold_min", float, 0.2),
+                 of("compare_func_cfg.threshold_max", float, 0.5))
     if shape == "none":
         low = high = of("compare_func_cfg.threshold", float, 0.3)
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "auto")
@@ -205,20 +213,18 @@ def settings(config: dict[str, object]) -> tuple[LPO, list[str]]:
                          "use a name without / and .., and set the directory with --config.logdir",
                          "config.run_name")
     kinds = {field.name: type(field.default) for field in fields(LPO)} | {"lrm_multi_scale_cfg": bool}
-    values = {field: typed(f"config.{key}", config[key], kinds[field]) for key, field in SAME.items() if key in config} | {
+    values = {field: typed(f"config.{key}", config[key], kinds[field]) for key, field in SAME.items()
+              if key in config} | {
         "out": str(Path(of("logdir", str, "logs/lpo")) / name),
         "keep_checkpoints": of("num_checkpoint_limit", int, 0),
         "checkpointing": "full" if of("use_checkpointing", bool, False) else "none",
         "attention": attention(notes) if of("use_xformers", bool, False) else "sdpa",
         "log_with": "wandb" if of("use_wandb", bool, False) else "",
-        "tracker_entity": of("wandb_entity_name", str, ""),
-        "full": not of("use_lora", bool, True),
-        "lrm_guidance": (guidance,),
-        "threshold_shape": shape, "threshold_min": low, "threshold_max": high,
+        "tracker_entity": of("wandb_entity_name", str, ""), "full": not of("use_lora", bool, True),
+        "lrm_guidance": (guidance,), "threshold_shape": shape, "threshold_min": low, "threshold_max": high,
         "lrm_tokenizer": "" if tokenizer == CLIP_TOKENIZER or kind == MODELS[1] else tokenizer,
         "optimizer": "adamw8bit" if of("train.use_8bit_adam", bool, False) else "adamw",
-        "validation_prompts": tuple(prompts),
-        "mixed_precision": precision,
+        "validation_prompts": tuple(prompts), "mixed_precision": precision,
         "pictures": 0, "steps_used": f"{first}:{end}" if first or end else "",
     }
     if values.get("guidance_scale", 5.0) <= 1:
@@ -237,7 +243,8 @@ def is_multi_scale(lrm: Path) -> bool:
         return checkpoint.read_heads(lrm, channels)["visual_projection"]["weight"].shape[1] > channels[-1]
     state = reading.read_pickle(lrm, "--lrm", mmap=True)
     try:
-        return state["visual_projection.weight"].shape[1] > len(state["unet.mid_block.resnets.0.conv1.weight"])
+        return (state["visual_projection.weight"].shape[1]
+                > len(state["unet.mid_block.resnets.0.conv1.weight"]))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise InputError(str(lrm), f"is not a reward model ({error})", "name the single file of an LRM-XL",
                          "--lrm") from error
@@ -259,7 +266,8 @@ def attention(notes: list[str]) -> str:
 def parse(argv: list[str]) -> tuple[LPO, list[str]]:
     """Return settings and notes for an official launch line; our own flags take precedence over the file."""
     file, changes, rest = split(argv)
-    config, notes = settings(override(flat(load(file)), changes, SAME.keys() | WORKED_OUT if Path(file).suffix in DATA else ()))
+    config, notes = settings(override(flat(load(file)), changes,
+                                      SAME.keys() | WORKED_OUT if Path(file).suffix in DATA else ()))
     if rest:
         given = cli.parse(LPO, rest, "train --config FILE.py", default=config)
         cli.lora_flags(given, config)
@@ -277,16 +285,18 @@ def render(config: LPO, lrm: Any) -> str:
     values = {key: getattr(config, field) for key, field in SAME.items()} | {
         "logdir": str(Path(config.out).parent), "run_name": Path(config.out).name,
         "num_checkpoint_limit": config.keep_checkpoints or None, "use_xformers": config.attention != "sdpa",
-        "use_checkpointing": config.checkpointing != "none",
-        "use_wandb": config.log_with == "wandb", "wandb_entity_name": config.tracker_entity or None,
-        "use_lora": not config.full, "dynamic_beta": False, "dataloader_num_workers": 0, "dataloader_pin_memory": False,
-        "preference_model_func_cfg.type": MODELS[lrm.family.time_ids], "preference_model_func_cfg.multi_scale": lrm.multi_scale,
+        "use_checkpointing": config.checkpointing != "none", "use_wandb": config.log_with == "wandb",
+        "wandb_entity_name": config.tracker_entity or None, "use_lora": not config.full,
+        "dynamic_beta": False, "dataloader_num_workers": 0, "dataloader_pin_memory": False,
+        "preference_model_func_cfg.type": MODELS[lrm.family.time_ids],
+        "preference_model_func_cfg.multi_scale": lrm.multi_scale,
         "preference_model_func_cfg.multi_scale_cfg": lrm.multi_scale_cfg,
-        "preference_model_func_cfg.guidance_scale": lrm.guidance_scale[0],
-        "sample.num_inner_step": 0, "sample.inner_start_step": 0,
-        "compare_func_cfg.type": NAMES["compare_func_cfg.type"], "compare_func_cfg.threshold": config.threshold_min,
-        "compare_func_cfg.dynamic_threshold": None if config.threshold_shape == "none" else config.threshold_shape,
-        "compare_func_cfg.threshold_min": config.threshold_min, "compare_func_cfg.threshold_max": config.threshold_max,
+        "preference_model_func_cfg.guidance_scale": lrm.guidance_scale[0], "sample.num_inner_step": 0,
+        "sample.inner_start_step": 0, "compare_func_cfg.type": NAMES["compare_func_cfg.type"],
+        "compare_func_cfg.threshold": config.threshold_min, "compare_func_cfg.dynamic_threshold":
+            None if config.threshold_shape == "none" else config.threshold_shape,
+        "compare_func_cfg.threshold_min": config.threshold_min,
+        "compare_func_cfg.threshold_max": config.threshold_max,
         "dataset_cfg.type": NAMES["dataset_cfg.type"], "train.use_8bit_adam": config.optimizer == "adamw8bit",
         "dataset_cfg.pretrained_tokenzier_path": config.lrm_tokenizer or CLIP_TOKENIZER,
         "validation_prompts": list(config.validation_prompts), "train.divert_start_step": config.window[0],
@@ -296,5 +306,6 @@ def render(config: LPO, lrm: Any) -> str:
         group, _, name = key.rpartition(".")
         groups.setdefault(group, {})[name] = value
     lines = [f"{name} = {value!r}" for name, value in groups.pop("").items()]
-    lines += [f"{group} = dict({', '.join(f'{n}={v!r}' for n, v in inner.items())})" for group, inner in groups.items()]
+    lines += [f"{group} = dict({', '.join(f'{n}={v!r}' for n, v in inner.items())})"
+              for group, inner in groups.items()]
     return "\n".join(lines) + "\n"

@@ -53,12 +53,12 @@ KEYS = {
     "dataset.valid_split_name": Key("validation_unique", "validation_split"),
     "dataset.test_split_name": Key("test_unique", "test_split"),
     **{f"dataset.{name}_column_name": Key(column, f"columns.{column}") for name, column in (
-        ("caption", "caption"), ("image_0", "jpg_0"), ("image_1", "jpg_1"), ("label_0", "label_0"), ("label_1", "label_1"),
-        ("are_different", "are_different"), ("has_label", "has_label"),
+        ("caption", "caption"), ("image_0", "jpg_0"), ("image_1", "jpg_1"), ("label_0", "label_0"),
+        ("label_1", "label_1"), ("are_different", "are_different"), ("has_label", "has_label"),
         ("num_examples_per_prompt", "num_example_per_prompt"))},
     **{f"dataset.{name}_column_name": Key(value, inert=INTERNAL) for name, value in (
-        ("input_ids", "input_ids"), ("pixels_0", "pixel_values_0"),
-        ("pixels_1", "pixel_values_1"), ("timestep", "timestep"), ("timestep_comparison", "timestep_comparison"))},
+        ("input_ids", "input_ids"), ("pixels_0", "pixel_values_0"), ("pixels_1", "pixel_values_1"),
+        ("timestep", "timestep"), ("timestep_comparison", "timestep_comparison"))},
     "dataset.input_ids_2_column_name": Key("input_ids_2", inert=INTERNAL, family="sdxl"),
     "dataset.constant_timestep": Key(1, "constant_timestep"),
     "dataset.variable_timestep": Key(False, "variable_timestep"),
@@ -100,14 +100,17 @@ KEYS = {
     "optimizer.weight_decay": Key(0.3, "weight_decay"),
     "lr_scheduler.lr_warmup_steps": Key(500, "warmup_steps"),
     "lr_scheduler.lr": Key("${optimizer.lr}", fixed="the peak rate is optimizer.lr"),
-    "lr_scheduler.total_num_steps": Key("${accelerator.max_steps}", fixed="the rate falls to 0 at accelerator.max_steps"),
+    "lr_scheduler.total_num_steps": Key("${accelerator.max_steps}",
+                                        fixed="the rate falls to 0 at accelerator.max_steps"),
     "accelerator.mixed_precision": Key("NO"),
     "accelerator.project_name": Key("reward", "tracker_project"),
     "accelerator.run_name": Key("default", "run_name"),
     "accelerator.output_dir": Key("${output_dir}", fixed="the run directory is output_dir"),
     "accelerator.resume_from_checkpoint": Key(True),
-    "accelerator.metric_name": Key("accuracy", fixed="the best checkpoint is the one of the best validation accuracy"),
-    "accelerator.metric_mode": Key("MAX", fixed="the best checkpoint is the one of the best validation accuracy"),
+    "accelerator.metric_name": Key("accuracy",
+                                   fixed="the best checkpoint is the one of the best validation accuracy"),
+    "accelerator.metric_mode": Key("MAX",
+                                   fixed="the best checkpoint is the one of the best validation accuracy"),
     "accelerator.gradient_accumulation_steps": Key(1, "accumulate"),
     "accelerator.max_steps": Key(4000, "max_steps"),
     "accelerator.num_epochs": Key(10, inert="the official code computes it from max_steps"),
@@ -128,14 +131,17 @@ KEYS = {
     "debug.port": Key(5900, fixed="there is no PyCharm debugger to attach"),
     "accelerator.deepspeed_final": Key(None, fixed=NO_DEEPSPEED),
     **{f"accelerator.deepspeed.{name}": Key(value, fixed=NO_DEEPSPEED) for name, value in {
-        "fp16.enabled": False, "bf16.enabled": False, "optimizer.type": "AdamW", "optimizer.params.lr": "auto",
-        "optimizer.params.weight_decay": "auto", "optimizer.params.torch_adam": True, "optimizer.params.adam_w_mode": True,
-        "scheduler.type": "WarmupDecayLR", "scheduler.params.warmup_min_lr": "auto", "scheduler.params.warmup_max_lr": "auto",
-        "scheduler.params.warmup_num_steps": "auto", "scheduler.params.total_num_steps": "auto", "zero_optimization.stage": 2,
+        "fp16.enabled": False, "bf16.enabled": False, "optimizer.type": "AdamW",
+        "optimizer.params.lr": "auto", "optimizer.params.weight_decay": "auto",
+        "optimizer.params.torch_adam": True, "optimizer.params.adam_w_mode": True,
+        "scheduler.type": "WarmupDecayLR", "scheduler.params.warmup_min_lr": "auto",
+        "scheduler.params.warmup_max_lr": "auto", "scheduler.params.warmup_num_steps": "auto",
+        "scheduler.params.total_num_steps": "auto", "zero_optimization.stage": 2,
         "zero_optimization.allgather_partitions": True, "zero_optimization.allgather_bucket_size": 2e8,
         "zero_optimization.overlap_comm": True, "zero_optimization.reduce_scatter": True,
         "zero_optimization.reduce_bucket_size": 500000000, "zero_optimization.contiguous_gradients": True,
-        "gradient_accumulation_steps": 16, "gradient_clipping": 1.0, "steps_per_print": 1, "train_batch_size": "auto",
+        "gradient_accumulation_steps": 16, "gradient_clipping": 1.0,
+        "steps_per_print": 1, "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto", "wall_clock_breakdown": False}.items()},
     "task.limit_examples_to_wandb": Key(50, inert="pictures of single predictions are not uploaded"),
     "hydra.run.dir": Key(".", inert="this project never changes the working directory"),
@@ -179,7 +185,8 @@ def parse(argv: list[str]) -> LRM:
 
 def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     """Return --config-path and --config-name (also -cp, -cn), and the overrides."""
-    names = {"--config-path": "path", "-cp": "path", "--config-dir": "path", "--config-name": "name", "-cn": "name"}
+    names = {"--config-path": "path", "-cp": "path", "--config-dir": "path", "--config-name": "name",
+             "-cn": "name"}
     options, overrides, rest = {}, [], list(argv)
     while rest:
         word = rest.pop(0)
@@ -285,8 +292,9 @@ def _settings(values: dict[str, Any], keys: dict[str, Key]) -> LRM:
                          "name a directory written by save_to_disk", "dataset.dataset_name")
     if of("dataset.keep_only_with_pesudo_preference", bool):
         if not scores:
-            raise InputError("(none)", "the filter is on but has no score table", "name the .csv (python -m "
-                             "lpo_fast.score_table writes one), or set dataset.keep_only_with_pesudo_preference=False",
+            raise InputError("(none)", "the filter is on but has no score table",
+                             "name the .csv (python -m lpo_fast.score_table writes one), or set "
+                             "dataset.keep_only_with_pesudo_preference=False",
                              "dataset.pseudo_preference_path")
         strategy = of("dataset.filter_strategy", int)
         if strategy not in (1, 2, 3):
@@ -303,16 +311,19 @@ def _settings(values: dict[str, Any], keys: dict[str, Key]) -> LRM:
     processes, each = int(os.environ.get("WORLD_SIZE", "1")), of("dataset.batch_size", int)
     batch = each * processes * settings["accumulate"]
     if os.environ.get("RANK", "0") == "0":
-        print(f"dataset.batch_size {each} is per process: {batch} pairs per optimizer step = {each} × {processes} "
-              f"processes × {settings['accumulate']} passes")
+        print(f"dataset.batch_size {each} is per process: {batch} pairs per optimizer step = {each} × "
+              f"{processes} processes × {settings['accumulate']} passes")
     offset = of("model.noise_offset", bool) if "model.noise_offset" in values else False
     resume = of("accelerator.resume_from_checkpoint", bool) and any(Path(settings["out"]).glob("state*.pt"))
     log_with = values["accelerator.log_with"]
     return LRM(**settings | {
-        "validation_pairs": pairs, "test_pairs": pairs, "columns": Columns(**columns), "filter_strategy": strategy,
+        "validation_pairs": pairs, "test_pairs": pairs,
+        "columns": Columns(**columns), "filter_strategy": strategy,
         "limit_examples_per_prompt": max(of("dataset.limit_examples_per_prompt", int), 0),
-        "hflip": not of("dataset.processor.no_hflip", bool), "guidance_scale": (of("model.guidance_scale", float),),
-        "noise_offset": of("model.noise_offset_coeff", float) if offset else 0.0, "mixed_precision": precision,
+        "hflip": not of("dataset.processor.no_hflip", bool),
+        "guidance_scale": (of("model.guidance_scale", float),),
+        "noise_offset": of("model.noise_offset_coeff", float) if offset else 0.0,
+        "mixed_precision": precision,
         "batch_size": batch, "resume": resume, "log_with": str(log_with).lower() if log_with else "",
         "keep_checkpoints": max(of("accelerator.limit_num_checkpoints", int), 0)})
 
@@ -341,8 +352,10 @@ def render(config: LRM, family: str, processes: int) -> str:
         "accelerator.log_with": config.log_with or None}
     if family == "sdxl":
         values |= {"model.noise_offset": config.noise_offset > 0,
-                   "model.noise_offset_coeff": config.noise_offset or KEYS["model.noise_offset_coeff"].default}
-    tree: dict[str, Any] = {"defaults": [next(name for name, of in CONFIGS.items() if of == family), "_self_"]}
+                   "model.noise_offset_coeff":
+                       config.noise_offset or KEYS["model.noise_offset_coeff"].default}
+    tree: dict[str, Any] = {"defaults": [next(name for name, of in CONFIGS.items() if of == family),
+                                         "_self_"]}
     for name, value in values.items():
         *groups, last = name.split(".")
         at = tree

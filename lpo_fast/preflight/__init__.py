@@ -1,0 +1,1 @@
+"""Refuse what cannot work before anything is loaded; the dry run."""

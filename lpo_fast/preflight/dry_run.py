@@ -1,8 +1,8 @@
-"""--dry-run: what a run would train, hold and compute on a GPU, from the models' configs alone.
+"""Report what a run would train, hold and compute on a GPU (--dry-run), from the models' configs only.
 
-After the whole preflight the networks are built without contents, and the run's own functions are called on them at the run's
-own batch sizes, not compiled (see meta.py). No weights are read, no GPU is needed, and no run directory is written. Sizes are
-those of one process.
+After the complete preflight the networks are built without contents (see meta.py), and the run's own
+functions are called on them, uncompiled, at the run's batch sizes. No weights are read, no GPU is needed, and
+no run directory is written. Sizes are per process.
 """
 
 import os
@@ -27,20 +27,20 @@ from lpo_fast.run import optimization
 from lpo_fast.run.optimization import optimizer_state
 from lpo_fast.system import devices, distributed
 
-DECODED = 4  # latents at a time (policy.pictures)
+DECODED = 4  # latents decoded at a time (policy.pictures)
 
 
 # Bytes
 
 
 def held(module: nn.Module | None, trained: bool | None = None) -> int:
-    """Bytes of the parameters, or of those that train, or of those that do not."""
+    """Return the bytes of a module's parameters; trained: only those that are trained, or only the others."""
     return sum(p.numel() * p.element_size() for p in (module.parameters() if module else ())
                if trained is None or p.requires_grad == trained)
 
 
 def of_text(text: Text) -> int:
-    """Bytes of text features."""
+    """Return the bytes of text features."""
     return sum(x.numel() * x.element_size() for x in (text.context, text.pooled))
 
 
@@ -48,15 +48,16 @@ def of_text(text: Text) -> int:
 
 
 def report(config: LPO | LRM) -> list[str]:
-    """The lines of a dry run. Raises InputError for whatever a run would refuse."""
+    """Return the lines of the report. Raises InputError if the run could not start."""
     return lpo(config) if isinstance(config, LPO) else lrm(config)
 
 
 def lpo(config: LPO) -> list[str]:
-    """The report of an LPO run."""
+    """Return the report of an LPO run."""
     prompts, _ = runs.lpo(config)
     precision = "fp16" if config.mixed_precision == "auto" else config.mixed_precision
-    model, size, k, n = locate.model(config), config.batch_size, config.num_candidates, config.train_batch_size
+    model = locate.model(config)
+    size, k, n = config.batch_size, config.num_candidates, config.train_batch_size
     family = families.family_of(configs.read_config(model / "unet", "--model"))
     encoders = [e.requires_grad_(False) for e in texts.load_text(model, family, weights=False)]
     text, encoding = meta.encoded(family, encoders, len(prompts) + len(config.validation_prompts))
@@ -71,9 +72,11 @@ def lpo(config: LPO) -> list[str]:
     sched = schedule.from_config(scheduler, config.num_steps, config.eta).to(meta.META)
     first, steps = config.window
     judged, latent = steps - first, 4 * shape[0] * shape[1] * shape[2]
-    x, t, index = meta.empty(n, *shape), meta.empty(n, dtype=torch.int64), meta.empty(size, dtype=torch.int64)
+    x, t = meta.empty(n, *shape), meta.empty(n, dtype=torch.int64)
+    index = meta.empty(size, dtype=torch.int64)
     pairs = LatentPairs(x, x.clone(), x.clone(), t, t, meta.empty(n, dtype=torch.bool))
-    gradients, optimizers, cut = held(actor.unet, True), optimizer_states(parameters), processes() if config.shard else 1
+    gradients, optimizers = held(actor.unet, True), optimizer_states(parameters)
+    cut = processes() if config.shard else 1
     loading = max(
         held(actor.unet, config.full) // cut + sum(map(held, encoders)) + encoding.peak + 2 * of_text(text),
         held(actor.unet) // cut + of_text(actor.text) + held(judge) + judging.peak + 2 * of_text(words))
@@ -86,8 +89,8 @@ def lpo(config: LPO) -> list[str]:
             return judge.score(x, t, words[index])
     with meta.on_cuda():
         sampling = meta.measure(lambda: lpo_sampling.trajectory(
-            actor.predict, score, sched, meta.empty(1000),
-            CounterNoise(config.seed, 0, index, shape), index, guidance=config.guidance_scale, num_candidates=k, window=(0, 1)))
+            actor.predict, score, sched, meta.empty(1000), CounterNoise(config.seed, 0, index, shape), index,
+            guidance=config.guidance_scale, num_candidates=k, window=(0, 1)))
         drawing = meta.measure(lambda: actor.predict(meta.empty(size, *shape), index, index))
         training = meta.training_pass(lambda: lpo_steps.evaluate(
             actor, sched, pairs, meta.empty(n), beta=config.beta, eps=config.clip_eps,
@@ -102,12 +105,14 @@ def lpo(config: LPO) -> list[str]:
         f"optimizer state ({config.optimizer})": optimizers[config.optimizer] // cut,
         "average of the weights": gradients // cut if config.ema_decay else 0,
         "pairs of a prompt batch": 2 * 3 * latent * judged * size,
-        "sampling, which its CUDA graph keeps (--compile)": 0 if config.compiled == "none" else sampling.peak}
+        "sampling, kept by its CUDA graph (--compile)": 0 if config.compiled == "none" else sampling.peak}
     base = sum(always.values())
     phases = {
         "loading": loading,
-        f"sampling, {size} prompts, {k * size} candidates": base + (sampling.peak if config.compiled == "none" else 0),
-        f"training, {n} pairs{'' if config.checkpointing == 'none' else f' with {config.checkpointing} checkpointing'}":
+        f"sampling, {size} prompts, {k * size} candidates":
+            base + (sampling.peak if config.compiled == "none" else 0),
+        f"training, {n} "
+        f"pairs{'' if config.checkpointing == 'none' else f' with {config.checkpointing} checkpointing'}":
             base + training.peak - gradients + gradients // cut}
     if config.pictures or config.validation_prompts:
         phases["drawing pictures, VAE in fp32"] = base + held(vae) + max(decoding.peak, drawing.peak)
@@ -125,25 +130,25 @@ def lpo(config: LPO) -> list[str]:
             "text encoders, while loading": [p for e in encoders for p in e.parameters()],
             "VAE, for pictures": list(vae.parameters())}), "",
         *memory_table(always, training.kept, gradients // cut, phases, optimizers),
-        *(["sharded: weights, gradients, optimizer state and average are a process's part; activations are those of whole "
-           "weights"] if config.shard else []), "",
+        *(["sharded: weights, gradients, optimizer state and average are one process's share; activations "
+           "are not sharded"] if config.shard else []), "",
         f"a batch of {size} prompts: up to {judged * size} pairs, "
         f"{-(-judged * size // (n * config.accumulate))} optimizer steps",
-        *table(["network evaluations", "a prompt", "a batch"], [
+        *table(["network evaluations", "per prompt", "per batch"], [
             ["policy, sampling (null and text pass)", 2 * steps, 2 * steps * size],
-            [f"reward model ({guided} a candidate)", guided * k * judged, guided * k * judged * size],
-            ["policy, training (2 a pair, if all are valid)", 2 * judged, 2 * judged * size],
-            ["reference, training (2 a pair)", 2 * judged, 2 * judged * size]]), "",
-        *table(["TFLOP", "a prompt", "a batch"], [
+            [f"reward model ({guided} per candidate)", guided * k * judged, guided * k * judged * size],
+            ["policy, training (2 per pair, if all are valid)", 2 * judged, 2 * judged * size],
+            ["reference, training (2 per pair)", 2 * judged, 2 * judged * size]]), "",
+        *table(["TFLOP", "per prompt", "per batch"], [
             [name, f"{x / 1e12:,.1f}", f"{x * size / 1e12:,.1f}"] for name, x in (
                 ("sampling, policy", sampled[0]), ("sampling, reward model", sampled[1]),
-                (f"training, {each / 1e12:.2f} a pair, if all are valid", judged * each),
-                ("together, if all are valid", sum(sampled) + judged * each),
-                ("together, if half are valid", sum(sampled) + judged * each / 2))])]
+                (f"training, {each / 1e12:.2f} per pair, if all are valid", judged * each),
+                ("total, if all are valid", sum(sampled) + judged * each),
+                ("total, if half are valid", sum(sampled) + judged * each / 2))])]
 
 
 def lrm(config: LRM) -> list[str]:
-    """The report of an LRM run."""
+    """Return the report of an LRM run."""
     used = runs.lrm(config)
     precision = "bf16" if config.mixed_precision == "auto" else config.mixed_precision
     model, world = locate.model(config), processes()
@@ -157,22 +162,26 @@ def lrm(config: LRM) -> list[str]:
     n = -(-own // config.accumulate)
     encoded_at_once = lrm_encoding.part_size(2 * own, pixels)
     ids = [meta.empty(n, e.config.max_position_embeddings, dtype=torch.int64) for e in reward.text_encoders]
-    x, t, label = meta.empty(2, n, unet["in_channels"], size, size), meta.empty(2, n, dtype=torch.int64), meta.empty(n)
+    x = meta.empty(2, n, unet["in_channels"], size, size)
+    t, label = meta.empty(2, n, dtype=torch.int64), meta.empty(n)
 
     def forward() -> Tensor:
         with devices.autocast(precision):
             unit = encode_features(reward, ids, [i[:1] for i in ids], x, t)
-        return loss.preference(*unit, reward.logit_scale.exp(), label, label, t[0], t.T, loss_type=config.loss_type,
-                               batch_coeff=config.batch_coeff, aux_loss_coeff=config.aux_loss_coeff)
+        return loss.preference(*unit, reward.logit_scale.exp(), label, label, t[0], t.T,
+                               loss_type=config.loss_type, batch_coeff=config.batch_coeff,
+                               aux_loss_coeff=config.aux_loss_coeff)
     with meta.on_cuda():
-        encoding = meta.measure(lambda: lrm_encoding.encode(vae, meta.empty(encoded_at_once, 3, pixels, pixels), precision))
+        encoding = meta.measure(lambda: lrm_encoding.encode(
+            vae, meta.empty(encoded_at_once, 3, pixels, pixels), precision))
         training = meta.training_pass(forward, parameters, config.accumulate)
     gradients, optimizers = held(reward, True), optimizer_states(parameters)
     always = {"reward model, fp32": held(reward), "VAE, fp32": held(vae),
               f"optimizer state ({config.optimizer})": optimizers[config.optimizer]}
-    base = sum(always.values()) + 2 * 4 * x.numel() * own // n  # and mean and deviation of each of the step's pictures, fp32
+    # The mean and deviation of each of the step's pictures, in fp32, are held too.
+    base = sum(always.values()) + 2 * 4 * x.numel() * own // n
     phases = {f"encoding, {encoded_at_once} pictures at a time": base + encoding.peak,
-              f"training, {n} pairs a pass": base + training.peak}
+              f"training, {n} pairs per micro-batch": base + training.peak}
     evaluations = 2 * (2 if max(config.guidance_scale) > 1 else 1)
     work = 2 * encoding.flops / encoded_at_once, training.flops / n
     kept = latent_cache.needed(config, used, precision) if config.cache_latents else None
@@ -182,67 +191,70 @@ def lrm(config: LRM) -> list[str]:
                           "text encoders": list(reward.text_encoders.parameters()),
                           "projections, logit scale": heads_of(reward), "VAE": list(vae.parameters())}), "",
         *memory_table(always, training.kept, gradients, phases, optimizers), "",
-        f"an optimizer step: {own} pairs a process in {-(-own // n)} passes; {config.max_steps} steps",
-        *([f"--cache-latents: {kept[0]:,} pictures to come, {kept[1] / 2**30:,.2f} GiB of disk"] if kept else []),
-        *table(["network evaluations", "a pair", "a step"], [
+        f"an optimizer step: {own} pairs per process in {-(-own // n)} micro-batches; {config.max_steps} "
+        "steps", *([f"--cache-latents: {kept[0]:,} pictures to add, {kept[1] / 2**30:,.2f} GiB of disk space"]
+                   if kept else []), *table(["network evaluations", "per pair", "per step"], [
             ["VAE's encoder", 2, 2 * own],
-            [f"denoiser, down and mid ({evaluations // 2} a picture)", evaluations, evaluations * own]]), "",
-        *table(["TFLOP", "a pair", "a step"], [[name, f"{x / 1e12:,.2f}", f"{x * own / 1e12:,.1f}"] for name, x in (
-            ("VAE", work[0]), ("training", work[1]), ("together", sum(work)))])]
+            [f"denoiser, down and mid ({evaluations // 2} per picture)", evaluations, evaluations * own]]),
+        "", *table(["TFLOP", "per pair", "per step"],
+                   [[name, f"{x / 1e12:,.2f}", f"{x * own / 1e12:,.1f}"] for name, x in (
+                       ("VAE", work[0]), ("training", work[1]), ("total", sum(work)))])]
 
 
 def processes() -> int:
-    """Processes of this launch."""
+    """Return the number of processes of this launch."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def heading(stage: str, family: families.Family, pixels: int, precision: str) -> str:
-    """The first line."""
-    return (f"dry run: {stage}, {family.name}, {pixels}×{pixels} pixels, networks in {names(precision)} (on CUDA), "
-            f"{'' if processes() == 1 else 'one of '}{distributed.named(processes())}")
+    """Return the first line."""
+    return (f"dry run: {stage}, {family.name}, {pixels}×{pixels} pixels, networks in {names(precision)} "
+            f"(on CUDA), {'' if processes() == 1 else 'one of '}{distributed.named(processes())}")
 
 
 def names(precision: str) -> str:
-    """fp32 for "no"."""
+    """Return the name of a precision: fp32 for "no"."""
     return "fp32" if precision == "no" else precision
 
 
 def heads_of(lrm: LatentRewardModel) -> list[nn.Parameter]:
-    """The parameters of an LRM beside its networks."""
+    """Return the parameters of an LRM that are not its networks'."""
     return [p for name, p in lrm.named_parameters() if not name.startswith(("unet.", "text_encoders."))]
 
 
 def optimizer_states(parameters: list[nn.Parameter]) -> dict[str, int]:
-    """Bytes of each optimizer's state."""
+    """Return the bytes of each optimizer's state."""
     return {name: optimizer_state(name, parameters) for name in optimization.OPTIMIZERS}
 
 
 def parameter_table(parts: dict[str, list[nn.Parameter]]) -> list[str]:
-    """Lines: parameters of each part."""
-    counts = [[name, *(sum(p.numel() for p in part if p.requires_grad == trained) for trained in (True, False))]
-              for name, part in parts.items()]
+    """Return the table of each part's parameters."""
+    counts = [[name, sum(p.numel() for p in part if p.requires_grad),
+               sum(p.numel() for p in part if not p.requires_grad)] for name, part in parts.items()]
     return table(["parameters", "trained", "frozen"], counts)
 
 
 def memory_table(always: dict[str, int], activations: int, gradients: int, phases: dict[str, int],
                  optimizers: dict[str, int]) -> list[str]:
-    """Lines: what is held, what a training pass adds, the most that lives in each phase, and each optimizer's state."""
+    """Return the table of memory: held, added by a training micro-batch, peak per phase, optimizer states."""
     def gib(size: int) -> str:
         return f"{size / 2**30:,.2f}"
     top = max(phases, key=lambda name: phases[name])
+    training = next(size for name, size in phases.items() if name.startswith("training"))
+    temporary = training - sum(always.values()) - activations - gradients
     return table(["memory, GiB: estimate, not yet checked on a GPU", ""], [
-        *([name, gib(size)] for name, size in always.items() if size), ["held in all phases", gib(sum(always.values()))],
-        ["a training pass's activations", gib(activations)], ["a training pass's gradients", gib(gradients)],
-        ["what its backward pass takes beside them", gib(next(size for name, size in phases.items() if name.startswith(
-            "training")) - sum(always.values()) - activations - gradients)],
+        *([name, gib(size)] for name, size in always.items() if size),
+        ["held in all phases", gib(sum(always.values()))],
+        ["activations of a training micro-batch", gib(activations)], ["gradients", gib(gradients)],
+        ["temporary tensors of its backward pass", gib(temporary)],
         *([f"most while {name}", gib(size)] for name, size in phases.items()),
         [f"peak ({top.partition(',')[0]})", gib(phases[top])]]) + [
         "optimizer states: " + ", ".join(f"{name} {gib(size)}" for name, size in optimizers.items()),
-        "passes as not compiled; on top: CUDA's context, its libraries' workspaces, what PyTorch's allocator keeps"]
+        "uncompiled; not included: CUDA's context, its libraries' workspaces, PyTorch's cached blocks"]
 
 
 def table(header: list[str], rows: list[list[object]]) -> list[str]:
-    """Aligned lines; whole numbers get commas."""
+    """Return aligned lines; integers get thousands separators."""
     cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     return [(f"{row[0]:<{max(widths[0], 48)}}" + "".join(f"  {cell:>{max(w, 13)}}" for cell, w in zip(

@@ -1,8 +1,7 @@
-"""Networks on the meta device, where tensors have shapes but no contents: built from configs as a run builds them, and what
-functions on them would compute and hold on a GPU.
+"""Build a run's networks on the meta device, and measure what functions would compute and hold on a GPU.
 
-``Cuda`` gives results the precisions that they would have there, ``Tally`` follows the bytes that live at a time and counts
-operations by torch's formulas. No weights are read, and no GPU is needed.
+Meta tensors have shapes but no contents. ``Cuda`` gives results the dtypes they would have on CUDA. ``Tally``
+tracks live bytes and counts operations by torch's formulas. No weights are read, and no GPU is needed.
 """
 
 import weakref
@@ -30,16 +29,20 @@ from lpo_fast.models.texts import Text
 from lpo_fast.system import devices, launch
 
 META = torch.device("meta")
-# What autocast does on CUDA to the functions that the networks call; others take what they are given.
-HALF = {F.linear, F.conv2d, F.scaled_dot_product_attention, torch.matmul, torch.bmm, torch.baddbmm, torch.addmm,
-        Tensor.matmul, Tensor.__matmul__}
-FULL = {F.group_norm, F.layer_norm, F.softmax, torch.softmax, Tensor.softmax, torch.exp, torch.pow, Tensor.pow}
-ENCODED = 64  # prompts at a time (texts.encode_prompts)
+# Functions whose inputs autocast casts to half precision, or to fp32, on CUDA; others keep their dtypes.
+HALF = {F.linear, F.conv2d, F.scaled_dot_product_attention, torch.matmul, torch.bmm, torch.baddbmm,
+        torch.addmm, Tensor.matmul, Tensor.__matmul__}
+FULL = {F.group_norm, F.layer_norm, F.softmax, torch.softmax, Tensor.softmax, torch.exp, torch.pow,
+        Tensor.pow}
+ENCODED = 64  # prompts encoded at a time (texts.encode_prompts)
 
 
 class Cost(NamedTuple):
-    """flops: operations, a multiplication and its addition are two. peak: the most bytes that lived at a time; kept: those
-    that lived after the forward pass, which are the results and what the backward pass needs."""
+    """Hold the cost of a function.
+
+    flops: operations; a multiply-add counts as two. peak: most bytes alive at a time. kept: bytes alive after
+    the forward pass, which are the results and what the backward pass needs.
+    """
 
     flops: int
     peak: int
@@ -47,29 +50,35 @@ class Cost(NamedTuple):
 
 
 class Cuda(TorchFunctionMode):
-    """On meta tensors, which autocast leaves alone: its casts as on CUDA, where the run is within ``devices.autocast``; and
-    fused attention, which keeps no matrix."""
+    """Treat meta tensors as if on CUDA: cast them within ``devices.autocast``, and use fused attention.
+
+    Autocast itself ignores meta tensors. Fused attention keeps no attention matrix.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, device = kwargs or {}, devices.device().type
         if torch.is_autocast_enabled(device) and func in HALF | FULL:
             dtype = torch.float32 if func in FULL else torch.get_autocast_dtype(device)
-            args, kwargs = tree_map(
-                lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, (args, kwargs))
+            args, kwargs = tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point()
+                                    else x, (args, kwargs))
         return (fused_attention if func is F.scaled_dot_product_attention else func)(*args, **kwargs)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
                     is_causal: bool = False, scale: float | None = None, **_) -> Tensor:
-    """What PyTorch's attention keeps and computes on CUDA; on the meta device it would be plain matrix products."""
+    """Return PyTorch's fused attention, as on CUDA; the meta device would use plain matrix products."""
     bias = None if attn_mask is None else attn_mask.to(q.dtype).expand(*q.shape[:3], k.shape[2])
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, keep, dropout_p, is_causal, scale=scale)[0]
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, bias, keep, dropout_p, is_causal, scale=scale)[0]
 
 
 class Tally(TorchDispatchMode):
-    """Bytes that operations inside allocate, as long as they live (what was there before does not count), and what is computed
-    by torch's formulas. FlopCounterMode itself would hold on to tensors that checkpointing lets go."""
+    """Track the live bytes that operations allocate, and count operations by torch's formulas.
+
+    Storages that existed before are not counted. FlopCounterMode itself would keep tensors alive that
+    checkpointing frees.
+    """
 
     def __init__(self):
         super().__init__()
@@ -87,7 +96,7 @@ class Tally(TorchDispatchMode):
         return out
 
     def add(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage until nothing holds it."""
+        """Count a storage until it is freed."""
         key, size = storage._cdata, storage.nbytes()
         if key in self.known:
             return
@@ -101,7 +110,7 @@ class Tally(TorchDispatchMode):
 
 
 def measure(step: Callable[[], object]) -> Cost:
-    """What a function on meta tensors computes without gradients, and its memory beyond what was there before."""
+    """Return the cost of ``step`` on meta tensors without gradients; memory held before is not counted."""
     with torch.no_grad(), Tally() as tally:
         out = step()
         kept = tally.live
@@ -110,8 +119,10 @@ def measure(step: Callable[[], object]) -> Cost:
 
 
 def training_pass(step: Callable[[], Tensor], parameters: list[nn.Parameter], accumulate: int = 1) -> Cost:
-    """The same of a forward pass, which gives the loss, and its backward pass, gradients included. accumulate: passes an
-    optimizer step; in the second the gradients of the first are there already."""
+    """Return the cost of ``step``, which returns the loss, and of its backward pass, gradients included.
+
+    accumulate: micro-batches per optimizer step; during the second one, the gradients of the first exist.
+    """
     costs = []
     for before in (0, sum(p.numel() * p.element_size() for p in parameters))[:accumulate]:
         with Tally() as tally:
@@ -125,7 +136,7 @@ def training_pass(step: Callable[[], Tensor], parameters: list[nn.Parameter], ac
 
 @contextmanager
 def on_cuda() -> Iterator[None]:
-    """Networks compute as on a GPU, our kernels in place of their references."""
+    """Let networks compute as on a GPU within the block, with the kernels instead of their references."""
     with Cuda(), launch.recording():
         yield
 
@@ -134,7 +145,7 @@ def on_cuda() -> Iterator[None]:
 
 
 def encoded(family: families.Family, encoders: list[nn.Module], count: int) -> tuple[Text, Cost]:
-    """Text features of ``count`` prompts and the null text, and the cost of encoding a batch of them, in fp32."""
+    """Return fp32 text features of ``count`` prompts and the null text, and the cost of encoding a batch."""
     ids = [empty(min(count, ENCODED), e.config.max_position_embeddings, dtype=torch.int64) for e in encoders]
     with torch.no_grad(), on_cuda():
         cost = measure(lambda: texts.encode(family, encoders, ids))
@@ -150,11 +161,12 @@ def policy(config: LPO, precision: str, text: Text) -> Policy:
         unet.enable_gradient_checkpointing(partial(checkpointed, precision, config.checkpointing))
     family = families.family_of(unet.config)
     sizes = denoisers.size_conditions(locate.model(config), family, unet, config.resolution)
-    return Policy(unet, text, sizes if sizes is None else sizes.to(META), full=config.full, precision=precision)
+    return Policy(unet, text, sizes if sizes is None else sizes.to(META), full=config.full,
+                  precision=precision)
 
 
 def checkpointed(precision: str, how: str, block: Callable, *inputs) -> Tensor:
-    """A block whose activations are computed again in the backward pass, where no mode and no autocast is left."""
+    """Run a block whose activations are recomputed in the backward pass, outside modes and autocast."""
     def run(*inputs):
         with Cuda(), devices.autocast(precision):
             return block(*inputs)
@@ -167,16 +179,16 @@ def scorer(config: LPO) -> LatentRewardModel:
 
 
 def trained_lrm(config: LRM) -> LatentRewardModel:
-    """Load the LRM that is to be trained as a run does, without weights."""
+    """Load the LRM to be trained as a run does, without weights."""
     return channels_last(steps.load_reward(config, META, weights=False))
 
 
 def channels_last(lrm: LatentRewardModel) -> LatentRewardModel:
-    """Lay the denoiser out as on CUDA."""
+    """Lay out the LRM's denoiser as on CUDA (channels-last); return the LRM."""
     lrm.unet.to(memory_format=torch.channels_last)
     return lrm
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor without contents."""
+    """Return a tensor without contents, on the meta device."""
     return torch.empty(shape, dtype=dtype, device=META)

@@ -29,7 +29,8 @@ def targets(unet: dict, names: tuple[str, ...]) -> None:
                              "use to_q, to_k, to_v, to_out.0, …", "--targets")
 
 
-def buildable(config: dict, name: str, flag: str, part: str = "unet", kind: type = UNet2DConditionModel) -> None:
+def buildable(config: dict, name: str, flag: str, part: str = "unet",
+              kind: type = UNet2DConditionModel) -> None:
     """Refuse a model's part that cannot be built from its config. kind: its class, which no file chooses."""
     folder = Path(name) / part
     for key, most in (("num_hidden_layers", 100), ("num_train_timesteps", 10_000)):
@@ -61,9 +62,8 @@ def picture(config: Model, unet: dict) -> None:
                              "name a VAE's directory or a complete pipeline", "--vae")
         channels = configs.read_config(vaes.vae_folder(path), "--vae").get("latent_channels")
         if channels != unet["in_channels"]:
-            raise InputError(config.vae,
-                             f"makes latents of {channels} channels, the denoiser takes {unet['in_channels']}",
-                             "use a VAE of the same family", "--vae")
+            raise InputError(config.vae, f"makes latents of {channels} channels, the denoiser takes "
+                             f"{unet['in_channels']}", "use a VAE of the same family", "--vae")
         weights(path, vaes.vae_folder(path), "--vae")
     each = vaes.pixels_per_latent(locate.model(config)) * 2 ** (len(unet["block_out_channels"]) - 1)
     if config.resolution % each:
@@ -81,7 +81,8 @@ def weights(path: Path, folder: Path, flag: str) -> None:
                          "DiffusionPipeline.from_pretrained(NAME).save_pretrained(DIR)", flag)
     for index in folder.glob("*.safetensors.index.json"):
         for name in {str(name) for name in tree_leaves(reading.read_json(index, flag).get("weight_map"))}:
-            if not name.endswith(".safetensors") or not reading.component(name) or not (folder / name).is_file():
+            if (not name.endswith(".safetensors") or not reading.component(name)
+                    or not (folder / name).is_file()):
                 raise InputError(str(index), f"names the shard {name[:160]!r}, which is not next to it",
                                  "download it again", flag)
 
@@ -109,11 +110,13 @@ def pipeline(model: str, flag: str, revision: str = "") -> dict:
         if not (path / part).is_dir() or not any((path / part).iterdir()):
             raise InputError(model, f"is not a complete pipeline: {part}/ is missing", "download all of it",
                              flag)
-    widths = [configs.positive_int(configs.read_config(path / name, flag), "hidden_size", path / name, flag) for name, _ in family.encoders]
+    widths = [configs.positive_int(configs.read_config(path / name, flag), "hidden_size", path / name, flag)
+              for name, _ in family.encoders]
     if sum(widths) != unet["cross_attention_dim"]:
         raise InputError(model, f"its text encoders give {sum(widths)} features, its denoiser takes "
                          f"{unet['cross_attention_dim']}", "use parts that belong together", flag)
-    configs.positive_int(vae := configs.read_config(path / "vae", flag), "block_out_channels", path / "vae", flag)
+    configs.positive_int(vae := configs.read_config(path / "vae", flag), "block_out_channels", path / "vae",
+                         flag)
     buildable(unet, model, flag)
     buildable(vae, model, flag, "vae", AutoencoderKL)
     buildable(scheduler, model, flag, "scheduler")
@@ -143,12 +146,14 @@ def reward_model(config: Reward) -> dict:
     unet = configs.denoiser(base, "--lrm-base") if path.is_file() else reward_directory(path)
     heads = checkpoint.read_heads(path, unet["block_out_channels"])
     own = path.is_file() or config.lrm_base or config.lrm_tokenizer or (path / "tokenizer").is_dir()
-    if not own and unet["cross_attention_dim"] != configs.read_config(base / "unet", "--model")["cross_attention_dim"]:
+    if (not own and unet["cross_attention_dim"]
+            != configs.read_config(base / "unet", "--model")["cross_attention_dim"]):
         raise InputError(config.lrm, "has no tokenizer, and the model's belongs to another family",
                          "name the LRM's base directory with --lrm-base, or its --lrm-tokenizer", "--lrm")
     if "text_projection" in heads:
         source = path if (path / "text_encoder").is_dir() else base
-        width = configs.positive_int(configs.read_config(source / "text_encoder", "--lrm"), "hidden_size", source / "text_encoder", "--lrm")
+        width = configs.positive_int(configs.read_config(source / "text_encoder", "--lrm"), "hidden_size",
+                                     source / "text_encoder", "--lrm")
         if heads["text_projection"]["weight"].shape[1] != width:
             raise InputError(config.lrm,
                              f"its text projection takes {heads['text_projection']['weight'].shape[1]} "

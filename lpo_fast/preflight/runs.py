@@ -1,4 +1,4 @@
-"""Whatever a run would refuse is refused here, before a model is loaded or a file written."""
+"""Check everything that a run needs, before a model is loaded or a file is written."""
 
 import os
 from dataclasses import asdict
@@ -24,29 +24,33 @@ from lpo_fast.system import console, devices, distributed
 
 TRACKERS = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
 # Settings that a resumed run may change.
-MAY_CHANGE = {"out", "resume", "epochs", "max_batches", "save_epochs", "save_steps", "keep_checkpoints", "preempt_exit_code",
-              "pictures", "log_with", "tracker_project", "tracker_entity", "run_name", "num_workers", "cache_dir",
-              "cache_latents", "max_corrupt", "shard", "dry_run", "checkpointing", "compile", "profile",
-              "resume_from"}  # the state holds what came from a checkpoint
+MAY_CHANGE = {"out", "resume", "epochs", "max_batches", "save_epochs", "save_steps", "keep_checkpoints",
+              "preempt_exit_code", "pictures", "log_with", "tracker_project", "tracker_entity", "run_name",
+              "num_workers", "cache_dir", "cache_latents", "max_corrupt", "shard", "dry_run", "checkpointing",
+              "compile", "profile", "resume_from"}  # the saved state includes what came from a checkpoint
 
-RENAMED = {"final_checkpoint": "handed_on"}  # settings that earlier versions wrote under another name
+RENAMED = {"final_checkpoint": "handed_on"}  # setting: its name in earlier versions
 
 
 def lpo(config: LPO) -> tuple[list[str], Path | None]:
-    """Check an LPO run; its prompts, and the checkpoint that --resume-from starts it from, which was found whole."""
+    """Check an LPO run; return its prompts, and the intact checkpoint that --resume-from names, if any.
+
+    Raises InputError if the run cannot start.
+    """
     settings.lpo(config)
     optimization.check_optimizer(config.optimizer)
     attention.check_attention(config.attention)
     if config.shard and devices.precision(config.mixed_precision, "fp16") == "fp16":
-        raise InputError(config.mixed_precision, "means fp16 here, whose scaled loss does not go with --shard",
-                         "use bf16, or drop --shard", "--mixed-precision")
+        raise InputError(config.mixed_precision, "means fp16 here, whose scaled loss --shard "
+                         "does not support", "use bf16, or drop --shard", "--mixed-precision")
     prompts = read_prompts(config.prompts, config.caption_key)
     if config.lora:
         loras.read_lora(Path(config.lora))
-    source = checkpoints.find_checkpoint(Path(config.resume_from), config.full) if config.resume_from else None
+    source = (checkpoints.find_checkpoint(Path(config.resume_from), config.full)
+              if config.resume_from else None)
     if source and (done := checkpoints.epoch_of(source) + 1) >= config.epochs:
-        raise InputError(config.resume_from, f"{source.name} has finished epoch {done - 1}", f"use --epochs above {done}",
-                         "--resume-from")
+        raise InputError(config.resume_from, f"{source.name} has finished epoch {done - 1}",
+                         f"use --epochs above {done}", "--resume-from")
     directory(config, source)
     models.reward_place(config)
     unet = models.pipeline(config.model, "--model", config.revision)
@@ -54,8 +58,9 @@ def lpo(config: LPO) -> tuple[list[str], Path | None]:
     lrm = models.reward_model(config)
     families = [family_of(u).name for u in (unet, lrm)]
     if families[0] != families[1]:
-        raise InputError(config.lrm, f"scores {families[1]} latents, the model makes {families[0]} latents: their VAEs, and so "
-                         "their latent spaces, differ", "use an LRM trained for this kind of model", "--lrm")
+        raise InputError(config.lrm, f"scores {families[1]} latents, the model makes {families[0]} latents: "
+                         "their VAEs, and so their latent spaces, differ",
+                         "use an LRM trained for this kind of model", "--lrm")
     if unet["in_channels"] != lrm["in_channels"]:
         raise InputError(config.lrm, f"scores latents of {lrm['in_channels']} channels, the model makes "
                          f"{unet['in_channels']}", "use an LRM trained for this kind of model", "--lrm")
@@ -69,7 +74,10 @@ def lpo(config: LPO) -> tuple[list[str], Path | None]:
 
 
 def lrm(config: LRM) -> dict[str, PairTable]:
-    """Check an LRM run; the pairs that it uses for "train" and, where asked for, "validation" and "test"."""
+    """Check an LRM run; return its pairs for "train" and, if requested, "validation" and "test".
+
+    Raises InputError if the run cannot start.
+    """
     settings.lrm(config)
     optimization.check_optimizer(config.optimizer)
     directory(config)
@@ -81,8 +89,8 @@ def lrm(config: LRM) -> dict[str, PairTable]:
         width = checkpoint.read_text_projection(locate.clip(config)).shape[1]
         wanted = configs.read_config(locate.model(config) / "text_encoder", "--model")["hidden_size"]
         if width != wanted:
-            raise InputError(config.clip, f"projects {width} features, the model's text encoder gives {wanted}",
-                             "use the CLIP that the model was made with", "--clip")
+            raise InputError(config.clip, f"projects {width} features, the model's text encoder has {wanted}",
+                             "use the CLIP that the model was trained with", "--clip")
     if config.cache_latents:
         latent_cache.check_space(config, used)
     same_models(config)
@@ -90,10 +98,12 @@ def lrm(config: LRM) -> dict[str, PairTable]:
 
 
 def training_pairs(config: LRM) -> dict[str, PairTable]:
-    """The pairs of each use, enough of them for all processes."""
-    scores, used = mpcf.read_scores(config.scores) if config.scores else None, {}
+    """Return the pairs by use. Raises InputError if they cannot be divided among the processes."""
+    scores = mpcf.read_scores(config.scores) if config.scores else None
+    used = {}
     for use, path, flag, split in (("train", config.pairs, "--pairs", config.train_split),
-                                   ("validation", config.validation_pairs, "--validation-pairs", config.validation_split),
+                                   ("validation", config.validation_pairs,
+                                    "--validation-pairs", config.validation_split),
                                    ("test", config.test_pairs, "--test-pairs", config.test_split)):
         if path or use == "train":
             table = preferences.read(path, flag, config.columns, split, config.cache_dir)
@@ -101,24 +111,29 @@ def training_pairs(config: LRM) -> dict[str, PairTable]:
             used[use] = preferences.choose(table, config, scores, training=use == "train")
     for use in used:
         if use != "train" and used[use].source.identity() & used["train"].source.identity():
-            console.say(f"warning: --{use}-pairs has rows of --pairs ({config.pairs}): its accuracy says little of other pairs"
-                     + (", and chooses the best LRM" if use == "validation" else ""))
+            effect = ", and it selects the best LRM" if use == "validation" else ""
+            console.say(f"warning: --{use}-pairs shares rows with --pairs ({config.pairs}): its accuracy "
+                        f"says little about other pairs{effect}")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if len(used["train"]) < processes:
         raise InputError(str(processes), f"processes, but there are {len(used['train'])} pairs to train on",
                          f"start at most {len(used['train'])}", "WORLD_SIZE")
     if config.batch_size % (config.accumulate * processes):
-        raise InputError(str(config.batch_size), f"pairs are not dealt out evenly to {processes} processes and "
-                         f"{config.accumulate} passes", f"use a multiple of {config.accumulate * processes}", "--batch-size")
+        raise InputError(str(config.batch_size), f"pairs cannot be divided evenly among {processes} "
+                         f"processes and {config.accumulate} micro-batches",
+                         f"use a multiple of {config.accumulate * processes}", "--batch-size")
     return used
 
 
 def directory(config: LPO | LRM, source: Path | None = None) -> None:
-    """Refuse a run directory that cannot be written, that holds a run or another run's checkpoints (but for that which
-    --resume-from goes on from, ``source``), or (to resume) whose run had other settings.
+    """Raise InputError if the run directory cannot be used.
 
-    What begins with a dot is no content: a killed run's lock and unfinished files. With --resume and without a saved state
-    the run starts from the beginning, as the one that was killed before it.
+    It must be writable and must not hold another run or its checkpoints, except for ``source``, from which
+    --resume-from continues. If it holds the run to resume, the settings must be the same, except for
+    MAY_CHANGE.
+
+    Names that begin with a dot (a killed run's lock and unfinished files) are ignored. With --resume but
+    without a saved state the run starts from the beginning.
     """
     out = Path(config.out)
     models.writable(out)
@@ -128,17 +143,22 @@ def directory(config: LPO | LRM, source: Path | None = None) -> None:
         raise in_use(out, process)
     if source and config.in_place:
         if (last := checkpoints.checkpoints(out)[-1]) != source and not last.samefile(source):
-            raise InputError(config.out, f"holds later checkpoints than {source.name}, up to {last.name}", "go on from the "
-                             "last one, remove the later ones, or choose another directory", "--out")
+            raise InputError(config.out, f"holds later checkpoints than {source.name}, up to {last.name}",
+                             "continue from the last one, remove the later ones, or choose another directory",
+                             "--out")
         return
     states = saved_states(out)
-    if out.is_dir() and not (out / "config.json").is_file() and not all(path.name.startswith(".") for path in out.iterdir()):
-        raise InputError(config.out, "holds something else than a run", "choose a directory of its own", "--out")
+    if (out.is_dir() and not (out / "config.json").is_file()
+            and not all(path.name.startswith(".") for path in out.iterdir())):
+        raise InputError(config.out, "holds files that are not a run's", "choose a new or empty directory",
+                         "--out")
     if not config.resume and states:
-        raise InputError(config.out, "holds a run already", "choose another directory, or go on with --resume", "--out")
+        raise InputError(config.out, "already holds a run",
+                         "choose another directory, or continue it with --resume", "--out")
     if not config.resume and (found := sorted(path.name for path in out.glob("checkpoint[_-]*"))):
-        raise InputError(config.out, f"holds {found[0]} of another run", "choose another directory, go on with --resume, or "
-                         "remove its checkpoints", "--out")
+        raise InputError(config.out, f"holds {found[0]} of another run",
+                         "choose another directory, continue that run with --resume, or remove its "
+                         "checkpoints", "--out")
     if not config.resume or not states:
         return
     before = configs.read_config(out, "--out")
@@ -147,16 +167,16 @@ def directory(config: LPO | LRM, source: Path | None = None) -> None:
         value = list(value) if isinstance(value, tuple) else value
         if key not in MAY_CHANGE and before.get(key) != value:
             raise InputError(str(value), f"the run in {config.out} was started with {before.get(key)}",
-                             "resume with its own settings", cli.flag(key))
+                             "resume with the original value", cli.flag(key))
 
 
 def same_models(config: RunDirectory) -> None:
-    """A resumed run's models on the hub must be of the commits that it began with."""
+    """Raise InputError if a hub model of a resumed run is not at the commit the run began with."""
     out = Path(config.out)
     if not config.resume or not saved_states(out) or not (out / "environment.json").is_file():
         return
     environment = configs.read_config(out, "--out", "environment.json")
     for name, commit in environment.get("models", {}).items():
         if locate.RESOLVED.get(name, commit) != commit:
-            raise InputError(locate.RESOLVED[name], f"{name} has changed: the run in {config.out} used {commit}",
-                             "name that commit (--revision, or NAME@COMMIT)", "--out")
+            raise InputError(locate.RESOLVED[name], f"{name} has changed: the run in {config.out} "
+                             f"used {commit}", "name that commit (--revision, or NAME@COMMIT)", "--out")

@@ -1,0 +1,1 @@
+"""Keep a run: its directory, metrics, saved states, optimizer steps and profile."""

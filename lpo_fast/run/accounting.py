@@ -1,13 +1,14 @@
-"""What a run computes, how fast the device could, and where the time goes: TFLOP/s in the log line, and --profile.
+"""Count operations and measure the device's matrix rate: the TFLOP/s of the log line.
 
-Work is what the method needs, whatever a run computes: operations of one policy and one reference evaluation a pair, of
-sampling and of scoring, by torch's formulas, without recomputation. The log line's share is of the rate of a large matrix
-product, measured on this device in the networks' precision at the start of the run.
+Only necessary work counts: one policy and one reference evaluation per pair, sampling and scoring, by torch's
+formulas and without recomputation. The share in the log line is relative to the rate of a large matrix
+product, measured on this device in the networks' precision when the run starts.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -15,9 +16,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def operations(step: Callable[[], Tensor | tuple[Tensor, ...]], parameters: list[nn.Parameter] | None = None) -> int:
-    """Operations of a step (a multiplication and its addition are two); with parameters, of the gradients of the loss that it
-    returns too, which are dropped. Attention on a CPU does not count: torch has no formula for it."""
+def operations(step: Callable[[], Tensor | tuple[Tensor, ...]],
+               parameters: list[nn.Parameter] | None = None) -> int:
+    """Return the number of operations of ``step`` (a multiply-add counts as two).
+
+    parameters: count the gradients of the loss that ``step`` returns as well; they are discarded. Attention
+    on a CPU is not counted: torch has no formula for it.
+    """
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(parameters is not None):
         out = step()
         if parameters is not None:
@@ -26,12 +31,14 @@ def operations(step: Callable[[], Tensor | tuple[Tensor, ...]], parameters: list
 
 
 @contextmanager
-def countable(unet: nn.Module) -> Iterator[None]:
-    """A denoiser with attention that has a formula and activations that are computed once."""
-    processors, checkpointing = unet.attn_processors, unet.is_gradient_checkpointing
+def countable(unet: Any) -> Iterator[None]:
+    """Use attention that torch can count, and no activation checkpointing, within the block."""
+    processors = unet.attn_processors
+    checkpointing = unet.is_gradient_checkpointing
     unet.set_attn_processor(AttnProcessor2_0())
     if checkpointing:
-        function = next(m._gradient_checkpointing_func for m in unet.modules() if getattr(m, "gradient_checkpointing", False))
+        function = next(m._gradient_checkpointing_func for m in unet.modules()
+                        if getattr(m, "gradient_checkpointing", False))
         unet.disable_gradient_checkpointing()
     try:
         yield
@@ -42,9 +49,14 @@ def countable(unet: nn.Module) -> Iterator[None]:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a square matrix product, the best of a few: 8,192 a side on a GPU, 1,024 on a CPU."""
-    size, cuda = (8192, True) if device.type == "cuda" else (1024, False)
-    a, times = torch.randn(size, size, device=device).to(dtype), []
+    """Return the best measured rate of a square matrix product, in operations per second.
+
+    The side is 8,192 on a GPU and 1,024 on a CPU.
+    """
+    cuda = device.type == "cuda"
+    size = 8192 if cuda else 1024
+    a = torch.randn(size, size, device=device).to(dtype)
+    times = []
     for _ in range(8):
         if cuda:
             torch.cuda.synchronize()
@@ -57,17 +69,22 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class Meter:
-    """Turns work and seconds into the log line's part. work: operations of a unit (a prompt, a pair) by name."""
+    """Convert work and seconds into TFLOP/s for the log line."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, work: Callable[[], dict[str, int]]):
-        """work is called, and the device's rate measured, on a GPU alone; on a CPU a run does not wait for it."""
-        self.work, self.rate = {}, 0.0
+        """Measure the matrix rate and call ``work``, on a GPU only; a CPU run does not wait for it.
+
+        work: returns the operations per unit (prompts, pairs), by name.
+        """
+        self.work: dict[str, int] = {}
+        self.rate = 0.0
         if device.type == "cuda":
-            self.work, self.rate = work(), matrix_rate(device, dtype)
+            self.work = work()
+            self.rate = matrix_rate(device, dtype)
             torch.cuda.reset_peak_memory_stats()
 
     def row(self, seconds: float, **units: int) -> dict[str, float]:
-        """Of ``units`` of each kind in so many seconds: TFLOP/s and the share of the matrix rate; empty on a CPU."""
+        """Return TFLOP/s and the share of the matrix rate of ``units`` done in ``seconds``; {} on a CPU."""
         if not self.rate:
             return {}
         done = sum(self.work[name] * count for name, count in units.items()) / seconds
@@ -75,5 +92,5 @@ class Meter:
 
 
 def text(row: dict[str, float]) -> str:
-    """A Meter's row for the log line."""
+    """Return the part of the log line that shows a row of ``Meter``."""
     return f" | {row['tflops']:.0f} TFLOP/s ({row['share_of_matrix_rate']:.0%})" if "tflops" in row else ""

@@ -1,4 +1,4 @@
-"""The run directory belongs to one run at a time."""
+"""Lock the run directory: one run uses it at a time."""
 
 import errno
 import fcntl
@@ -18,10 +18,10 @@ LOCK = ".lock"
 
 @contextmanager
 def lock(out: Path) -> Iterator[None]:
-    """Within the block a run directory, made if need be, is this run's alone, and holds nothing that a killed one left.
+    """Lock a run directory within the block, creating it if needed, and remove a killed run's leftovers.
 
-    The main process takes the lock, which ends with it. Raises InputError if another run has it; where the file system has no
-    locks, a warning is all.
+    The main process holds the lock; it ends with that process. Raises InputError if another run holds it.
+    Where the file system has no locks, prints a warning instead.
     """
     if not distributed.is_main():
         yield
@@ -31,7 +31,8 @@ def lock(out: Path) -> Iterator[None]:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except FileNotFoundError as error:  # /proc
-            raise InputError(str(out), f"cannot be made ({error.strerror})", "choose another directory", "--out") from error
+            raise InputError(str(out), f"cannot be created ({error.strerror})", "choose another directory",
+                             "--out") from error
         held = _lock(out)
     try:
         writing.sweep(out)
@@ -40,24 +41,28 @@ def lock(out: Path) -> Iterator[None]:
         with suppress(OSError):
             (out / LOCK).unlink(missing_ok=True)
             if made:
-                out.rmdir()  # fails, as it should, if the run wrote anything
+                out.rmdir()  # fails, as intended, if the run wrote anything
         held.close()
 
 
 def holder(out: Path) -> str:
-    """Which process holds a run directory; "" if none does."""
+    """Return which process holds the lock of a run directory; "" if none does."""
     with suppress(OSError), open(out / LOCK, "r+", encoding="utf-8") as file:
         return _taken(file)
     return ""
 
 
 def in_use(out: Path, by: str) -> InputError:
-    """The refusal of a run directory that another process holds."""
-    return InputError(str(out), f"is in use by {by}", "wait for its end or stop it, or choose another directory", "--out")
+    """Return the error for a run directory that another process holds."""
+    return InputError(str(out), f"is in use by {by}",
+                      "wait until it ends, stop it, or choose another directory", "--out")
 
 
 def _taken(file: TextIO) -> str:
-    """Take the lock of a lock file; who has it, or "" now that this process does. Raises OSError where there are no locks."""
+    """Try to take the lock; return "" on success, else which process holds it.
+
+    Raises OSError where the file system has no locks.
+    """
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which workers would inherit and keep
         return ""
@@ -69,20 +74,24 @@ def _taken(file: TextIO) -> str:
 
 
 def _lock(out: Path) -> TextIO:
-    """The open lock file, which says who holds it."""
+    """Take the lock and return the open lock file, which names this process.
+
+    Raises InputError if another run holds it.
+    """
     while True:
         file = open(out / LOCK, "a+", encoding="utf-8")
         try:
             if process := _taken(file):
                 raise in_use(out, process)
         except OSError as error:
-            print(f"warning: {out} cannot be locked ({error.strerror}): start no second run there", file=sys.stderr)
+            print(f"warning: {out} cannot be locked ({error.strerror}): do not start another run there",
+                  file=sys.stderr)
         try:
             if os.path.samestat(os.stat(out / LOCK), os.fstat(file.fileno())):
                 break
         except FileNotFoundError:
             pass
-        file.close()  # the one before ended, and took its lock file with it, after we had opened it
+        file.close()  # the previous run ended and removed its lock file after this process opened it
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()

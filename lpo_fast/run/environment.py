@@ -1,4 +1,4 @@
-"""What ran where: versions, hardware, commit, command, without credentials."""
+"""Record versions, hardware, commit and command of a run, without credentials."""
 
 import hashlib
 import json
@@ -17,12 +17,13 @@ from lpo_fast.models import locate
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "xformers")
 SECRET = re.compile(r"token(?!iz)|secret|password|passwd|api_?key|credential", re.I)
-CREDENTIALS = (re.compile(r"\b()hf_[A-Za-z0-9]{16,}"), re.compile(r"(\w://)[^/@\s]+(?=@)"),  # user:password@host
+CREDENTIALS = (re.compile(r"\b()hf_[A-Za-z0-9]{16,}"),
+               re.compile(r"(\w://)[^/@\s]+(?=@)"),  # user:password@host
                re.compile(r"(-[\w.-]*(?:token|secret|password|passwd|api[_-]?key)(?:=|\s+))[^\s-]\S*", re.I))
 
 
 def environment() -> dict[str, object]:
-    """Versions, hardware, commit, command and date."""
+    """Return versions, hardware, commit, command and date."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -31,15 +32,17 @@ def environment() -> dict[str, object]:
             versions[package] = None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"command": redacted(" ".join(sys.orig_argv)),
-            "date": time.strftime("%Y-%m-%d %H:%M:%S"), "commit": commit(), "python": platform.python_version(),
+            "date": time.strftime("%Y-%m-%d %H:%M:%S"), "commit": commit(),
+            "python": platform.python_version(),
             **versions, "models": dict(locate.RESOLVED),
             "gpu": gpu, "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
 
 
 def redacted(text: str) -> str:
-    """Without credentials: tokens by their form, passwords in URLs, values of secret-looking options and variables.
+    """Return the text with credentials replaced, since report.html and trackers show what a run records.
 
-    What a run records is shown around: report.html, trackers.
+    Replaced are tokens (by their form), passwords in URLs, and values of options and environment variables
+    whose names look secret.
     """
     for name, value in os.environ.items():
         if SECRET.search(name) and len(value) >= 8:
@@ -50,17 +53,17 @@ def redacted(text: str) -> str:
 
 
 def commit() -> str | None:
-    """The commit of this package's own repository, if it runs from one."""
+    """Return the commit of this package's own repository, or None if it does not run from one."""
     root = Path(__file__).resolve().parent.parent.parent
     if not (root / ".git").exists():
         return None
     try:
-        return subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True,
-                              text=True, check=False).stdout.strip() or None
-    except OSError:  # no git here
+        return subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"],
+                              capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # git is not installed
         return None
 
 
 def digest(value: object) -> str:
-    """SHA-256 of lists of texts and numbers."""
+    """Return the SHA-256 of lists of texts and numbers."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Signs that a run goes wrong: skipped steps, a collapse."""
+"""Detect signs that a run is failing: skipped steps, and a collapse."""
 
 import math
 from collections.abc import Callable
@@ -13,92 +13,113 @@ from torch.utils._pytree import tree_leaves
 from lpo_fast.errors import InputError
 from lpo_fast.system import console, distributed, writing
 
-IN_A_ROW = 20  # steps: fp16's scale starts at 2^16 and may need as many halvings
-SKIPPED = "skipped.pt"  # in a run's directory
-BATCHES = 5  # of prompts, the first ones of a run and its latest, that are compared
+IN_A_ROW = 20  # skipped steps: fp16's scale starts at 2^16 and may have to be halved that often
+SKIPPED = "skipped.pt"  # in the run directory
+BATCHES = 5  # the first prompt batches of a run are compared with the latest ones
 
 
 class SkippedSteps:
-    """Counts the optimizer steps that were skipped. state: {skipped, in_a_row}, part of a saved run."""
+    """Count the optimizer steps that were skipped. state: {skipped, in_a_row}, part of a saved run."""
 
     def __init__(self, out: Path, inputs: Callable[[object], dict[str, object]] | None):
-        """inputs: all that made a step, given what ``look`` is given of it, in every process; None: keep none."""
-        self.out, self.inputs, self.state = out, inputs, {"skipped": 0, "in_a_row": 0}
+        """Start counting.
+
+        inputs: maps ``fed`` of ``look`` to everything that determines the step, in all processes; None: keep
+        no inputs.
+        """
+        self.out, self.inputs = out, inputs
+        self.state = {"skipped": 0, "in_a_row": 0}
 
     def look(self, step: int, after: int, loss: float, norm: float, fed: object) -> InputError | None:
-        """Count a step by its loss and gradient norm; return the error that ends the run if too many in a row were skipped.
+        """Count a step by its loss and gradient norm; return an error if too many in a row were skipped.
 
-        after: optimizer steps that the weights have taken by now. fed: what the step was given.
+        after: optimizer steps taken by now. fed: the step's inputs.
         """
         if math.isfinite(norm) and math.isfinite(loss):
             self.state["in_a_row"] = 0
             return None
         self.state = {key: count + 1 for key, count in self.state.items()}
         if not math.isfinite(loss) and self.inputs:
-            self.keep(self.inputs(fed) | {"step": step, "after": after})  # else fp16's range was left, which the scale mends
+            # With a finite loss, fp16's scale was too large, which the scaler corrects.
+            self.keep(self.inputs(fed) | {"step": step, "after": after})
             self.inputs = None
         if self.state["in_a_row"] < IN_A_ROW:
             return None
         return InputError(
             str(self.out),
             f"{self.state['in_a_row']} optimizer steps in a row had no finite gradient, the last "
-            f"of them step {step}; they changed nothing, and the state is saved",
-            f"see python -m lpo_fast.replay {self.out / SKIPPED}, use --mixed-precision bf16, or start again with "
-            "a lower --learning-rate",
+            f"of them step {step}; the weights are unchanged, and the state is saved",
+            f"run python -m lpo_fast.replay {self.out / SKIPPED}, use --mixed-precision bf16, or start again "
+            "with a lower --learning-rate",
             "--out",
         )
 
     def keep(self, inputs: dict[str, object]) -> None:
-        """SKIPPED: the inputs of the first such step, and the weights, if the disk has room for them."""
-        file, step, size = self.out / SKIPPED, inputs["step"], sum(x.nbytes for x in tree_leaves(inputs) if isinstance(x, Tensor))
+        """Write the inputs and weights of the first such step to SKIPPED, if there is enough disk space."""
+        file, step = self.out / SKIPPED, inputs["step"]
+        size = sum(x.nbytes for x in tree_leaves(inputs) if isinstance(x, Tensor))
         if file.exists() or not distributed.is_main():
             return
         try:
-            writing.require_disk_space(self.out, 10 * size, "make room")  # states go before
+            writing.require_disk_space(self.out, 10 * size, "free some space")  # saved states have priority
             with writing.replacing(file) as aside:
                 writing.save_pickle(inputs, aside)
             console.say(f"warning: step {step} has no finite loss and was skipped; its inputs: {file}")
         except InputError as problem:
-            console.say(f"warning: step {step} has no finite loss and was skipped; its inputs are not kept: {problem}")
+            console.say(f"warning: step {step} has no finite loss and was skipped; its inputs are not saved: "
+                        f"{problem}")
 
     def summary(self, steps: int) -> None:
-        """Say how many of a run's steps were skipped, if any."""
+        """Print how many of ``steps`` were skipped, if any."""
         if self.state["skipped"]:
-            console.say(f"{self.state['skipped']} of {steps} optimizer steps had no finite gradient and were skipped")
+            console.say(f"{self.state['skipped']} of {steps} optimizer steps had no finite gradient and were "
+                        "skipped")
 
 
 class CollapseMonitor:
-    """Signs of a collapse, each said once with advice."""
+    """Detect signs of a collapse; report each one once, with advice.
+
+    state: part of a saved run. It holds the first and the latest shares of valid pairs, the spread of the
+    first pictures, and the names of the reported signs.
+    """
 
     def __init__(self, clip_eps: float):
-        """state: what was seen, part of a saved run: first and latest shares of valid pairs, the first pictures' spread, and
-        which signs were said."""
-        self.eps, self.state = clip_eps, {"first": [], "shares": [], "spread": None, "said": []}
+        """Start with no observations. clip_eps: the policy's ratios are clipped to 1 ± clip_eps."""
+        self.eps = clip_eps
+        self.state = {"first": [], "shares": [], "spread": None, "said": []}
 
     def batch(self, metrics: dict[str, float], trained: list[dict[str, float]]) -> list[str]:
-        """Warnings after a prompt batch; metrics: ``train_lpo.batch_metrics``, trained: rows of its optimizer steps."""
+        """Return the warnings after a prompt batch.
+
+        metrics: of the batch, by name. trained: metrics of each of its optimizer steps.
+        """
         found = []
         score = metrics["preference_scores_mean"]
         if not math.isfinite(score):
-            found.append(("scores", "the reward model gives scores that are not finite: their pairs are left out; check it "
-                          "with python -m lpo_fast.score, or use --mixed-precision bf16"))
+            found.append(("scores", "the reward model returns scores that are not finite; their pairs are "
+                          "not used: check it with python -m lpo_fast.score, or use --mixed-precision bf16"))
         share = metrics["total_valid_samples_num"] / max(metrics["pairs_possible"], 1)
-        first, shares = self.state["first"], [*self.state["shares"], share][-BATCHES:]
+        first = self.state["first"]
+        shares = [*self.state["shares"], share][-BATCHES:]
         self.state |= {"first": (first + [share])[:BATCHES], "shares": shares}
         before, recent = mean(self.state["first"]), mean(shares)
         if recent < before / 5:
-            found.append(("valid pairs", f"valid pairs fell from {before:.0%} to {recent:.0%}: candidates have "
-                          "become alike to the reward model; stop here, or lower --threshold-min and --threshold-max"))
+            found.append(("valid pairs", f"valid pairs fell from {before:.0%} to {recent:.0%}: the reward "
+                          "model scores all candidates nearly the same; stop here, or lower --threshold-min "
+                          "and --threshold-max"))
         drift = [max(abs(row["train_ratio_win"] - 1), abs(row["train_ratio_lose"] - 1)) for row in trained]
         drift = [value for value in drift if math.isfinite(value)]
         if drift and mean(drift) > 0.9 * self.eps:
-            found.append(("ratios", f"the policy's ratios are at their clip ({1 - self.eps:g} … {1 + self.eps:g}), where "
-                          "gradients vanish: it is far from its reference; lower --learning-rate, or take an earlier "
-                          "checkpoint"))
+            found.append(("ratios", f"the policy's ratios are at their clip bounds ({1 - self.eps:g} … "
+                          f"{1 + self.eps:g}), where gradients vanish: it is far from its reference; lower "
+                          "--learning-rate, or use an earlier checkpoint"))
         return self.once(found)
 
     def pictures(self, drawn: list[Image.Image], each: int) -> list[str]:
-        """The same after validation pictures, ``each`` of a prompt: by their RMS difference within a prompt, of 0 to 1."""
+        """Return the warnings after validation pictures, by their RMS difference within a prompt (0 to 1).
+
+        drawn: ``each`` pictures per prompt, prompt by prompt.
+        """
         if not drawn or each < 2:
             return []
         pixels = np.stack([np.asarray(picture, np.float32) / 255 for picture in drawn])
@@ -106,13 +127,13 @@ class CollapseMonitor:
         now = float(np.sqrt(grouped.var(1, ddof=1).mean() * 2))
         first = self.state["spread"] = now if self.state["spread"] is None else self.state["spread"]
         if now < first / 2:
-            return self.once([("diversity", f"pictures of one prompt differ by {now:.3f}, less than half of the first "
-                               f"validation's {first:.3f}: the model has lost variety; use an earlier checkpoint, a lower "
-                               "--learning-rate or fewer epochs")])
+            return self.once([("diversity", f"pictures of one prompt differ by {now:.3f}, less than half of "
+                               f"the first validation's {first:.3f}: the model has lost diversity; use an "
+                               "earlier checkpoint, a lower --learning-rate or fewer epochs")])
         return []
 
     def once(self, found: list[tuple[str, str]]) -> list[str]:
-        """Those that were not said before."""
+        """Return the warnings of the signs, (name, text), that were not reported before."""
         new = [(name, text) for name, text in found if name not in self.state["said"]]
         self.state["said"] += [name for name, _ in new]
         return [f"warning: {text}" for _, text in new]

@@ -1,4 +1,4 @@
-"""What both loops share: where a run stands, its saved states, its metrics, and a clean stop."""
+"""Run a loop that can be stopped and resumed: its progress, saved states and metrics. Both loops use it."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -19,13 +19,13 @@ from lpo_fast.system import console, distributed
 
 @dataclass
 class Progress:
-    """Where a run stands. The fields are what is saved; step: optimizer steps taken."""
+    """Hold a run's progress; the fields are saved. step: optimizer steps taken."""
 
     step: int = 0
 
     @property
     def done(self) -> int:
-        """Return the units of the loop's progress bar that are done."""
+        """Return how many units of the loop's progress bar are done."""
         return self.step
 
     def state(self) -> dict[str, Any]:
@@ -33,26 +33,28 @@ class Progress:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Restore the fields from what ``state`` returned, possibly in an earlier version, which may lack some."""
+        """Restore the fields from what ``state`` returned; an earlier version may have saved fewer."""
         for field in fields(self):
             setattr(self, field.name, saved.get(field.name, getattr(self, field.name)))
 
 
 class Run:
-    """An open run directory whose loop can be stopped and resumed at any optimizer step."""
+    """Hold an open run directory, whose loop can be stopped and resumed at any optimizer step."""
 
     def __init__(self, config: LPO | LRM, at: Progress, parts: dict[str, Any], columns: tuple[str, ...], *,
                  skips: SkippedSteps, watch: CollapseMonitor | None = None, appends: bool = False,
                  exit_code: int = 0, after_save: Callable[[], None] | None = None):
         """Open the directory, for a new run or to resume the one in it.
 
-        parts: what has a state_dict and is saved. columns: names of an optimizer step's metrics, the loss first.
-        appends: keep the metrics that are there. exit_code: of a stopped run; 0: 128 + the signal's number.
+        parts: objects with a state_dict, which are saved. columns: names of an optimizer step's metrics, the
+        loss first. appends: keep the metrics already in the directory. exit_code: of a stopped run; 0: 128 +
+        the signal's number.
         """
         self.config, self.at, self.parts, self.columns = config, at, parts, columns
         self.skips, self.watch, self.exit_code, self.after_save = skips, watch, exit_code, after_save
         self.out = Path(config.out)
-        self.resumed = config.resume and bool(states.saved_states(self.out))  # False if killed before its first state
+        # False if the run was killed before it saved a state.
+        self.resumed = config.resume and bool(states.saved_states(self.out))
         self.log = logs.RunLog(config, self.resumed or appends)
         self.queued: list[tuple[int, Tensor, Any, dict[str, Any]]] = []
         self.caught: list[int] = []
@@ -60,8 +62,11 @@ class Run:
             console.say(f"warning: {self.out} holds no saved state: the run starts from the beginning")
 
     def restore(self, digest: str, path: str, flag: str) -> None:
-        """Load the saved state into all parts. Raises InputError if the data, of which the field ``digest`` of the
-        progress is the digest, changed since the run began; path and flag name them."""
+        """Load the saved state into all parts.
+
+        digest: field of the progress with the data's digest. Raises InputError, which names ``path`` and
+        ``flag``, if the data changed since the run began.
+        """
         known = getattr(self.at, digest)
         saved = states.load_state(self.out / states.STATE, self.parts)
         self.log.truncate(saved["metrics"])
@@ -88,7 +93,7 @@ class Run:
         self.at.step += 1
 
     def flush(self, keep: int = 0) -> list[dict[str, Any]]:
-        """Read, log, and return the metrics of all queued steps but the last ``keep``: one read from the device.
+        """Log and return the metrics of all queued steps but the last ``keep``, in one read from the device.
 
         Raises InputError, with the state saved, if too many steps in a row had no finite gradient.
         """
@@ -116,7 +121,7 @@ class Run:
 
         Yields the progress bar over ``total`` units. A loop that ended before ``total`` raises SystemExit.
         """
-        hidden = None if distributed.is_main() else True  # None: shown on a terminal alone
+        hidden = None if distributed.is_main() else True  # None: shown on terminals only
         bar = tqdm(total=total, initial=self.at.done, desc=name, unit=unit, leave=False, disable=hidden)
         with clock.stoppable() as self.caught:
             yield bar
@@ -129,6 +134,9 @@ class Run:
             raise SystemExit(self.exit_code or 128 + (self.caught or [signal.SIGTERM])[0])
 
     def close(self) -> None:
-        """Close the files and trackers; wait for all processes, since a launcher ends them all soon after the first."""
+        """Close the files and trackers, and wait for all processes.
+
+        A launcher ends all of them soon after the first one exits.
+        """
         self.log.close()
         distributed.barrier()

@@ -73,7 +73,8 @@ def reward_accuracy(out: Path, lrm: Path, seed: int) -> dict[str, object]:
     write_pairs(out / "pairs" / "held_out.parquet", VALIDATION_PAIRS, seed, held_out=True)
     model = checkpoint.load_lrm(lrm).to(devices.device())
     encoder = encoding.Encoder(PIPELINE, model, seed, "no")
-    held_out = preferences.read(str(out / "pairs" / "held_out.parquet"), cache_dir=str(out / "pairs" / "arrow"))
+    held_out = preferences.read(str(out / "pairs" / "held_out.parquet"),
+                                cache_dir=str(out / "pairs" / "arrow"))
     loader = DataLoader(dataset.PairDataset(held_out, encoder.resolution), 100, collate_fn=dataset.collate)
     shown = validation.validate(model, encoder, loader, list(range(1, 1000, 50)))
     return {"kind": "validation", "global_step": config.shapes().lrm.max_steps, "held_out": True, **shown}
@@ -85,8 +86,8 @@ def settings(out: Path, lrm: Path, seed: int) -> LPO:
     captions = [{"caption": caption} for caption in world.captions(held_out=False)] * PROMPT_COPIES
     prompts.parent.mkdir(parents=True, exist_ok=True)
     prompts.write_text(json.dumps(captions))
-    return replace(config.shapes().lpo, model=str(PIPELINE), lrm=str(lrm), prompts=str(prompts), out=str(out / "lpo"),
-                   seed=seed, pictures=0)
+    return replace(config.shapes().lpo, model=str(PIPELINE), lrm=str(lrm), prompts=str(prompts),
+                   out=str(out / "lpo"), seed=seed, pictures=0)
 
 
 def shuffled(score: Score) -> Score:
@@ -139,7 +140,8 @@ def evaluate(out: Path, before: np.ndarray, after: np.ndarray, captions: list[st
     """
     n = len(captions)
     was, now = world.right(before, captions), world.right(after, captions)
-    result = {"captions": len(set(captions)), "n": n, "before": judge(before, captions), "after": judge(after, captions),
+    result = {"captions": len(set(captions)), "n": n,
+              "before": judge(before, captions), "after": judge(after, captions),
               "gained": int((now & ~was).sum()), "lost": int((was & ~now).sum())}
     logs.write_json(out / "evaluation.json", result)
     folder = out / "pictures"
@@ -148,8 +150,8 @@ def evaluate(out: Path, before: np.ndarray, after: np.ndarray, captions: list[st
     for i in range(shown):
         Image.fromarray(before[i]).save(folder / f"{i:03d}_before.png")
         Image.fromarray(after[i]).save(folder / f"{i:03d}_after.png")
-    logs.write_json(folder / "captions.json", [
-        {"caption": captions[i], "before_right": bool(was[i]), "after_right": bool(now[i])} for i in range(shown)])
+    logs.write_json(folder / "captions.json", [{"caption": captions[i], "before_right": bool(was[i]),
+                                                "after_right": bool(now[i])} for i in range(shown)])
     return result
 
 
@@ -176,7 +178,8 @@ def demo(options: Demo) -> tuple[dict[str, object], Path]:
     lap("evaluation")
     result |= {"seconds": seconds}
     logs.write_json(run / "evaluation.json", result)
-    rows = (out / "lrm" / "metrics.jsonl").read_text() + json.dumps(reward_accuracy(out, lrm, options.seed)) + "\n"
+    rows = ((out / "lrm" / "metrics.jsonl").read_text() + json.dumps(reward_accuracy(out, lrm, options.seed))
+            + "\n")
     (run / "lrm").mkdir(exist_ok=True)
     (run / "lrm" / "metrics.jsonl").write_text(rows)
     return result, run
@@ -202,7 +205,8 @@ def verdict(result: dict) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Train with several seeds and print the results as a Markdown table."""
-    parser = argparse.ArgumentParser(prog="python -m lpo_fast.shapes.evaluate", description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m lpo_fast.shapes.evaluate",
+                                     description=__doc__.partition("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2],
                         help="one complete run per seed (default: 0 1 2)")
     parser.add_argument("--n", type=int, default=500, help="held-out pictures per run (default: 500)")
@@ -219,7 +223,8 @@ def main(argv: list[str] | None = None) -> int:
             plain = settings(out, lrm, seed)
             control = replace(plain, out=str(out / "control"))
             before, captions = draw(None, arguments.n, seed)
-            for name, run in (("LPO", train_lpo.train(plain)), ("shuffled", train_lpo.train(control, shuffled))):
+            for name, run in (("LPO", train_lpo.train(plain)),
+                              ("shuffled", train_lpo.train(control, shuffled))):
                 after, _ = draw(run / loras.LORA_DIFFUSERS, arguments.n, seed)
                 rows.append((seed, name, evaluate(run, before, after, captions), accuracy))
         print(table(rows, arguments.n))
@@ -235,8 +240,8 @@ def table(rows: list[tuple[int, str, dict, dict]], n: int) -> str:
         before, after = (100 * result[when]["right"] / n for when in ("before", "after"))
         diversity = 100 * (result["after"]["diversity"] / result["before"]["diversity"] - 1)
         shown = " / ".join(f"{accuracy[t]:.3f}" for t in ("1", "501", "751"))
-        lines.append(f"| {seed} | {name} | {before:.1f} % | {after:.1f} % | {after - before:+.1f} | {diversity:+.1f} % "
-                     f"| {shown} |")
+        lines.append(f"| {seed} | {name} | {before:.1f} % | {after:.1f} % | {after - before:+.1f} | "
+                     f"{diversity:+.1f} % | {shown} |")
     return "\n".join(lines)
 
 

@@ -154,7 +154,8 @@ def train_vae(vae, steps, seed, batch=32, kl_weight=3e-4):
     optimizer, schedule = optimizer_and_schedule(vae.parameters(), 2e-3, steps)
     start = time.time()
     for step in range(1, steps + 1):
-        x = to_tensor(world.render(world.COMBINATIONS[rng.integers(len(world.COMBINATIONS), size=batch)], rng))
+        x = to_tensor(world.render(world.COMBINATIONS[rng.integers(len(world.COMBINATIONS), size=batch)],
+                                   rng))
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample
         edges = sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (2, 3))
@@ -223,7 +224,8 @@ def train_denoiser(pipe, steps, seed, lr, wrong=(0, 0, 0), batch=128, pictures=2
     start, total = time.time(), 0.0
     for step in range(1, steps + 1):
         row = torch.randint(pictures, (batch,))
-        z = (mean[row] + (0.5 * logvar[row]).exp() * torch.randn(batch, 4, 8, 8)) * pipe.vae.config.scaling_factor
+        z = ((mean[row] + (0.5 * logvar[row]).exp() * torch.randn(batch, 4, 8, 8))
+             * pipe.vae.config.scaling_factor)
         asked = torch.multinomial(odds[combination[row]], 1)[:, 0]
         asked[torch.rand(batch) < no_text] = len(captions) - 1
         # Half of the timesteps from the noisy part, where the attributes are decided.
@@ -253,7 +255,8 @@ def draw(pipe, captions, guidance, seed=0) -> np.ndarray:
     """Draw pictures with 20 DDIM steps and eta 1, uint8 [N, 32, 32, 3]."""
     generator = torch.Generator().manual_seed(seed)
     parts = [captions[i : i + 256] for i in range(0, len(captions), 256)]
-    options = dict(num_inference_steps=20, eta=1.0, guidance_scale=guidance, generator=generator, output_type="pt")
+    options = dict(num_inference_steps=20, eta=1.0, guidance_scale=guidance, generator=generator,
+                   output_type="pt")
     return np.concatenate([to_pictures(pipe(part, **options).images * 2 - 1) for part in parts])
 
 
@@ -287,7 +290,8 @@ def figures(pipe, n=500, guidances=(1, 2, 2.25, 2.5, 3, 5)):
 
 def main(argv: list[str] | None = None) -> None:
     """Train the pipeline and print its quality figures."""
-    parser = argparse.ArgumentParser(prog="python -m lpo_fast.shapes.pretrain", description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m lpo_fast.shapes.pretrain",
+                                     description=__doc__.partition("\n\n")[0])
     parser.add_argument("--out", type=Path, default=PIPELINE)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", choices=STAGES, default="vae", help="take earlier stages from --base")

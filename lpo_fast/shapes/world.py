@@ -18,7 +18,8 @@ RGB = np.array([(215, 40, 45), (35, 150, 65), (45, 70, 205), (240, 205, 45), (24
 # Every combination with color != background, [80, 3]. One shape of each (color, background) is held out:
 # a quarter of the combinations, while every pair of values still occurs in training.
 COMBINATIONS = np.array(
-    [(s, c, b) for s, c, b in itertools.product(range(len(SHAPES)), range(len(COLORS)), range(len(COLORS))) if c != b]
+    [(s, c, b) for s, c, b in itertools.product(range(len(SHAPES)), range(len(COLORS)), range(len(COLORS)))
+     if c != b]
 )
 HELD_OUT = (COMBINATIONS[:, 1] + COMBINATIONS[:, 2]) % len(SHAPES) == COMBINATIONS[:, 0]
 
@@ -84,14 +85,16 @@ def render(wanted, rng: np.random.Generator) -> np.ndarray:
     wanted = np.asarray(wanted)
     n = len(wanted)
     middle = (SIZE - 1) / 2
-    mask = _masks(wanted[:, 0], rng.uniform(*RADIUS, n), middle + rng.uniform(-SHIFT, SHIFT, (n, 2)))[..., None]
+    mask = _masks(wanted[:, 0], rng.uniform(*RADIUS, n),
+                  middle + rng.uniform(-SHIFT, SHIFT, (n, 2)))[..., None]
     front, back = (RGB[wanted[:, i]] + rng.uniform(-SHADE, SHADE, (n, 3)).astype(np.float32) for i in (1, 2))
     pictures = mask * front[:, None, None] + (1 - mask) * back[:, None, None]
     return np.clip(pictures + 0.5, 0, 255).astype(np.uint8)
 
 
 # Templates that measure() compares with: every shape at five sizes, centered, as Fourier transforms.
-_T_SHAPE, _T_RADIUS = (a.ravel() for a in np.meshgrid(np.arange(len(SHAPES)), np.linspace(*RADIUS, 5), indexing="ij"))
+_T_SHAPE, _T_RADIUS = (a.ravel()
+                       for a in np.meshgrid(np.arange(len(SHAPES)), np.linspace(*RADIUS, 5), indexing="ij"))
 _TEMPLATES = _masks(_T_SHAPE, _T_RADIUS, np.full((len(_T_SHAPE), 2), (SIZE - 1) / 2))
 _T_FOURIER = np.conj(np.fft.rfft2(_TEMPLATES))
 FAR_COLOR = 75.0  # RGB distance beyond which a color has no name; the names are > 130 apart

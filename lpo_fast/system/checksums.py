@@ -49,7 +49,8 @@ def _damage(file: Path) -> str:
             with open(file, "rb") as f:
                 if f.read(2) == b"PK":  # files of torch before 1.6 have no checksums
                     with zipfile.ZipFile(file) as records:
-                        return f"{file.name}: {bad} does not match its checksum" if (bad := records.testzip()) else ""
+                        return (f"{file.name}: {bad} does not match its checksum"
+                                if (bad := records.testzip()) else "")
         if file.suffix == ".safetensors":
             with safe_open(file, "pt"):
                 return ""

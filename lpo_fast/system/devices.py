@@ -40,8 +40,9 @@ def text_placement(size: int) -> torch.device:
 def numerics(deterministic: bool, tf32: bool | None = None) -> None:
     """Set how operations compute.
 
-    deterministic: repeat a run bit for bit on one GPU; operations without a deterministic form raise RuntimeError (see
-    ``optimization.explained_errors``). CPUs always repeat. tf32: use TensorFloat-32 in fp32 operations; None: as it is.
+    deterministic: repeat a run bit for bit on one GPU; operations without a deterministic form raise
+    RuntimeError (see ``optimization.explained_errors``). CPUs always repeat. tf32: use TensorFloat-32 in fp32
+    operations; None: as it is.
     """
     if tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32

@@ -67,7 +67,8 @@ def launch(kernel, grid: tuple[int, ...], *arguments, warps: int = 4, **constant
     if _record is not None:
         _record.append(Launch(kernel, grid, arguments, constants, warps))
     elif math.prod(grid):  # an empty batch launches nothing
-        first = next(t for a in arguments for t in (a if isinstance(a, tuple) else (a,)) if isinstance(t, Tensor))
+        first = next(t for a in arguments for t in (a if isinstance(a, tuple) else (a,))
+                     if isinstance(t, Tensor))
         with torch.cuda.device_of(first):
             kernel[grid](*arguments, num_warps=warps, **constants)
 
@@ -109,7 +110,8 @@ def expect_type(name: str, value: object, kind: type | tuple[type, ...]) -> None
     """
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
-        raise ValueError(f"{name} is of type {type(value).__name__}, expected {' or '.join(k.__name__ for k in kinds)}")
+        raise ValueError(f"{name} is of type {type(value).__name__}, expected "
+                         f"{' or '.join(k.__name__ for k in kinds)}")
 
 
 def expect_number(name: str, number: float, least: float = -LARGEST) -> None:
@@ -125,15 +127,16 @@ def expect_number(name: str, number: float, least: float = -LARGEST) -> None:
         raise ValueError(f"{name} is {float(number)}, expected a finite number{bound}")
 
 
-def expect_tensor(name: str, x: Tensor, shape: tuple[int | str, ...], like: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS,
-                  gradient: bool = True) -> None:
+def expect_tensor(name: str, x: Tensor, shape: tuple[int | str, ...], like: Tensor,
+                  dtypes: tuple[torch.dtype, ...] = FLOATS, gradient: bool = True) -> None:
     """Check type, shape, dtype and device (that of ``like``) of an operator's input.
 
     shape: a letter stands for any size. gradient: whether the operator has a gradient for this input; if not,
     x must not require one, except under torch.no_grad(). Raises ValueError, which names the input.
     """
     expect_type(name, x, Tensor)
-    if x.ndim != len(shape) or not all(isinstance(n, str) or size == n for size, n in zip(x.shape, shape, strict=True)):
+    if (x.ndim != len(shape)
+            or not all(isinstance(n, str) or size == n for size, n in zip(x.shape, shape, strict=True))):
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(shape)}".replace("'", ""))
     if x.dtype not in dtypes:
         raise ValueError(f"{name} is {x.dtype}, expected {' or '.join(map(str, dict.fromkeys(dtypes)))}")
@@ -143,7 +146,8 @@ def expect_tensor(name: str, x: Tensor, shape: tuple[int | str, ...], like: Tens
                          "torch.no_grad()")
 
 
-def expect_table(name: str, x: Tensor, columns: tuple[int, ...], like: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def expect_table(name: str, x: Tensor, columns: tuple[int, ...], like: Tensor,
+                 dtypes: tuple[torch.dtype, ...]) -> None:
     """Check a table with one row of ``columns`` per training timestep, at least one row, without gradient.
 
     Raises ValueError, which names the argument.

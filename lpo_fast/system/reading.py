@@ -61,7 +61,8 @@ def read_pickle(file: Path, key: str = "", mmap: bool = False) -> dict:
         if not isinstance(state, dict):
             raise ValueError("it is not a dictionary")
         for leaf in tree_leaves(state):  # a stride of 0 turns one number into terabytes
-            if isinstance(leaf, Tensor) and (leaf.layout != torch.strided or leaf.nbytes > leaf.untyped_storage().nbytes()):
+            if (isinstance(leaf, Tensor)
+                    and (leaf.layout != torch.strided or leaf.nbytes > leaf.untyped_storage().nbytes())):
                 raise ValueError("a tensor is larger than its stored data")
         return state
     except Exception as error:  # torch raises many kinds for damaged or hostile files

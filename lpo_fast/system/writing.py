@@ -131,7 +131,8 @@ def make_once(target: Path) -> Iterator[Path | None]:
             yield None
             return
         name = glob.escape(target.name)
-        for left in (*target.parent.glob(f"{name}.*-*"), *target.parent.glob(f".{name}.*-*.new")) if locked else ():
+        for left in ((*target.parent.glob(f"{name}.*-*"), *target.parent.glob(f".{name}.*-*.new"))
+                     if locked else ()):
             _remove(left)
         with replacing(own) as aside:
             yield aside
@@ -184,6 +185,5 @@ def require_disk_space(folder: Path, size: int, remedy: str) -> None:
     """Raise InputError if fewer than ``size`` bytes are free in a folder that a run is about to write to."""
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise InputError(str(folder),
-                         f"has {free / 2**30:.2f} GiB free, and the run will write up to {size / 2**30:.2f} GiB",
-                         remedy, "--out")
+        raise InputError(str(folder), f"has {free / 2**30:.2f} GiB free, and the run will write up to "
+                         f"{size / 2**30:.2f} GiB", remedy, "--out")

@@ -21,7 +21,8 @@ from lpo_fast.kernels.reward_pool import reward_pool, reward_pool_reference
 from lpo_fast.method import noise, schedule
 from lpo_fast.method.noise import Counter
 
-BOUND = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # of |error| / |exact|
+# of |error| / |exact|
+BOUND = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 CANDIDATES, PROMPTS, PAIRS = 4, 5, 10
 LATENTS = {"sd15": {"side": 64}, "sd21": {"side": 96, "kind": "v_prediction"}, "sdxl": {"side": 128}}
 
@@ -70,7 +71,8 @@ class Operator:
         made = []
         for arguments in inputs:
             tensors = self.leaves(arguments)
-            outputs = [x for x in tree_leaves(function(*arguments)) if isinstance(x, Tensor) and x.requires_grad]
+            outputs = [x for x in tree_leaves(function(*arguments))
+                       if isinstance(x, Tensor) and x.requires_grad]
             draw = torch.Generator(outputs[0].device).manual_seed(0)
             # Multiples of 1/8, which are exact in half precision.
             grads = [torch.randint(-8, 9, x.shape, generator=draw, device=x.device).to(x.dtype) / 8
@@ -122,8 +124,8 @@ def error(what: str, got, truth) -> float:
 # Inputs of each operator, and the bytes that it must move.
 
 
-def _maps(device, batch: int, channels: tuple[int, ...], sides: tuple[int, ...], last: bool, dtype=torch.float16,
-          all_guided: bool = False) -> tuple:
+def _maps(device, batch: int, channels: tuple[int, ...], sides: tuple[int, ...], last: bool,
+          dtype=torch.float16, all_guided: bool = False) -> tuple:
     """Return inputs of reward_pool: maps [2·batch, C, side, side], channels-last or NCHW.
 
     The last one is guided.
@@ -131,9 +133,11 @@ def _maps(device, batch: int, channels: tuple[int, ...], sides: tuple[int, ...],
     all_guided: all maps but the first are guided.
     """
     maps = [torch.randn(2 * batch, s, s, c, device=device, dtype=dtype).permute(0, 3, 1, 2) if last else
-            torch.randn(2 * batch, c, s, s, device=device, dtype=dtype) for c, s in zip(channels, sides, strict=True)]
+            torch.randn(2 * batch, c, s, s, device=device, dtype=dtype)
+            for c, s in zip(channels, sides, strict=True)]
     t = torch.randint(0, 1000, (batch,), device=device)
-    return maps, [False, *[all_guided] * (len(maps) - 2), True], t, torch.linspace(1, 7.5, 1000, device=device)
+    return (maps, [False, *[all_guided] * (len(maps) - 2), True], t,
+            torch.linspace(1, 7.5, 1000, device=device))
 
 
 def _maps_moved(arguments: tuple, backward: bool) -> int:
@@ -143,13 +147,16 @@ def _maps_moved(arguments: tuple, backward: bool) -> int:
     too. Both: the feature, in fp32.
     """
     maps, guided, t, _ = arguments
-    rows = [len(stage) if with_guidance or backward else len(t) for stage, with_guidance in zip(maps, guided, strict=True)]
-    return sum(n * stage[0].nbytes for n, stage in zip(rows, maps, strict=True)) + 4 * len(t) * sum(s.shape[1] for s in maps)
+    rows = [len(stage) if with_guidance or backward else len(t)
+            for stage, with_guidance in zip(maps, guided, strict=True)]
+    return (sum(n * stage[0].nbytes for n, stage in zip(rows, maps, strict=True))
+            + 4 * len(t) * sum(s.shape[1] for s in maps))
 
 
 def _schedule(device, kind: str, clip: float | None = None) -> schedule.Schedule:
     """Return Stable Diffusion's schedule for 20 steps."""
-    alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0).float()
+    alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2,
+                           0).float()
     return schedule.ddim(alphas, torch.arange(951, 0, -50), 20, prediction_type=kind, clip=clip).to(device)
 
 
@@ -160,11 +167,12 @@ def _outputs(device, rows: int, side: int, last: bool, dtype=torch.float16) -> T
 
 
 def _counter(device, batch: int) -> Counter:
-    return Counter(*(torch.tensor(n, device=device) for n in ([42, 0], 3)), torch.arange(batch, device=device))
+    return Counter(*(torch.tensor(n, device=device) for n in ([42, 0], 3)),
+                   torch.arange(batch, device=device))
 
 
-def _step(device, side: int, kind: str = "epsilon", given: bool = False, last: bool = True, batch: int = PROMPTS,
-          **how) -> tuple:
+def _step(device, side: int, kind: str = "epsilon", given: bool = False, last: bool = True,
+          batch: int = PROMPTS, **how) -> tuple:
     """Return inputs of ddim_candidates: latents [batch, 4, side, side], outputs, and noise that is drawn or
     given.
     """
@@ -188,8 +196,10 @@ def _scored(device, side: int, batch: int = PROMPTS) -> tuple:
 
     About half of the pairs are valid.
     """
-    return (torch.randn(CANDIDATES, batch, device=device), torch.randn(CANDIDATES, batch, 4, side, side, device=device),
-            torch.linspace(1, 3, 1000, device=device), torch.randint(0, 1000, (batch,), device=device), _counter(device, batch))
+    return (torch.randn(CANDIDATES, batch, device=device),
+            torch.randn(CANDIDATES, batch, 4, side, side, device=device),
+            torch.linspace(1, 3, 1000, device=device), torch.randint(0, 1000, (batch,), device=device),
+            _counter(device, batch))
 
 
 def _scored_moved(arguments: tuple, backward: bool) -> int:
@@ -198,12 +208,13 @@ def _scored_moved(arguments: tuple, backward: bool) -> int:
     """
     scores, x_p, _, _, at = arguments
     choice = noise.integers(*at.run, at.items, at.step, len(scores))
-    read = sum(len(set(three)) for three in torch.stack([scores.argmax(0), scores.argmin(0), choice], 1).tolist())
+    read = sum(len(set(three))
+               for three in torch.stack([scores.argmax(0), scores.argmin(0), choice], 1).tolist())
     return (read + 3 * len(choice)) * x_p[0, 0].nbytes
 
 
-def _pairs(device, side: int, kind: str = "epsilon", last: bool = True, pairs: int = PAIRS, dtype=torch.float16,
-           **how) -> tuple:
+def _pairs(device, side: int, kind: str = "epsilon", last: bool = True, pairs: int = PAIRS,
+           dtype=torch.float16, **how) -> tuple:
     """Return inputs of pair_loss: latents [pairs, 4, side, side] and outputs, as early in training, with most
     ratios in bounds.
     """
@@ -232,8 +243,8 @@ def _stepping(function: Callable) -> Callable:
     return call
 
 
-def _block(device, batch: int, channels: int, side: int, groups: int = 32, dtype=torch.float16, shifted: bool = True,
-           silu: bool = True) -> tuple:
+def _block(device, batch: int, channels: int, side: int, groups: int = 32, dtype=torch.float16,
+           shifted: bool = True, silu: bool = True) -> tuple:
     """Return inputs of group_norm_silu: a channels-last map [batch, C, side, side], for the second norm of a
     ResNet block.
     """
@@ -248,14 +259,16 @@ def _block_moved(arguments: tuple, backward: bool) -> int:
     return arguments[0].nbytes * (3 if backward else 2)
 
 
-SD15, SDXL = (320, 640, 1280, 1280, 1280), (320, 640, 1280, 1280)  # channels of the down blocks and the mid block
+# channels of the down blocks and the mid block
+SD15, SDXL = (320, 640, 1280, 1280, 1280), (320, 640, 1280, 1280)
 SCORED = CANDIDATES * PROMPTS
-FORMS = {"sd15_bf16": {"side": 64, "dtype": torch.bfloat16}, "sd15_fp32": {"side": 64, "dtype": torch.float32},
-         "sd15_clip": {"side": 64, "clip": 1.0}}
+FORMS = {"sd15_bf16": {"side": 64, "dtype": torch.bfloat16},
+         "sd15_fp32": {"side": 64, "dtype": torch.float32}, "sd15_clip": {"side": 64, "clip": 1.0}}
 DPO = {"guidance": 5.0, "beta": 500.0, "eps": 0.1}
 OPERATORS = {operator.name: operator for operator in (
     Operator(
-        reward_pool, reward_pool_reference, inputs=_maps, moved=_maps_moved, differentiable=lambda arguments: arguments[0],
+        reward_pool, reward_pool_reference, inputs=_maps,
+        moved=_maps_moved, differentiable=lambda arguments: arguments[0],
         sizes={"sd15": {"batch": SCORED, "channels": SD15, "sides": (64, 32, 16, 8, 8), "last": True},
                "sd15_nchw": {"batch": SCORED, "channels": SD15, "sides": (64, 32, 16, 8, 8), "last": False},
                "sd21": {"batch": SCORED, "channels": SD15, "sides": (96, 48, 24, 12, 12), "last": True},
@@ -263,14 +276,14 @@ OPERATORS = {operator.name: operator for operator in (
                "sdxl": {"batch": SCORED, "channels": SDXL, "sides": (128, 64, 32, 32), "last": True}},
         variants={"sd15_bf16": {"batch": 32, "channels": SD15, "sides": (64, 32, 16, 8, 8), "last": True,
                                 "dtype": torch.bfloat16},
-                  "sdxl_all": {"batch": 4, "channels": SDXL, "sides": (128, 64, 32, 32), "last": True, "all_guided": True},
+                  "sdxl_all": {"batch": 4, "channels": SDXL, "sides": (128, 64, 32, 32), "last": True,
+                               "all_guided": True},
                   "sd15_one": {"batch": 1, "channels": SD15, "sides": (64, 32, 16, 8, 8), "last": True}},
         small={"small": {"batch": 4, "channels": (16, 32, 32), "sides": (16, 8, 8), "last": True}}),
     Operator(
         _stepping(ddim_candidates), _stepping(ddim_candidates_reference), inputs=_step, moved=_step_moved,
         sizes=LATENTS | {"sd15_nchw": {"side": 64, "last": False}, "sd15_given": {"side": 64, "given": True}},
-        variants=FORMS | {"sd15_one": {"side": 64, "batch": 1}},
-        small={"small": {"side": 8}}),
+        variants=FORMS | {"sd15_one": {"side": 64, "batch": 1}}, small={"small": {"side": 8}}),
     Operator(
         pair_select, pair_select_reference, inputs=_scored, moved=_scored_moved,
         sizes={name: {"side": size["side"]} for name, size in LATENTS.items()}, small={"small": {"side": 8}},

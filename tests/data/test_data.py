@@ -90,7 +90,8 @@ def test_jsonl_of_strings_and_another_key(tmp_path: Path) -> None:
     ("p.csv", b"caption\ncaf\xe9\n", "is not UTF-8"),
     ("p.json", b"[" + b"1" * 5000 + b"]", "cannot be read"),
     ("p.jsonl", b"1" * 5000, "line 1 is not JSON"),
-    ("p.jsonl", b'"a"\n{"caption": "b", "caption": "c"}', "line 2 is not JSON (the key 'caption' occurs twice)"),
+    ("p.jsonl", b'"a"\n{"caption": "b", "caption": "c"}',
+     "line 2 is not JSON (the key 'caption' occurs twice)"),
     ("p.json", b'[{"caption": "b", "caption": "c"}]', "the key 'caption' occurs twice"),
     ("p.csv", b"caption\n" + b"a" * 200_000, "cannot be read"),
     ("p.json", b'["a", " \\n"]', "record 1 is blank"),
@@ -121,7 +122,8 @@ def test_wrong_prompt_tables(tmp_path: Path, columns: dict, message: str) -> Non
         prompts.read_prompts(str(tmp_path / "p.parquet"))
 
 
-@pytest.mark.parametrize("name, problem", [("", "is required"), ("nowhere.json", "no such file"), (".", "is a directory")])
+@pytest.mark.parametrize("name, problem",
+                         [("", "is required"), ("nowhere.json", "no such file"), (".", "is a directory")])
 def test_no_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, problem: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=problem):

@@ -1,4 +1,5 @@
-"""The cache of latents: training with it is training without it, whatever happens to it; where it cannot be it is refused."""
+"""The cache of latents: training with it is training without it, whatever happens to it;
+where it cannot be it is refused."""
 
 import json
 import os
@@ -30,11 +31,12 @@ ENTRY = 2 * 4 * 8 * 8 * 4  # bytes
 @pytest.fixture
 def settings(tmp_path: Path, tiny_sd: Path) -> LRM:
     """Three epochs of three batches of two of six pairs, one of which does not decode; two held-out pairs."""
-    path = table(tmp_path / "p.parquet", ["a", "b", "a", "a", "c", "d"], jpg_0=[RED, GREEN, RED, b"?", GREEN, RED])
+    path = table(tmp_path / "p.parquet", ["a", "b", "a", "a", "c", "d"],
+                 jpg_0=[RED, GREEN, RED, b"?", GREEN, RED])
     held = table(tmp_path / "held.parquet", ["a", "b"], jpg_0=[GREEN, RED])
-    return replace(config.sd15().lrm, model=str(tiny_sd), pairs=str(path), validation_pairs=str(held), batch_size=2,
-                   out=str(tmp_path / "run"), max_steps=9, warmup_steps=1, learning_rate=1e-3, num_workers=0, validate_steps=4,
-                   save_steps=2)
+    return replace(config.sd15().lrm, model=str(tiny_sd), pairs=str(path), validation_pairs=str(held),
+                   batch_size=2, out=str(tmp_path / "run"), max_steps=9, warmup_steps=1, learning_rate=1e-3,
+                   num_workers=0, validate_steps=4, save_steps=2)
 
 
 @pytest.fixture
@@ -77,14 +79,15 @@ def folder_of(settings: LRM, use: str = "train") -> Path:
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"compare_between_timestep": True, "num_workers": 2}, {"accumulate": 2, "noise_offset": 0.1, "resolution": 32},
+    {}, {"compare_between_timestep": True, "num_workers": 2},
+    {"accumulate": 2, "noise_offset": 0.1, "resolution": 32},
     {"only_on_best": True}, {"mixed_precision": "bf16", "test_pairs": "held"},
 ])
 def test_training_is_the_same(settings: LRM, tmp_path: Path, encoded: SimpleNamespace, options: dict) -> None:
     """While the cache is filled and when it is full, which takes no VAE and decodes nothing that decodes."""
     if "only_on_best" in options:
-        table(tmp_path / "p.parquet", list("abcdef"), jpg_0=[RED, GREEN, BLUE] * 2, image_0_uid=list("pqrsss"),
-              image_1_uid=list("qrsttt"))
+        table(tmp_path / "p.parquet", list("abcdef"), jpg_0=[RED, GREEN, BLUE] * 2,
+              image_0_uid=list("pqrsss"), image_1_uid=list("qrsttt"))
     options |= {"test_pairs": settings.validation_pairs} if "test_pairs" in options else {}
     plain_run = train_lrm.train(replace(settings, **options))
     assert encoded.vaes == 1
@@ -105,7 +108,8 @@ def test_each_picture_is_encoded_once(settings: LRM, tmp_path: Path, encoded: Si
     encoded.encoded = 0
     train_lrm.train(replace(settings, max_steps=3, save_steps=1))
     cache = cache_of(settings)
-    assert cache.missing(np.arange(12)) == 2 and cache.missing(np.array([6, 7])) == 2  # of the pair that does not decode
+    # of the pair that does not decode
+    assert cache.missing(np.arange(12)) == 2 and cache.missing(np.array([6, 7])) == 2
     assert encoded.encoded == 4  # the third batch's
     shutil.rmtree(settings.out)
     encoded.encoded = encoded.vaes = 0
@@ -124,8 +128,8 @@ def flip(file: Path, place: int) -> None:
 
 
 @pytest.mark.parametrize("file, place", [("latents", 4 * ENTRY + 77), ("marks", 4 * 8 + 2)])
-def test_damaged_entries_are_made_anew(settings: LRM, tmp_path: Path, encoded: SimpleNamespace, capsys, file: str,
-                                       place: int) -> None:
+def test_damaged_entries_are_made_anew(settings: LRM, tmp_path: Path, encoded: SimpleNamespace, capsys,
+                                       file: str, place: int) -> None:
     plain_run = train_lrm.train(settings)
     folder = folder_of(cached(settings, tmp_path))
     train_lrm.train(cached(settings, tmp_path, "first"))
@@ -136,7 +140,8 @@ def test_damaged_entries_are_made_anew(settings: LRM, tmp_path: Path, encoded: S
     encoded.encoded = 0
     again = train_lrm.train(cached(settings, tmp_path, "again"))
     assert f"1 entries of {folder} are damaged and will be rewritten" in capsys.readouterr().err
-    assert metrics(again) == metrics(plain_run) and encoded.encoded == 4 and (folder / "latents").read_bytes() == whole
+    assert (metrics(again) == metrics(plain_run) and encoded.encoded == 4
+            and (folder / "latents").read_bytes() == whole)
     train_lrm.train(cached(settings, tmp_path, "third"))
     assert "damaged" not in capsys.readouterr().err
 
@@ -150,7 +155,8 @@ def test_files_cut_short(settings: LRM, tmp_path: Path) -> None:
         assert metrics(train_lrm.train(cached(settings, tmp_path, f"cut_{name}"))) == metrics(plain_run)
 
 
-def test_a_full_disk_is_no_end(settings: LRM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_full_disk_is_no_end(settings: LRM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                               capsys) -> None:
     plain_run, write, room = train_lrm.train(settings), os.pwrite, [3]
 
     def until_full(*args) -> int:
@@ -164,16 +170,19 @@ def test_a_full_disk_is_no_end(settings: LRM, tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_a_cache_is_of(settings: LRM, tmp_path: Path, tiny_sd: Path, copied: Callable) -> None:
-    """Another folder for another VAE, size, precision, table or column; the same for another model with this VAE."""
+    """Another folder for another VAE, size, precision, table or column;
+    the same for another model with this VAE."""
     settings = cached(settings, tmp_path)
     other = copied(tiny_sd)
     same = folder_of(settings)
-    assert folder_of(replace(settings, model=str(other))) == same == folder_of(replace(settings, compare_between_timestep=True))
+    assert (folder_of(replace(settings, model=str(other))) == same
+            == folder_of(replace(settings, compare_between_timestep=True)))
     vae = vaes.load_vae(tiny_sd)
     vae.encoder.conv_in.bias.data += 1e-3
     vae.save_pretrained(tmp_path / "vae")
     swapped = config.Columns(jpg_0="jpg_1", jpg_1="jpg_0")
-    found = [same, folder_of(replace(settings, vae=str(tmp_path / "vae"))), folder_of(replace(settings, resolution=32)),
+    found = [same, folder_of(replace(settings, vae=str(tmp_path / "vae"))),
+             folder_of(replace(settings, resolution=32)),
              folder_of(replace(settings, columns=swapped)), folder_of(settings, "validation"),
              latent_cache.of(settings, runs.lrm(settings)["train"], "bf16").folder]
     table(Path(settings.pairs), ["a", "b", "a", "a", "c", "d"], jpg_0=[GREEN, RED] * 3)
@@ -182,7 +191,8 @@ def test_what_a_cache_is_of(settings: LRM, tmp_path: Path, tiny_sd: Path, copied
 
 def test_tables_that_datasets_saved(settings: LRM, tmp_path: Path) -> None:
     import datasets
-    datasets.Dataset.from_parquet(settings.pairs, cache_dir=str(tmp_path / "arrow")).save_to_disk(tmp_path / "saved")
+    datasets.Dataset.from_parquet(settings.pairs,
+                                  cache_dir=str(tmp_path / "arrow")).save_to_disk(tmp_path / "saved")
     settings = replace(settings, pairs=str(tmp_path / "saved"), validation_pairs="")
     plain_run = train_lrm.train(settings)
     assert metrics(train_lrm.train(cached(settings, tmp_path))) == metrics(plain_run)
@@ -194,9 +204,10 @@ def test_two_processes_share_it(settings: LRM, tmp_path: Path) -> None:
     made = []
     for name in ("alone", "first", "second"):
         cache = [] if name == "alone" else ["--cache-latents", str(tmp_path / "latents")]
-        done = processes(2, "-m", "lpo_fast.train", "lrm", "--model", settings.model, "--pairs", settings.pairs,
-                         "--validation-pairs", settings.validation_pairs, "--out", str(tmp_path / name), "--batch-size", "2",
-                         "--max-steps", "6", "--warmup-steps", "1", "--num-workers", "0", *cache, folder=tmp_path)
+        done = processes(2, "-m", "lpo_fast.train", "lrm", "--model", settings.model,
+                         "--pairs", settings.pairs, "--validation-pairs", settings.validation_pairs, "--out",
+                         str(tmp_path / name), "--batch-size", "2", "--max-steps", "6", "--warmup-steps", "1",
+                         "--num-workers", "0", *cache, folder=tmp_path)
         assert done.returncode == 0, done.stderr
         made.append(metrics(tmp_path / name))
     assert made[0] == made[1] == made[2]
@@ -229,7 +240,7 @@ def test_refused_before_the_run(settings: LRM, tmp_path: Path, monkeypatch: pyte
 
 def test_dry_run_counts_it(settings: LRM, tmp_path: Path) -> None:
     lines = dry_run.report(replace(cached(settings, tmp_path), batch_size=4, accumulate=2))
-    assert any(line.startswith("--cache-latents: 16 pictures to come, 0.00 GiB") for line in lines)
+    assert any(line.startswith("--cache-latents: 16 pictures to add, 0.00 GiB") for line in lines)
     assert any(line.startswith("most while encoding, 8 pictures at a time") for line in lines)
     assert not (tmp_path / "latents").exists()
 
@@ -267,19 +278,21 @@ def test_part_size() -> None:
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_parts_give_what_the_whole_gives(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch, encoded: SimpleNamespace,
-                                         mirrored: bool) -> None:
+def test_parts_give_what_the_whole_gives(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch,
+                                         encoded: SimpleNamespace, mirrored: bool) -> None:
     lrm = checkpoint.new_lrm(tiny_sd, generator=torch.Generator().manual_seed(0))
     encoder = encoding.Encoder(tiny_sd, lrm, 0, "no")
     pixels = torch.rand(2, 7, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     flips = torch.arange(14).view(2, 7) % 3 == 0 if mirrored else None
     whole = encoder.posterior({"pixels": pixels}, None, flips)
-    expected = encoder.vae.encode(torch.where(flips[..., None, None, None], pixels.flip(-1), pixels).flatten(0, 1) if mirrored
-                                  else pixels.flatten(0, 1)).latent_dist
-    assert torch.equal(whole[0].flatten(0, 1), expected.mean) and torch.equal(whole[1].flatten(0, 1), expected.std)
+    expected = encoder.vae.encode(torch.where(flips[..., None, None, None], pixels.flip(-1), pixels)
+                                  .flatten(0, 1) if mirrored else pixels.flatten(0, 1)).latent_dist
+    assert (torch.equal(whole[0].flatten(0, 1), expected.mean)
+            and torch.equal(whole[1].flatten(0, 1), expected.std))
     monkeypatch.setattr(encoding, "ENCODED", 4 * 16 * 16)
     shapes, encode = [], encoding.encode
-    monkeypatch.setattr(encoding, "encode", lambda vae, x, precision: shapes.append(len(x)) or encode(vae, x, precision))
+    monkeypatch.setattr(encoding, "encode",
+                        lambda vae, x, precision: shapes.append(len(x)) or encode(vae, x, precision))
     for a, b in zip(whole, encoder.posterior({"pixels": pixels}, None, flips), strict=True):
         assert torch.equal(a, b)
     assert shapes == [4, 4, 4, 2]
@@ -288,7 +301,8 @@ def test_parts_give_what_the_whole_gives(tiny_sd: Path, monkeypatch: pytest.Monk
 # Time
 
 
-def test_metrics_that_are_read_late_are_the_same(settings: LRM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_that_are_read_late_are_the_same(settings: LRM, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where a step's metrics are read when the next one is queued."""
     at_once = train_lrm.train(settings)
     monkeypatch.setattr(compilation, "metric_lag", lambda: 1)
@@ -317,13 +331,14 @@ def test_time_spent_waiting_is_said(settings: LRM, monkeypatch: pytest.MonkeyPat
     assert len(rows) == 9 and all(row["seconds"] == 12 and row["data"] == 0.25 for row in rows)
     said = capsys.readouterr().out
     assert said.count(" | 12000 ms | data 25% | ") == 9
-    assert "waited for pictures in 25% of its time: --cache-latents DIR, or more --num-workers than 0, would help" in said
+    assert ("waited for pictures 25% of the time: use --cache-latents DIR, or more --num-workers than 0"
+            in said)
 
 
 def test_the_command(settings: LRM, tmp_path: Path) -> None:
-    assert train.main(["lrm", "--model", settings.model, "--pairs", settings.pairs, "--out", str(tmp_path / "run"),
-                       "--batch-size", "4", "--max-steps", "2", "--warmup-steps", "0", "--num-workers", "0",
-                       "--cache-latents", str(tmp_path / "latents")]) == 0
+    assert train.main(["lrm", "--model", settings.model, "--pairs", settings.pairs, "--out",
+                       str(tmp_path / "run"), "--batch-size", "4", "--max-steps", "2", "--warmup-steps", "0",
+                       "--num-workers", "0", "--cache-latents", str(tmp_path / "latents")]) == 0
     (folder,) = (tmp_path / "latents").iterdir()
     assert sorted(file.name for file in folder.iterdir()) == ["contents.json", "latents", "marks"]
     assert json.loads((folder / "contents.json").read_text())["entry"] == [8, 8, 8]

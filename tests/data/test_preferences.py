@@ -1,4 +1,5 @@
-"""Pairs by any column names, and their pictures. Where tables lie: test_sources.py; which pairs are used: test_choose.py."""
+"""Pairs by any column names, and their pictures.
+Where tables lie: test_sources.py; which pairs are used: test_choose.py."""
 
 import io
 from pathlib import Path
@@ -24,14 +25,16 @@ def test_pairs(tmp_path: Path) -> None:
     item = made[1]
     assert (item["row"], item["caption"], item["labels"].tolist()) == (1, "b", [0.0, 1.0])
     assert item["pixels"].shape == (2, 3, 8, 8) and item["pixels"].dtype == torch.float32
-    assert item["pixels"][0, :, 3, 3].tolist() == [1, -1, -1] and item["pixels"][1, :, 0, 0].tolist() == [-1, -1, 1]
+    assert (item["pixels"][0, :, 3, 3].tolist() == [1, -1, -1]
+            and item["pixels"][1, :, 0, 0].tolist() == [-1, -1, 1])
     assert item["corrupt"] is False and item["compare"] is False
 
 
 def test_kept_rows_keep_the_counts_of_all(tmp_path: Path) -> None:
     made = dataset(table(tmp_path / "p.parquet", ["a", "b", "a", "a", "c"]), np.array([2, 4]))
     assert len(made) == 2
-    assert [(made[i]["row"], made[i]["caption"], made[i]["count"]) for i in range(2)] == [(2, "a", 3), (4, "c", 1)]
+    assert ([(made[i]["row"], made[i]["caption"], made[i]["count"]) for i in range(2)]
+            == [(2, "a", 3), (4, "c", 1)])
     assert made[0]["labels"].tolist() == [0.5, 0.5]
 
 
@@ -45,23 +48,25 @@ def test_integer_labels(tmp_path: Path) -> None:
 
 def test_columns_by_other_names(tmp_path: Path) -> None:
     """HPDv2's lists, and plain prompt, chosen, rejected."""
-    pq.write_table(pa.table({"prompt": ["a", "b"], "human_preference": [[0, 1], [1, 0]],
-                             "images": [[{"bytes": RED, "path": None}, {"bytes": GREEN, "path": "g.png"}]] * 2}),
-                   tmp_path / "hpd.parquet")
+    pq.write_table(pa.table({"prompt": ["a", "b"], "human_preference": [[0, 1], [1, 0]], "images": [[
+        {"bytes": RED, "path": None}, {"bytes": GREEN, "path": "g.png"}]] * 2}), tmp_path / "hpd.parquet")
     hpd = Columns(caption="prompt", jpg_0="images[0]", jpg_1="images[1]", label_0="human_preference[0]",
                   label_1="human_preference[1]")
     made = dataset(tmp_path / "hpd.parquet", columns=hpd)
     assert [made[i]["labels"].tolist() for i in (0, 1)] == [[0, 1], [1, 0]] and colours(made[1]) == "rg"
     data_dataset.check_pictures(made.pairs)
-    pq.write_table(pa.table({"prompt": ["a"], "chosen": [BLUE], "rejected": [RED]}), tmp_path / "plain.parquet")
+    pq.write_table(pa.table({"prompt": ["a"], "chosen": [BLUE], "rejected": [RED]}),
+                   tmp_path / "plain.parquet")
     made = dataset(tmp_path / "plain.parquet", columns=Columns("prompt", "chosen", "rejected", "", ""))
-    assert made[0]["labels"].tolist() == [1, 0] and colours(made[0]) == "br" and made.pairs.different.tolist() == [True]
+    assert (made[0]["labels"].tolist() == [1, 0] and colours(made[0]) == "br"
+            and made.pairs.different.tolist() == [True])
 
 
 def test_one_label_is_enough(tmp_path: Path) -> None:
     path = table(tmp_path / "p.parquet", ["a", "b", "c"])
     for name in ("label_0", "label_1"):
-        assert preferences.read(str(path), columns=Columns(**{name: ""})).labels.tolist() == [[1, 0], [0, 1], [0.5, 0.5]]
+        assert (preferences.read(str(path), columns=Columns(**{name: ""})).labels.tolist()
+                == [[1, 0], [0, 1], [0.5, 0.5]])
 
 
 def test_pictures_by_file_name(tmp_path: Path) -> None:
@@ -70,7 +75,8 @@ def test_pictures_by_file_name(tmp_path: Path) -> None:
     path = table(tmp_path / "p.parquet", ["a", "b"], jpg_0=["pictures/g.png", "gone.png"])
     assert [colours(dataset(path)[i]) for i in (0, 1)] == ["gb", "--"]
     rows = [{"bytes": None, "path": "pictures/g.png"}, {"bytes": RED, "path": "gone.png"}]
-    assert [colours(dataset(table(tmp_path / "q.parquet", ["a", "b"], jpg_0=rows))[i]) for i in (0, 1)] == ["gb", "rb"]
+    assert ([colours(dataset(table(tmp_path / "q.parquet", ["a", "b"], jpg_0=rows))[i]) for i in (0, 1)]
+            == ["gb", "rb"])
 
 
 @pytest.mark.parametrize("key", ["caption", "jpg_0", "jpg_1", "label_0", "label_1"])
@@ -156,8 +162,10 @@ def test_a_broken_picture_is_marked(tmp_path: Path) -> None:
 
 
 def test_a_table_without_any_picture_is_refused_at_once(tmp_path: Path) -> None:
-    data_dataset.check_pictures(preferences.read(str(table(tmp_path / "p.parquet", ["a", "b"], jpg_0=[b"", RED]))))
-    for kind, bad in (("none", [b"", b""]), ("cut", [RED[:40]] * 2), ("null", pa.array([None, None], pa.binary()))):
+    data_dataset.check_pictures(preferences.read(str(table(tmp_path / "p.parquet", ["a", "b"],
+                                                           jpg_0=[b"", RED]))))
+    for kind, bad in (("none", [b"", b""]), ("cut", [RED[:40]] * 2),
+                      ("null", pa.array([None, None], pa.binary()))):
         path = table(tmp_path / f"{kind}.parquet", ["a", "b"], jpg_1=bad)
         with pytest.raises(InputError, match="a picture of row 0 cannot be decoded") as caught:
             data_dataset.check_pictures(preferences.read(str(path), "--test-pairs"))
@@ -167,13 +175,15 @@ def test_a_table_without_any_picture_is_refused_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["jpg_0", "jpg_1"])
 def test_a_named_column_without_pictures_is_refused_by_its_flag(key: str, tmp_path: Path) -> None:
     path = table(tmp_path / "p.parquet", ["a", "b"])
-    with pytest.raises(InputError, match="a picture of row 0 cannot be decoded .* in .*p.parquet; name a column") as caught:
+    with pytest.raises(InputError, match="a picture of row 0 cannot be decoded .* in .*p.parquet; "
+                       "name a column") as caught:
         data_dataset.check_pictures(preferences.read(str(path), columns=Columns(**{key: "caption"})))
     assert (caught.value.key, caught.value.value) == (f"--columns.{key.replace('_', '-')}", "caption")
 
 
 def test_the_count_of_broken_pictures_stops_a_run(tmp_path: Path) -> None:
-    made = dataset(table(tmp_path / "p.parquet", list("abcdefgh"), jpg_0=[RED, b"", RED, b"", RED, b"", RED, RED]))
+    made = dataset(table(tmp_path / "p.parquet", list("abcdefgh"),
+                         jpg_0=[RED, b"", RED, b"", RED, b"", RED, RED]))
     corrupt = data_dataset.Corrupt(made.pairs, 2)
     batch = data_dataset.collate([made[i] for i in range(4)])
     for _ in range(3):  # epochs: a pair counts once
@@ -181,7 +191,8 @@ def test_the_count_of_broken_pictures_stops_a_run(tmp_path: Path) -> None:
         corrupt.share()
     assert corrupt.rows == {1, 3}
     corrupt.count(data_dataset.collate([made[5]]))
-    with pytest.raises(InputError, match="pictures of 3 pairs cannot be decoded, the first: rows 1, 3, 5") as caught:
+    with pytest.raises(InputError,
+                       match="pictures of 3 pairs cannot be decoded, the first: rows 1, 3, 5") as caught:
         corrupt.share()
     assert "--max-corrupt" in caught.value.remedy
 
@@ -189,7 +200,8 @@ def test_the_count_of_broken_pictures_stops_a_run(tmp_path: Path) -> None:
 def test_collate(tmp_path: Path) -> None:
     made = dataset(table(tmp_path / "p.parquet", ["a", "b", "a"]))
     batch = data_dataset.collate([made[2], made[0]])
-    assert batch["rows"].tolist() == [2, 0] and batch["captions"] == ["a", "a"] and batch["counts"].tolist() == [2, 2]
+    assert (batch["rows"].tolist() == [2, 0] and batch["captions"] == ["a", "a"]
+            and batch["counts"].tolist() == [2, 2])
     assert batch["pixels"].shape == (2, 2, 3, 8, 8) and batch["labels"].tolist() == [[0.5, 1.0], [0.5, 0.0]]
     assert torch.equal(batch["pixels"][0, 1], made[0]["pixels"][0])
     assert batch["compare"].tolist() == batch["corrupt"].tolist() == [False, False]
@@ -207,8 +219,8 @@ def test_worker_processes_give_the_same(tmp_path: Path) -> None:
 def test_host_memory_stays_flat(tmp_path: Path) -> None:
     """200 pairs of 1 MB of noise: reading all of them one after the other holds no more than a few."""
     path, draw = tmp_path / "p.parquet", np.random.default_rng(0)
-    schema = pa.schema([(name, pa.string() if name == "caption" else pa.binary() if name.startswith("jpg") else pa.float64())
-                        for name in ("caption", "jpg_0", "jpg_1", "label_0", "label_1")])
+    schema = pa.schema([(name, pa.string() if name == "caption" else pa.binary() if name.startswith("jpg")
+                         else pa.float64()) for name in ("caption", "jpg_0", "jpg_1", "label_0", "label_1")])
     with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
         for _ in range(20):
             cells = [Image.fromarray(draw.integers(0, 256, (418, 418, 3), np.uint8)) for _ in range(2)]
@@ -217,7 +229,8 @@ def test_host_memory_stays_flat(tmp_path: Path) -> None:
                 out = io.BytesIO()
                 cell.save(out, "BMP")
                 noise.append(out.getvalue())
-            writer.write_table(pa.table({"caption": ["a"] * 10, "jpg_0": noise[:1] * 10, "jpg_1": noise[1:] * 10,
+            writer.write_table(pa.table({"caption": ["a"] * 10, "jpg_0": noise[:1] * 10,
+                                         "jpg_1": noise[1:] * 10,
                                          "label_0": [1.0] * 10, "label_1": [0.0] * 10}, schema=schema))
     assert path.stat().st_size > 150e6
     table = preferences.read(str(path))

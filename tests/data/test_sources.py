@@ -1,4 +1,5 @@
-"""Where preference pairs lie: parquet files, directories with and without splits, datasets' directories, the hub."""
+"""Where preference pairs lie: parquet files, directories with and without splits, datasets' directories,
+the hub."""
 
 import os
 import pickle
@@ -19,7 +20,8 @@ def test_a_directory_is_one_table(tmp_path: Path) -> None:
     table(tmp_path / "part-00000.parquet", ["a", "b"], jpg_0=[GREEN, GREEN])
     (tmp_path / "notes.txt").write_text("no pairs")
     made = dataset(tmp_path)
-    assert made.pairs.captions == ["a", "b", "c", "a"] and [made[i]["count"] for i in range(4)] == [2, 1, 1, 2]
+    assert (made.pairs.captions == ["a", "b", "c", "a"]
+            and [made[i]["count"] for i in range(4)] == [2, 1, 1, 2])
     assert made[3]["labels"].tolist() == [0.0, 1.0]  # the second row of the second file
     assert [colours(made[i]) for i in range(4)] == ["gb", "gb", "rb", "rb"]
 
@@ -32,17 +34,20 @@ def test_a_directory_as_on_the_hub_has_splits(tmp_path: Path, folder: str) -> No
         table(tmp_path / folder / f"{name}.parquet", captions)
     assert preferences.read(str(tmp_path), split="train").captions == ["a", "b"]
     assert preferences.read(str(tmp_path), split="validation_unique").captions == ["c"]
-    with pytest.raises(InputError, match="is not a split of .*, which has train, validation_unique") as caught:
+    with pytest.raises(InputError,
+                       match="is not a split of .*, which has train, validation_unique") as caught:
         preferences.read(str(tmp_path), "--validation-pairs", split="test")
     assert caught.value.key == "--validation-split" and caught.value.value == "test"
 
 
-@pytest.mark.parametrize("names", [("train", "validation_unique"), ("train-a", "train-b", "validation_unique-00000-of-00001"),
+@pytest.mark.parametrize("names", [("train", "validation_unique"),
+                                   ("train-a", "train-b", "validation_unique-00000-of-00001"),
                                    ("train", "test")])
 def test_files_are_named_for_splits(tmp_path: Path, names: tuple[str, ...]) -> None:
     for name in names:
         table(tmp_path / f"{name}.parquet", [name])
-    assert preferences.read(str(tmp_path), split="train").captions == [name for name in names if name.startswith("train")]
+    assert (preferences.read(str(tmp_path), split="train").captions
+            == [name for name in names if name.startswith("train")])
     assert preferences.read(str(tmp_path), split=names[-1].partition("-")[0]).captions == [names[-1]]
 
 
@@ -60,7 +65,8 @@ def test_a_stray_file_among_splits(tmp_path: Path, names: tuple[str, str], stray
 
 def test_a_directory_without_the_split(tmp_path: Path) -> None:
     table(tmp_path / "train.parquet", ["a"])
-    with pytest.raises(InputError, match="--validation-split validation_unique: is not a split of .*, which has train"):
+    with pytest.raises(InputError,
+                       match="--validation-split validation_unique: is not a split of .*, which has train"):
         preferences.read(str(tmp_path), "--validation-pairs", split="validation_unique")
 
 
@@ -69,7 +75,8 @@ def test_names_with_the_signs_of_patterns(tmp_path: Path) -> None:
     for folder, colour in (("set[1]", RED), ("set1", GREEN), ("set*", BLUE)):
         (tmp_path / folder).mkdir()
         table(tmp_path / folder / "p.parquet", ["a"], jpg_0=[colour])
-    assert [colours(dataset(tmp_path / f / "p.parquet")[0])[0] for f in ("set[1]", "set1", "set*")] == ["r", "g", "b"]
+    assert ([colours(dataset(tmp_path / f / "p.parquet")[0])[0] for f in ("set[1]", "set1", "set*")]
+            == ["r", "g", "b"])
 
 
 def test_a_file_changed_within_its_time_is_read_anew(tmp_path: Path) -> None:
@@ -110,7 +117,8 @@ def stored(path: Path, kind: str, rows: dict) -> str:
     if kind == "images":
         for name in ("jpg_0", "jpg_1"):
             made = made.cast_column(name, datasets.Image())
-    (made if kind == "plain" else datasets.DatasetDict({"train": made, "held": made.select([1])})).save_to_disk(path)
+    (made if kind == "plain" else
+     datasets.DatasetDict({"train": made, "held": made.select([1])})).save_to_disk(path)
     return str(path)
 
 
@@ -119,7 +127,8 @@ def test_a_directory_of_datasets(tmp_path: Path, kind: str) -> None:
     rows = columns(["a", "b", "a"], jpg_0=[RED, GREEN, BLUE]) | {"extra": [0, 1, 2]}
     path = stored(tmp_path / "d", kind, rows)
     made = data_dataset.PairDataset(preferences.read(path, split="train"), 8)
-    assert made.pairs.captions == ["a", "b", "a"] and [colours(made[i]) for i in range(3)] == ["rb", "gb", "bb"]
+    assert (made.pairs.captions == ["a", "b", "a"]
+            and [colours(made[i]) for i in range(3)] == ["rb", "gb", "bb"])
     data_dataset.check_pictures(made.pairs)
     copy = pickle.loads(pickle.dumps(made))  # as worker processes get it
     assert colours(copy[1]) == "gb" and len(pickle.dumps(made)) < 20_000
@@ -132,10 +141,12 @@ def test_a_directory_of_datasets(tmp_path: Path, kind: str) -> None:
 
 def test_a_name_that_is_no_path_is_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, asked = datasets.Dataset.from_dict(columns(["a", "b"]) | {"extra": [0, 1]}), []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: asked.append((name, options)) or made)
+    monkeypatch.setattr(datasets, "load_dataset",
+                        lambda name, **options: asked.append((name, options)) or made)
     assert preferences.read("owner/name", split="train", cache_dir="c").captions == ["a", "b"]
     assert asked == [("owner/name", {"split": "train", "cache_dir": "c"})]
     monkeypatch.undo()
-    with pytest.raises(InputError, match="is not a file or directory, and cannot be loaded as a data set") as caught:
+    with pytest.raises(InputError,
+                       match="is not a file or directory, and cannot be loaded as a data set") as caught:
         preferences.read("owner/name", cache_dir=str(tmp_path))  # the tests are offline
     assert caught.value.key == "--pairs" and caught.value.remedy

@@ -1,4 +1,5 @@
-"""The ready scorers against their formulas on tiny CLIPs, what their packages are called with, and refusals."""
+"""The ready scorers against their formulas on tiny CLIPs, what their packages are called with, and refusals.
+"""
 
 import sys
 from pathlib import Path
@@ -21,13 +22,16 @@ PROMPTS = ["a red circle", "two blue squares on a green background", "three"]
 @torch.no_grad()
 def embeddings(folder: Path) -> tuple[torch.Tensor, torch.Tensor, CLIPModel]:
     """Unit embeddings of the pictures and prompts, one by one, pixels normalised by hand."""
-    model, tokenizer = CLIPModel.from_pretrained(folder / "clip").eval(), CLIPTokenizer.from_pretrained(folder / "clip")
-    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    model, tokenizer = (CLIPModel.from_pretrained(folder / "clip").eval(),
+                        CLIPTokenizer.from_pretrained(folder / "clip"))
+    mean, std = (torch.tensor([0.48145466, 0.4578275, 0.40821073]),
+                 torch.tensor([0.26862954, 0.26130258, 0.27577711]))
     seen, said = [], []
     for picture, prompt in zip(pictures(), PROMPTS, strict=True):
         pixels = ((torch.from_numpy(np.array(picture)) / 255 - mean) / std).permute(2, 0, 1)[None]
         seen.append(model.visual_projection(model.vision_model(pixels).pooler_output)[0])
-        said.append(model.text_projection(model.text_model(tokenizer(prompt, return_tensors="pt").input_ids).pooler_output)[0])
+        said.append(model.text_projection(model.text_model(tokenizer(prompt, return_tensors="pt").input_ids)
+                                          .pooler_output)[0])
     unit = [torch.stack(x) / torch.stack(x).norm(dim=-1, keepdim=True) for x in (seen, said)]
     return *unit, model
 
@@ -38,13 +42,15 @@ def test_pickscore_and_clipscore(clips):
     assert scorers.resolve("clipscore")(pictures(), PROMPTS) == pytest.approx(cosines.tolist(), abs=1e-6)
     wanted = (cosines * model.logit_scale.exp()).tolist()
     assert model.logit_scale.item() == pytest.approx(1.7)
-    assert scorers.resolve("lpo_fast.evaluation.scorers:pickscore")(pictures(), PROMPTS) == pytest.approx(wanted, abs=1e-5)
+    assert (scorers.resolve("lpo_fast.evaluation.scorers:pickscore")(pictures(), PROMPTS)
+            == pytest.approx(wanted, abs=1e-5))
     assert scorers.pickscore(pictures()[1:2], PROMPTS[1:2]) == pytest.approx(wanted[1:2], abs=1e-5)
 
 
 def test_aesthetic_does_not_look_at_the_prompt(clips):
     seen, _, _ = embeddings(clips)
-    layers = nn.Sequential(nn.Linear(CLIP_DIM, 8), nn.Dropout(0.2), nn.Linear(8, 4), nn.Dropout(0.1), nn.Linear(4, 1)).eval()
+    layers = nn.Sequential(nn.Linear(CLIP_DIM, 8), nn.Dropout(0.2), nn.Linear(8, 4), nn.Dropout(0.1),
+                           nn.Linear(4, 1)).eval()
     state = torch.load(clips / "head.pth", weights_only=True)
     layers.load_state_dict({name.removeprefix("layers."): value for name, value in state.items()})
     wanted = layers(seen).squeeze(-1).tolist()
@@ -69,8 +75,10 @@ def test_a_head_in_a_directory_and_one_that_is_none(clips, monkeypatch):
 
 @pytest.mark.parametrize("name", scorers.HUB)
 def test_absent_weights_are_refused_with_the_remedy(name, monkeypatch, tmp_path):
-    monkeypatch.setattr(scorers, "snapshot_download", lambda *a, **k: (_ for _ in ()).throw(FileNotFoundError()))
-    with pytest.raises(InputError, match=f"--scorer {name}: .* is not on this machine; hf download .*LPO_FAST_{name.upper()}"):
+    monkeypatch.setattr(scorers, "snapshot_download",
+                        lambda *a, **k: (_ for _ in ()).throw(FileNotFoundError()))
+    with pytest.raises(InputError, match=f"--scorer {name}: .* is not on this machine; run `hf download "
+                       f".*LPO_FAST_{name.upper()}"):
         scorers.resolve(name)
     monkeypatch.setenv(f"LPO_FAST_{name.upper()}_MODEL", str(tmp_path / "gone"))
     with pytest.raises(InputError, match="does not exist"):
@@ -79,9 +87,11 @@ def test_absent_weights_are_refused_with_the_remedy(name, monkeypatch, tmp_path)
 
 def test_the_hub_s_cache_is_asked_without_the_network(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(scorers, "snapshot_download", lambda name, **how: asked.append((name, how)) or str(tmp_path))
+    monkeypatch.setattr(scorers, "snapshot_download",
+                        lambda name, **how: asked.append((name, how)) or str(tmp_path))
     scorers.resolve("pickscore")
-    assert asked == [(repository, {"local_files_only": True}) for repository in scorers.HUB["pickscore"].values()]
+    assert asked == [(repository, {"local_files_only": True})
+                     for repository in scorers.HUB["pickscore"].values()]
 
 
 @pytest.mark.parametrize("name", scorers.PACKAGES)
@@ -122,8 +132,9 @@ def test_imagereward_is_loaded_once(monkeypatch):
 
 
 @pytest.mark.parametrize("spec, message", [
-    ("brightness", "is neither module:function"), ("module:", "is neither"), (":f", "is neither"), ("", "is neither"),
-    ("no_such_module:f", "cannot be imported"), ("json:nothing", "has no function 'nothing'"), ("sys:path", "has no function"),
+    ("brightness", "is neither module:function"), ("module:", "is neither"),
+    (":f", "is neither"), ("", "is neither"), ("no_such_module:f", "cannot be imported"),
+    ("json:nothing", "has no function 'nothing'"), ("sys:path", "has no function"),
     ("broken_scorer:f", "cannot be imported .*ZeroDivisionError"),
 ])
 def test_specs_that_are_none(spec, message, tmp_path, monkeypatch):

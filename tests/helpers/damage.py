@@ -9,6 +9,7 @@ def hurt(file: Path, harm: str) -> None:
     if harm == "gone":
         file.unlink()
         return
-    at = data.find(b"ZZZZ") + 64 if b"ZZZZ" in data else len(data) // 2  # behind the padding lie a tensor's numbers
+    # behind the padding lie a tensor's numbers
+    at = data.find(b"ZZZZ") + 64 if b"ZZZZ" in data else len(data) // 2
     data[at] ^= 4
     file.write_bytes(data if harm == "flipped" else data[:len(data) // 2])

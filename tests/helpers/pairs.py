@@ -51,11 +51,13 @@ def scores(path: Path, rows: list, header: list[str] = HEADER, bom: bytes = b"")
     return path
 
 
-def dataset(path: Path, chosen: np.ndarray | None = None, columns: Columns | None = None) -> data_dataset.PairDataset:
+def dataset(path: Path, chosen: np.ndarray | None = None,
+            columns: Columns | None = None) -> data_dataset.PairDataset:
     """Read pairs of a file, all or those chosen."""
     table = preferences.read(str(path), columns=columns)
     if chosen is not None:
-        table = preferences.replace(table, rows=chosen, pictures=table.pictures[chosen], compare=table.compare[chosen])
+        table = preferences.replace(table, rows=chosen, pictures=table.pictures[chosen],
+                                    compare=table.compare[chosen])
     return data_dataset.PairDataset(table, 8)
 
 

@@ -1,4 +1,5 @@
-"""Ranks forked from one process that has imported the training code: each starts at once, not after seconds of imports."""
+"""Ranks forked from one process that has imported the training code:
+each starts at once, not after seconds of imports."""
 
 import multiprocessing
 import multiprocessing.forkserver
@@ -23,7 +24,8 @@ def free_port() -> int:
 def environment() -> dict[str, str]:
     """Of a rank: kernels are not interpreted, a thread each."""
     kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    return kept | {"OMP_NUM_THREADS": "1",
+                   "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
 def rank(variables: dict[str, str], streams: tuple[str, str], arguments: list[str]) -> None:
@@ -59,4 +61,5 @@ def processes(count: int, *arguments: str, folder: Path, timeout: int = 240) -> 
             for other in started:
                 other.kill()
     stdout, stderr = (Path(path).read_text() for path in streams)
-    return subprocess.CompletedProcess(arguments, max(process.exitcode != 0 for process in started), stdout, stderr)
+    return subprocess.CompletedProcess(arguments, max(process.exitcode != 0 for process in started), stdout,
+                                       stderr)

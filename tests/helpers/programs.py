@@ -25,12 +25,13 @@ null = Text(torch.randn(1, 16, 16).double(), torch.zeros(1, 1))
 text = Text(torch.randn(5, 16, 16).double(), torch.zeros(5, 1), null)
 sched = schedule.ddim(torch.linspace(0.999, 0.01, 1000).double(), torch.arange(951, 0, -50), 20)
 config = LPO(beta=5.0, guidance_scale=2.0)
-update = OptimizerStep(torch.optim.SGD(trainable(unet), lr=10.0), torch.amp.GradScaler("cpu", enabled=False), config.max_grad_norm,
-                6 // distributed.world_size(), "")
+update = OptimizerStep(torch.optim.SGD(trainable(unet), lr=10.0), torch.amp.GradScaler("cpu", enabled=False),
+                       config.max_grad_norm, 6 // distributed.world_size(), "")
 for step in range(5):
     n = 6 if step < 4 else 4  # the last one is smaller, in no process alike
     x = torch.randn(3, n, 4, 8, 8).double()
-    pairs = LatentPairs(*x, torch.arange(1, 1 + 50 * n, 50), torch.arange(n) % 5, torch.ones(n, dtype=torch.bool))
+    pairs = LatentPairs(*x, torch.arange(1, 1 + 50 * n, 50), torch.arange(n) % 5,
+                        torch.ones(n, dtype=torch.bool))
     row = steps.train_step(Policy(unet, text, None, full=False), sched, pairs, update, config)
 row = dict(zip(steps.STEP, row.tolist(), strict=True))
 distributed.barrier()

@@ -1,4 +1,5 @@
-"""GroupNorm with shift and SiLU against the definition in float64, on the GPU or under Triton's interpreter."""
+"""GroupNorm with shift and SiLU against the definition in float64, on the GPU or under Triton's interpreter.
+"""
 
 import math
 
@@ -20,19 +21,23 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(12, 7, 33, 4), (33, 1, 7, 11), (7, 33, 1, 1), (33, 7, 7, 33), (64, 9, 5, 32)]  # C, H, W, groups
 
 
-def inputs(shape: tuple[int, int, int, int], batch: int = 2, dtype: torch.dtype = torch.float32, shifted: bool = True,
-           scale: float = 1.0, seed: int = 0, eps: float = 1e-5) -> tuple[Tensor, int, Tensor, Tensor, float, Tensor | None]:
+def inputs(shape: tuple[int, int, int, int], batch: int = 2, dtype: torch.dtype = torch.float32,
+           shifted: bool = True, scale: float = 1.0, seed: int = 0,
+           eps: float = 1e-5) -> tuple[Tensor, int, Tensor, Tensor, float, Tensor | None]:
     """x channels-last around a mean that is not 0, groups, weight, bias, eps, shift."""
     c, h, w, groups = shape
     random = torch.Generator().manual_seed(seed)
-    x = ((torch.randn(batch, h, w, c, generator=random) + 0.5) * scale).to(dtype).to(DEVICE).permute(0, 3, 1, 2)
-    weight, bias, shift = (torch.randn(*size, generator=random).to(DEVICE) for size in ((c,), (c,), (batch, c)))
+    x = (((torch.randn(batch, h, w, c, generator=random) + 0.5) * scale).to(dtype).to(DEVICE)
+         .permute(0, 3, 1, 2))
+    weight, bias, shift = (torch.randn(*size, generator=random).to(DEVICE)
+                           for size in ((c,), (c,), (batch, c)))
     shift = (shift * scale).to(dtype) if shifted else None
     return *(y if y is None or isinstance(y, int | float) else y.requires_grad_()
              for y in (x, groups, weight, bias, eps, shift)),
 
 
-def run(arguments: tuple, silu: bool, function=group_norm_silu, seed: int = 1) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+def run(arguments: tuple, silu: bool, function=group_norm_silu,
+        seed: int = 1) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """y, a gradient of it, and the gradients of x, weight, bias and, if there is one, shift."""
     y = function(*arguments, silu)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y)
@@ -41,14 +46,16 @@ def run(arguments: tuple, silu: bool, function=group_norm_silu, seed: int = 1) -
 
 
 def check(arguments: tuple, silu: bool, y: Tensor, dy: Tensor, grads: tuple[Tensor, ...]) -> None:
-    """y and all gradients by float64, from the equations; *_size is what rounding multiplies by the dtype's epsilon."""
+    """y and all gradients by float64, from the equations;
+    *_size is what rounding multiplies by the dtype's epsilon."""
     x, groups, weight, bias, eps, shift = arguments
     b, c, height, width = x.shape
     n, hw = c // groups * height * width, height * width
 
     def grouped(z: Tensor) -> Tensor:
         """Mean over the group, for every element."""
-        return z.reshape(b, groups, -1).mean(2).repeat_interleave(c // groups, 1)[:, :, None, None].expand(b, c, height, width)
+        return (z.reshape(b, groups, -1).mean(2).repeat_interleave(c // groups, 1)[:, :, None, None]
+                .expand(b, c, height, width))
 
     s = torch.zeros(b, c, dtype=torch.float64, device=x.device) if shift is None else shift.detach().double()
     w, beta = (v.detach().double()[None, :, None, None] for v in (weight, bias))
@@ -72,13 +79,15 @@ def check(arguments: tuple, silu: bool, y: Tensor, dy: Tensor, grads: tuple[Tens
     mean_2, mean_2_size = grouped(w * du * norm), grouped(w.abs() * sum_2_size.expand_as(x) / hw)
     dx = rstd * (w * du - mean_1 - norm * mean_2)
     parts = (w.abs() * du_size, mean_1_size, norm_size * mean_2.abs(), norm.abs() * mean_2_size)
-    dx_size = rstd * sum(parts) + condition * rstd * (w.abs() * du.abs() + mean_1.abs() + norm.abs() * mean_2.abs())
+    dx_size = (rstd * sum(parts)
+               + condition * rstd * (w.abs() * du.abs() + mean_1.abs() + norm.abs() * mean_2.abs()))
     assert y.is_contiguous(memory_format=torch.channels_last) and grads[0].stride() == y.stride()
     for name, got, exact, size, terms in (
         ("gradient of x", grads[0], dx, dx_size, n),
         ("gradient of weight", grads[1], sum_2.sum((0, 2, 3)), sum_2_size.sum((0, 2, 3)), n + b * hw),
         ("gradient of bias", grads[2], sum_1.sum((0, 2, 3)), sum_1_size.sum((0, 2, 3)), n + b * hw),
-        *([("gradient of shift", grads[3], dx.sum((2, 3)), dx_size.sum((2, 3)), n + hw)] if len(grads) == 4 else []),
+        *([("gradient of shift", grads[3], dx.sum((2, 3)), dx_size.sum((2, 3)), n + hw)]
+          if len(grads) == 4 else []),
     ):
         assert got.dtype == (arguments[2].dtype if "weight" in name or "bias" in name else y.dtype)
         assert_close(name, got, exact, size, terms)
@@ -109,7 +118,8 @@ def test_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = inputs((66, 9, 13, 33), dtype=torch.float16)
     for tile in (256, 128):
         write, reduce = module._blocks(arguments[0], 33, tile)
-        assert 66 > write["CB"] and 66 % write["CB"] and 117 % reduce["ROWS"] % reduce["SB"] and reduce["SPLITS"] > 2
+        assert (66 > write["CB"] and 66 % write["CB"] and 117 % reduce["ROWS"] % reduce["SB"]
+                and reduce["SPLITS"] > 2)
         assert reduce["GB"] < 33 and 33 % reduce["GB"] and reduce["ROWS"] > reduce["SB"] and 117 % write["SB"]
     checked(arguments)
 
@@ -122,7 +132,8 @@ def test_production_tiles() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 9), st.integers(1, 9), st.integers(1, 3),
-       st.sampled_from(DTYPES), st.booleans(), st.booleans(), st.sampled_from([1e-4, 1.0, 1e4]), st.integers(0, 99))
+       st.sampled_from(DTYPES), st.booleans(), st.booleans(), st.sampled_from([1e-4, 1.0, 1e4]),
+       st.integers(0, 99))
 def test_any_shape_and_value(groups, width, h, w, batch, dtype, shifted, silu, scale, seed) -> None:
     checked(inputs((groups * width, h, w, groups), batch, dtype, shifted, scale, seed), silu)
 
@@ -161,7 +172,8 @@ def test_samples_and_groups_do_not_depend_on_each_other() -> None:
     whole = group_norm_silu(x, groups, weight, bias, eps, shift)
     assert torch.equal(whole, group_norm_silu(x, groups, weight, bias, eps, shift))
     for i in range(3):
-        alone, own = x[i : i + 1].clone(memory_format=torch.preserve_format), shift[i : i + 1].clone()  # aligned as x is
+        # aligned as x is
+        alone, own = x[i : i + 1].clone(memory_format=torch.preserve_format), shift[i : i + 1].clone()
         assert torch.equal(group_norm_silu(alone, groups, weight, bias, eps, own), whole[i : i + 1])
     for bad in (math.nan, math.inf):
         broken = x.detach().clone(memory_format=torch.preserve_format)
@@ -185,11 +197,12 @@ def test_two_launches_each_way_and_no_copies() -> None:
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 def test_nchw_and_float64_take_the_reference(memory: torch.memory_format) -> None:
     arguments = inputs((12, 7, 5, 4))
-    exact = [a.detach().double().contiguous(memory_format=memory) if isinstance(a, Tensor) and a.ndim == 4 else
-             a.detach().double() if isinstance(a, Tensor) else a for a in arguments]
+    exact = [a.detach().double().contiguous(memory_format=memory) if isinstance(a, Tensor) and a.ndim == 4
+             else a.detach().double() if isinstance(a, Tensor) else a for a in arguments]
     nchw = arguments[0].detach().contiguous()
     with launch.recording() as launches:
-        assert torch.allclose(group_norm_silu(*exact), group_norm_silu_reference(*exact), rtol=1e-14, atol=1e-14)
+        assert torch.allclose(group_norm_silu(*exact), group_norm_silu_reference(*exact), rtol=1e-14,
+                              atol=1e-14)
         y = group_norm_silu(nchw, *arguments[1:])
     assert not launches and y.is_contiguous()
     assert_close("y", y.detach(), group_norm_silu_reference(*exact), 20.0, 105)
@@ -206,7 +219,8 @@ def test_strides() -> None:
         assert torch.equal(got, exact)
     one = torch.ones((), dtype=y.dtype, device=DEVICE).expand_as(y)
     out, other = group_norm_silu(x, groups, weight, bias, eps, shift), torch.ones_like(y)
-    assert torch.equal(torch.autograd.grad(out, x, one, retain_graph=True)[0], torch.autograd.grad(out, x, other)[0])
+    assert torch.equal(torch.autograd.grad(out, x, one, retain_graph=True)[0],
+                       torch.autograd.grad(out, x, other)[0])
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -220,13 +234,15 @@ def test_compiled_as_one_graph(backend: str) -> None:
 
 @pytest.mark.parametrize("last", [False, True])
 def test_compiled_code_takes_other_epsilons_and_groups(last: bool) -> None:
-    """As one graph, also where torch.compile makes the numbers symbols after their second values; NCHW is the reference."""
+    """As one graph, also where torch.compile makes the numbers symbols after their second values;
+    NCHW is the reference."""
     torch._dynamo.reset()
     x, _, *rest, _, shift = inputs((12, 3, 5, 4))
     x = x if last else x.detach().contiguous()
     compiled = torch.compile(group_norm_silu, fullgraph=True, backend="aot_eager")
     for groups, eps in ((4, 1e-5), (4, 0.5), (4, 0), (3, 2.0), (6, 0.1)):
-        exact = group_norm_silu_reference(x.double(), groups, *(w.double() for w in rest), eps, shift.double())
+        exact = group_norm_silu_reference(x.double(), groups, *(w.double() for w in rest), eps,
+                                          shift.double())
         assert_close("y", compiled(x, groups, *rest, eps, shift), exact, 20.0, 105)
     for bad in (-1e-5, math.inf):
         with pytest.raises(Unsupported, match=f"eps is {bad}, expected a finite number of at least 0"):
@@ -267,8 +283,10 @@ def on(device: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     ({"groups": 4}, "groups is 4, expected a divisor of 6 channels"),
     ({"groups": 0}, "groups is 0, expected a divisor of 6 channels"),
     ({"groups": -3}, "groups is -3, expected a divisor of 6 channels"),
-    ({"groups": 3.0}, "groups is of type float, expected int"), ({"groups": True}, "groups is of type bool, expected int"),
-    ({"silu": 1}, "silu is of type int, expected bool"), ({"silu": None}, "silu is of type NoneType, expected bool"),
+    ({"groups": 3.0}, "groups is of type float, expected int"),
+    ({"groups": True}, "groups is of type bool, expected int"),
+    ({"silu": 1}, "silu is of type int, expected bool"),
+    ({"silu": None}, "silu is of type NoneType, expected bool"),
     ({"eps": torch.tensor(1e-5)}, "eps is of type Tensor, expected int or float"),
     ({"x": None}, "x is of type NoneType, expected Tensor"),
     ({"weight": 1.0}, "weight is of type float, expected Tensor"),
@@ -279,12 +297,11 @@ def on(device: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     ({"shift": on(HERE, 1, 6)}, "shift has shape (1, 6), expected (2, 6)"),
     ({"shift": on("meta", 2, 6)}, "shift is on meta, expected"),
     ({"eps": math.nan}, "eps is nan, expected a finite number of at least 0"),
-    ({"eps": math.inf}, "eps is inf, expected"),
-    ({"eps": -1e-5}, "eps is -1e-05, expected"),
+    ({"eps": math.inf}, "eps is inf, expected"), ({"eps": -1e-5}, "eps is -1e-05, expected"),
 ])
 def test_rejects(change: dict, message: str) -> None:
-    arguments = {"x": on(HERE, 2, 6, 5, 5), "groups": 3, "weight": on(HERE, 6), "bias": on(HERE, 6), "eps": 1e-5,
-                 "shift": on(HERE, 2, 6)}
+    arguments = {"x": on(HERE, 2, 6, 5, 5), "groups": 3, "weight": on(HERE, 6), "bias": on(HERE, 6),
+                 "eps": 1e-5, "shift": on(HERE, 2, 6)}
     group_norm_silu(**arguments)
     with pytest.raises(ValueError) as error:
         group_norm_silu(**arguments | change)

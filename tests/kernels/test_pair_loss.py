@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,55 +17,17 @@ from lpo_fast.method.schedule import Schedule
 from lpo_fast.system import launch
 from lpo_fast.verify.golden import Golden
 from tests.helpers.models import DEVICE
+from tests.helpers.pair_loss import SETTINGS, Batch, batch, schedules
 from tests.helpers.tolerance import EPS, allowed, assert_close
 
 pytestmark = pytest.mark.usefixtures("kernels")
 KINDS = ["epsilon", "v_prediction", "sample"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SETTINGS = {"guidance": 5.0, "beta": 500.0, "eps": 0.1}
-
-
-def schedules(kind: str, clip: float | None = None) -> Schedule:
-    a = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
-    return schedule.ddim(a, torch.arange(951, 0, -50), 20, 1.0, kind, clip).to(DEVICE).to(torch.float32)
-
-
-class Batch(NamedTuple):
-    """The tensors of ``pair_loss``, in its order after the schedule."""
-
-    x_t: Tensor
-    winner: Tensor
-    loser: Tensor
-    t: Tensor
-    policy: Tensor
-    reference: Tensor
-    weight: Tensor
-
-    def double(self) -> "Batch":
-        return Batch(*(x.double() if x.is_floating_point() else x for x in self))
-
-
-def batch(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, last: bool = False, latent: float = 1.0,
-          output: float = 1.0, apart: float = 1e-3, seed: int = 0) -> Batch:
-    """N random pairs; latent, output: standard deviations; apart: relative difference of policy and reference."""
-    random = torch.Generator().manual_seed(seed)
-    n = shape[0]
-
-    def draw(scale: float, *size: int) -> Tensor:
-        return torch.randn(size, generator=random) * scale
-
-    reference = draw(output, 2 * n, *shape[1:])
-    policy = reference + draw(output * apart, 2 * n, *shape[1:])
-    t = torch.randint(20, (n,), generator=random) * 50 + 1
-    memory = torch.channels_last if last else torch.contiguous_format
-    policy, reference = (x.to(dtype).to(DEVICE).contiguous(memory_format=memory) for x in (policy, reference))
-    latents = [draw(latent, *shape).to(DEVICE) for _ in range(3)]
-    weight = torch.rand(n, generator=random) * (torch.arange(n) % 3 != 2)  # every third is padding
-    return Batch(*latents, t.to(DEVICE), policy.requires_grad_(), reference, weight.to(DEVICE))
 
 
 def sizes(sched: Schedule, b: Batch, guidance: float, cast: bool = False) -> dict[str, Tensor]:
-    """Magnitudes of what is added up to give mean, x_p − mean, mean − mean_ref [N, C, H, W], Δ [2, N], ∂mean/∂m.
+    """Magnitudes of what is added up to give mean, x_p − mean, mean − mean_ref [N, C, H, W],
+    Δ [2, N], ∂mean/∂m.
 
     cast: the inputs themselves were rounded to fp32, so differences of them are off by their own magnitudes.
     """
@@ -81,30 +42,38 @@ def sizes(sched: Schedule, b: Batch, guidance: float, cast: bool = False) -> dic
     x = b.x_t.double().abs()
     mean, mean_ref = (sqrt_a_p * (x0_x * x + x0_m * k) + direction * (e_x * x + e_m * k) for k in (m, m_ref))
     apart = slope * (m + m_ref if cast else output(b.policy.detach().double() - b.reference.double()))
-    if sched.clip is not None:  # where exactly one x0 is clipped, or rounding decides whether, x0 − x0_ref is rounded
+    # where exactly one x0 is clipped, or rounding decides whether, x0 − x0_ref is rounded
+    if sched.clip is not None:
         sides = []
         for outputs, k in ((b.policy, m), (b.reference, m_ref)):
             null, text = outputs.detach().double().chunk(2)
             signed = sched.table.double()[b.t].T[..., None, None, None]
-            x0, rounding = signed[0] * b.x_t + signed[1] * (null + guidance * (text - null)), 8 * EPS * (x0_x * x + x0_m * k)
-            sides.append(torch.where(x0 > sched.clip + rounding, 1, torch.where(x0 < -sched.clip - rounding, -1, 0)))
-            sides.append(torch.where(x0 > sched.clip - rounding, 1, torch.where(x0 < -sched.clip + rounding, -1, 0)))
+            x0, rounding = (signed[0] * b.x_t + signed[1] * (null + guidance * (text - null)),
+                            8 * EPS * (x0_x * x + x0_m * k))
+            sides.append(torch.where(x0 > sched.clip + rounding, 1,
+                                     torch.where(x0 < -sched.clip - rounding, -1, 0)))
+            sides.append(torch.where(x0 > sched.clip - rounding, 1,
+                                     torch.where(x0 < -sched.clip + rounding, -1, 0)))
         same = (sides[0] == sides[1]) & (sides[1] == sides[2]) & (sides[2] == sides[3])
         apart = apart + torch.where(same, 0.0, sqrt_a_p * (2 * x0_x * x + x0_m * (m + m_ref)))
-    apart = apart + torch.finfo(torch.float64).eps / EPS * (mean + mean_ref)  # the definition, in fp64, subtracts these
+    # the definition, in fp64, subtracts these
+    apart = apart + torch.finfo(torch.float64).eps / EPS * (mean + mean_ref)
     away = torch.stack([x_p.double().abs() + mean + mean_ref for x_p in (b.winner, b.loser)])
     ratio = (apart * 2 * away).flatten(2).mean(2) / (2 * sigma.flatten() ** 2)
-    return {"away": away, "ratio": ratio, "slope": slope, "density": away.square().flatten(2).mean(2) / sigma.flatten() ** 2}
+    return {"away": away, "ratio": ratio, "slope": slope,
+            "density": away.square().flatten(2).mean(2) / sigma.flatten() ** 2}
 
 
 def check(sched: Schedule, b: Batch, out: StepDPO, grad: Tensor, *, guidance: float, beta: float, eps: float,
           exact: StepDPO | None = None, exact_grad: Tensor | None = None) -> None:
-    """Loss, metrics and gradient of 3·loss against float64, up to pairs whose ratio is at a bound within rounding."""
+    """Loss, metrics and gradient of 3·loss against float64,
+    up to pairs whose ratio is at a bound within rounding."""
     cast = exact is not None
     wide = replace(sched, table=sched.table.double())
     if exact is None:
         policy = b.policy.detach().double().requires_grad_()
-        exact = pair_loss_reference(wide, *b.double()._replace(policy=policy), guidance=guidance, beta=beta, eps=eps)
+        exact = pair_loss_reference(wide, *b.double()._replace(policy=policy), guidance=guidance, beta=beta,
+                                    eps=eps)
         exact_grad = torch.autograd.grad(3 * exact.loss, policy)[0]
     size, terms, n = sizes(sched, b, guidance, cast), b.x_t[0].numel(), len(b.t)
     exact = StepDPO(*(x.detach() for x in exact))
@@ -118,7 +87,8 @@ def check(sched: Schedule, b: Batch, out: StepDPO, grad: Tensor, *, guidance: fl
     assert_close("pair loss", out.pair_loss, exact.pair_loss, slack, terms)
     assert_close("loss", out.loss, exact.loss, (b.weight * slack).sum(), terms)
     assert_close("totals", out.totals[:3], exact.totals[:3],
-                 torch.stack([slack, (1 + eps) * (1 + r_win), (1 + eps) * (1 + r_lose)]) @ b.weight.double(), terms)
+                 torch.stack([slack, (1 + eps) * (1 + r_win), (1 + eps) * (1 + r_lose)]) @ b.weight.double(),
+                 terms)
 
     error = allowed(torch.float32, torch.zeros(n), size["ratio"].cpu(), terms)
     bounds = torch.tensor([math.log1p(-eps) if eps < 1 else -math.inf, math.log1p(eps)], dtype=torch.float64)
@@ -126,11 +96,13 @@ def check(sched: Schedule, b: Batch, out: StepDPO, grad: Tensor, *, guidance: fl
     decided = ((wide_values[..., None] - bounds).abs() > error[..., None]).all(-1).all(0)
     assert decided.any() or n < 3
     sure = torch.cat([decided, decided]).to(DEVICE)
-    # the slope beta·sigmoid(·) is off by as much as its argument, and every element by the rounding of x_p − mean
+    # the slope beta·sigmoid(·) is off by as much as its argument,
+    # and every element by the rounding of x_p − mean
     sigma = sched.table[b.t, schedule.SIGMA].double()[:, None, None, None]
     slope = 3 * b.weight.double()[:, None, None, None] * beta / (sigma**2 * terms) * size["slope"]
     each = slope * size["away"].sum(0)
-    each = torch.cat([each * abs(1 - guidance), each * guidance]) * (1 + torch.cat([slack, slack])[:, None, None, None])
+    each = (torch.cat([each * abs(1 - guidance), each * guidance])
+            * (1 + torch.cat([slack, slack])[:, None, None, None]))
     assert grad.dtype == b.policy.dtype and grad.stride() == b.policy.stride()
     assert_close("gradient", grad[sure], exact_grad[sure], each[sure], terms)
 
@@ -157,9 +129,11 @@ def test_equals_the_definition(kind: str, clip: float | None, dtype: torch.dtype
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 4), st.sampled_from([1, 4, 7]), st.sampled_from([(1, 1), (7, 33), (33, 1), (16, 16)]),
        st.sampled_from(DTYPES), st.booleans(), st.sampled_from(KINDS), st.sampled_from([1e-4, 1.0, 1e4]),
-       st.sampled_from([1e-4, 1.0, 1e3]), st.sampled_from([0.0, 1e-4, 1e-2, 1.0]), st.sampled_from([0.0, 1.0, 5.0, 7.5]),
+       st.sampled_from([1e-4, 1.0, 1e3]), st.sampled_from([0.0, 1e-4, 1e-2, 1.0]),
+       st.sampled_from([0.0, 1.0, 5.0, 7.5]),
        st.sampled_from([0.01, 10.0, 5000.0]), st.sampled_from([1e-3, 0.1, 1.0, 3.0]), st.integers(0, 1000))
-def test_any_shape_and_value(n, c, hw, dtype, last, kind, latent, output, apart, guidance, beta, eps, seed) -> None:
+def test_any_shape_and_value(n, c, hw, dtype, last, kind, latent, output, apart, guidance, beta, eps,
+                             seed) -> None:
     sched, b = schedules(kind), batch((n, c, *hw), dtype, last, latent, output, apart, seed)
     chosen = {"guidance": guidance, "beta": beta, "eps": eps}
     check(sched, b, *run(sched, b, **chosen), **chosen)
@@ -187,9 +161,11 @@ def test_before_the_first_update_the_ratio_is_exactly_one() -> None:
 def test_what_nearly_cancels_is_subtracted_first() -> None:
     """Outputs that differ in their last bits: Δ is right to rounding of itself, not of the outputs."""
     sched, b, beta = schedules("epsilon"), batch((8, 4, 7, 7), apart=1e-6), 1e7
-    exact = pair_loss_reference(replace(sched, table=sched.table.double()), *b.double(), guidance=5.0, beta=beta, eps=0.5)
+    exact = pair_loss_reference(replace(sched, table=sched.table.double()), *b.double(), guidance=5.0,
+                                beta=beta, eps=0.5)
     out = pair_loss(sched, *b, guidance=5.0, beta=beta, eps=0.5)
-    assert_close("pair loss", out.pair_loss, exact.pair_loss, 1 + beta * sizes(sched, b, 5.0)["ratio"].sum(0), 4 * 7 * 7)
+    assert_close("pair loss", out.pair_loss, exact.pair_loss, 1 + beta * sizes(sched, b, 5.0)["ratio"].sum(0),
+                 4 * 7 * 7)
 
 
 def test_metrics_are_weighted_sums() -> None:
@@ -198,7 +174,8 @@ def test_metrics_are_weighted_sums() -> None:
     assert ((out.ratio_win > out.ratio_lose) != (out.ratio_win < out.ratio_lose)).any()
     metrics = torch.stack([out.pair_loss, out.ratio_win, out.ratio_lose, *(d.exp() for d in out[4:8]),
                            (out.ratio_win > out.ratio_lose).float(), out.ratio_win - out.ratio_lose])
-    for got, expected in zip(out.totals.tolist(), (metrics.double() @ b.weight.double()).tolist(), strict=True):
+    for got, expected in zip(out.totals.tolist(), (metrics.double() @ b.weight.double()).tolist(),
+                             strict=True):
         assert got == pytest.approx(expected, rel=16 * EPS, abs=16 * EPS * b.weight.sum().item())
 
 
@@ -234,13 +211,15 @@ def test_the_same_bits_in_every_run() -> None:
 def test_empty_batch() -> None:
     sched, b = schedules("epsilon"), batch((0, 4, 7, 5))
     out, grad = run(sched, b, **SETTINGS)
-    assert out.loss == 0 and not out.totals.any() and out.pair_loss.shape == (0,) and grad.shape == (0, 4, 7, 5)
+    assert (out.loss == 0 and not out.totals.any() and out.pair_loss.shape == (0,)
+            and grad.shape == (0, 4, 7, 5))
 
 
 @pytest.mark.parametrize("name", ["policy", "reference", "winner", "x_t"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_not_finite_stays_so(name: str, value: float) -> None:
-    """As in the definition: in the loss (an infinite ratio is clamped), in that pair's gradient and in no other's."""
+    """As in the definition: in the loss (an infinite ratio is clamped),
+    in that pair's gradient and in no other's."""
     sched, b = schedules("epsilon"), batch((3, 4, 7, 5))
     with torch.no_grad():
         getattr(b, name)[1, 2, 3, 4] = value
@@ -255,7 +234,8 @@ def test_not_finite_stays_so(name: str, value: float) -> None:
 def test_strided_inputs() -> None:
     sched, b = schedules("epsilon"), batch((3, 4, 7, 33))
     holes = b._replace(
-        x_t=torch.stack([b.x_t, b.x_t], -1)[..., 0], winner=b.winner.contiguous(memory_format=torch.channels_last),
+        x_t=torch.stack([b.x_t, b.x_t], -1)[..., 0],
+        winner=b.winner.contiguous(memory_format=torch.channels_last),
         t=b.t[:1].expand(3), weight=torch.stack([b.weight, b.weight], -1)[:, 0],
         reference=b.reference.contiguous(memory_format=torch.channels_last),
         policy=torch.stack([b.policy, b.policy], -1).detach()[..., 0].requires_grad_())
@@ -275,7 +255,8 @@ def test_gradcheck_of_the_reference() -> None:
         b = batch((2, 2, 3, 3), apart=1e-4, output=0.1).double()
         sched = replace(schedules(kind), table=schedules(kind).table.double())
         policy = b.policy.detach().requires_grad_()
-        assert torch.autograd.gradcheck(lambda m, s=sched, b=b: pair_loss(s, *b._replace(policy=m), **SETTINGS).loss, policy)
+        assert torch.autograd.gradcheck(
+            lambda m, s=sched, b=b: pair_loss(s, *b._replace(policy=m), **SETTINGS).loss, policy)
 
 
 def test_golden_vectors(golden: Golden) -> None:
@@ -283,8 +264,10 @@ def test_golden_vectors(golden: Golden) -> None:
     io, meta = golden.tensors("pairwise_loss"), golden.metadata("pairwise_loss")
     for setting in sorted({name.rpartition("/")[0] for name in io if "/eps" in name}):
         kind, _, eps = setting.partition("/eps")
-        got = {name.partition("/")[2]: x.to(DEVICE) for name, x in io.items() if name.startswith((f"{kind}/", f"{setting}/"))}
-        own = {name.rpartition("/")[2]: x.to(DEVICE) for name, x in io.items() if name.startswith(f"{setting}/")}
+        got = {name.partition("/")[2]: x.to(DEVICE) for name, x in io.items()
+               if name.startswith((f"{kind}/", f"{setting}/"))}
+        own = {name.rpartition("/")[2]: x.to(DEVICE) for name, x in io.items()
+               if name.startswith(f"{setting}/")}
         t = got["timesteps"]
         wide = schedule.ddim(got["alphas_cumprod"], t, 20, float(meta["eta"]), kind)
         weight = torch.full((len(t),), 1 / len(t), device=DEVICE)
@@ -292,47 +275,10 @@ def test_golden_vectors(golden: Golden) -> None:
         b = Batch(*(got[name].float() for name in ("x_t", "x_win", "x_lose")), t,
                   torch.cat([got["noise_uncond"], got["noise_cond"]]).float().requires_grad_(),
                   torch.cat([got["ref_uncond"], got["ref_cond"]]).float(), weight)
-        exact = StepDPO(own["loss"], own["per_pair_loss"], own["ratio_win"], own["ratio_lose"], got["log_prob_win"],
-                        got["ref_log_prob_win"], got["log_prob_lose"], got["ref_log_prob_lose"],
-                        torch.stack([own[name].mean() for name in ("per_pair_loss", "ratio_win", "ratio_lose")]))
+        exact = StepDPO(
+            own["loss"], own["per_pair_loss"], own["ratio_win"], own["ratio_lose"], got["log_prob_win"],
+            got["ref_log_prob_win"], got["log_prob_lose"], got["ref_log_prob_lose"],
+            torch.stack([own[name].mean() for name in ("per_pair_loss", "ratio_win", "ratio_lose")]))
         sched = wide.to(torch.float32)
         check(sched, b, *run(sched, b, **chosen), **chosen, exact=exact,
               exact_grad=3 * torch.cat([own["grad_uncond"], own["grad_cond"]]))
-
-
-@pytest.mark.parametrize("change, message", [
-    ({"x_t": torch.zeros(3, 4, 7)}, "x_t has shape (3, 4, 7), expected (N, C, H, W)"),
-    ({"x_t": torch.zeros(3, 4, 0, 5)}, "no elements"),
-    ({"winner": torch.zeros(3, 4, 7, 6)}, "winner has shape (3, 4, 7, 6), expected (3, 4, 7, 5)"),
-    ({"loser": torch.zeros(3, 4, 7, 5, dtype=torch.float64)}, "loser is torch.float64, expected torch.float32"),
-    ({"x_t": torch.zeros(3, 4, 7, 5, dtype=torch.float16)}, "x_t is torch.float16, expected torch.float32 or torch.float64"),
-    ({"winner": torch.zeros(3, 4, 7, 5, requires_grad=True)}, "winner requires a gradient, but the operator has none"),
-    ({"t": torch.zeros(3)}, "t is torch.float32, expected torch.int64"),
-    ({"t": torch.zeros(2, dtype=torch.int64)}, "t has shape (2,), expected (3,)"),
-    ({"policy": torch.zeros(3, 4, 7, 5)}, "policy has shape (3, 4, 7, 5), expected (6, 4, 7, 5)"),
-    ({"reference": torch.zeros(6, 4, 7, 5, dtype=torch.int64)}, "reference is torch.int64"),
-    ({"reference": torch.zeros(6, 4, 7, 5, requires_grad=True)}, "reference requires a gradient, but the operator has none"),
-    ({"weight": torch.zeros(3, dtype=torch.bool)}, "weight is torch.bool, expected torch.float32"),
-    ({"weight": torch.zeros(3, requires_grad=True)}, "weight requires a gradient, but the operator has none"),
-    ({"weight": torch.zeros(3, dtype=torch.float64)}, "weight is torch.float64, expected torch.float32"),
-    ({"policy": torch.zeros(6, 4, 7, 5, dtype=torch.float64)},
-     "policy is torch.float64, expected torch.float32 or torch.float16 or torch.bfloat16"),
-    ({"reference": torch.zeros(6, 4, 7, 5, dtype=torch.float64)}, "reference is torch.float64, expected torch.float32"),
-    ({"policy": (torch.zeros(3, 4, 7, 5),) * 2}, "policy is of type tuple, expected Tensor"),
-    ({"x_t": None}, "x_t is of type NoneType, expected Tensor"),
-    ({"guidance": torch.tensor(5.0)}, "guidance is of type Tensor, expected int or float"),
-    ({"beta": True}, "beta is of type bool, expected int or float"),
-    ({"eps": -0.1}, "eps is -0.1, expected a finite number of at least 0"), ({"eps": -1}, "eps is -1.0, expected"),
-    ({"sched": replace(schedules("epsilon"), table=torch.zeros(0, 7))}, "sched.table has shape (0, 7): no timesteps"),
-    ({"weight": torch.zeros(3, device="meta")}, "weight is on meta"),
-    ({"guidance": math.nan}, "guidance is nan, expected a finite number"),
-    ({"guidance": math.inf}, "guidance is inf"), ({"beta": -math.inf}, "beta is -inf"), ({"eps": math.nan}, "eps is nan"),
-])
-def test_rejects(change: dict, message: str) -> None:
-    b = batch((3, 4, 7, 5))
-    def here(x):
-        return x.to(DEVICE) if isinstance(x, Schedule) or isinstance(x, Tensor) and x.device.type == "cpu" else x
-    moved = {name: here(x) for name, x in change.items()}
-    with pytest.raises(ValueError) as error:
-        pair_loss(**{"sched": schedules("epsilon")} | b._asdict() | SETTINGS | moved)
-    assert message in str(error.value)

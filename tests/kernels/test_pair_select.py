@@ -1,4 +1,5 @@
-"""Pair selection by the kernel against its definition in Python, and its draw against Philox in Python's integers."""
+"""Pair selection by the kernel against its definition in Python,
+and its draw against Philox in Python's integers."""
 
 import math
 
@@ -28,7 +29,8 @@ def counter(items: list[int], seed: int = 42, epoch: int = 0, step: int = 0) -> 
     return Counter(tensor([seed, epoch]), tensor(step), tensor(items))
 
 
-def inputs(k: int, b: int, shape: tuple[int, ...] = (2, 3, 3), seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def inputs(k: int, b: int, shape: tuple[int, ...] = (2, 3, 3),
+           seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """scores, x_p, gap, t, choice."""
     random = torch.Generator().manual_seed(seed)
     scores, x_p = torch.randn(k, b, generator=random), torch.randn(k, b, *shape, generator=random)
@@ -52,7 +54,8 @@ def check(got: Selection, scores: Tensor, x_p: Tensor, gap: Tensor, t: Tensor, c
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 7, 8, 16])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 7), (2, 3, 11), (3, 33, 7)])  # the last: two blocks, not full
+# the last: two blocks, not full
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 7), (2, 3, 11), (3, 33, 7)])
 def test_equals_the_definition(k: int, shape: tuple[int, ...]) -> None:
     scores, x_p, gap, t, choice = inputs(k, 3, shape, seed=k)
     check(pair_select(scores, x_p, gap, t, choice), scores, x_p, gap, t, choice.tolist())
@@ -61,13 +64,15 @@ def test_equals_the_definition(k: int, shape: tuple[int, ...]) -> None:
     check(pair_select(scores, x_p, gap, t, at), scores, x_p, gap, t, drawn)
 
 
-numbers = st.floats(-50, 50, width=32) | st.sampled_from([0.0, -0.0, 1.0, 1e4, -1e-4, math.inf, -math.inf, math.nan])
+numbers = st.floats(-50, 50, width=32) | st.sampled_from([0.0, -0.0, 1.0, 1e4, -1e-4, math.inf, -math.inf,
+                                                          math.nan])
 columns = st.integers(2, 16).flatmap(
     lambda k: st.lists(st.lists(numbers, min_size=k, max_size=k), min_size=1, max_size=4))
 
 
 @settings(max_examples=25, deadline=None)
-@given(columns, st.lists(st.sampled_from([0.0, 1e-4, 1.0, math.inf]), min_size=4, max_size=4), st.integers(0, 99))
+@given(columns, st.lists(st.sampled_from([0.0, 1e-4, 1.0, math.inf]), min_size=4, max_size=4),
+       st.integers(0, 99))
 def test_any_scores(prompts: list[list[float]], gaps: list[float], seed: int) -> None:
     """Ties, infinities and NaN among them."""
     scores = tensor(prompts, torch.float32).T
@@ -92,7 +97,8 @@ def test_golden(golden: Golden, count: int, shape: str) -> None:
     """The official code's choices, through the kernel."""
     io, meta = golden.tensors("pair_selection"), golden.metadata("pair_selection")
     sched = schedule.from_config(CONFIGS["scheduler"], 20)
-    low, high = (float(meta["threshold" if shape == "None" else f"threshold_{end}"]) for end in ("min", "max"))
+    low, high = (float(meta["threshold" if shape == "None" else f"threshold_{end}"])
+                 for end in ("min", "max"))
     gap = select.gaps(sched, shape.lower(), low, high).to(DEVICE)
     scores, t = io[f"K{count}/scores"].to(DEVICE), io[f"K{count}/timesteps"].to(DEVICE)
     x_p = torch.arange(scores.numel(), dtype=torch.float32, device=DEVICE).view(*scores.shape, 1, 1, 1)
@@ -106,8 +112,8 @@ def test_golden(golden: Golden, count: int, shape: str) -> None:
 
 
 @pytest.mark.parametrize("k", [2, 4, 7, 16])
-@pytest.mark.parametrize("seed, epoch, step", [(0, 0, 0), (42, 1, 19), (2**40 + 7, 2**32 + 3, 999), (-5, ONES, 7),
-                                               (2**63 - 1, 2, 65535)])
+@pytest.mark.parametrize("seed, epoch, step", [(0, 0, 0), (42, 1, 19), (2**40 + 7, 2**32 + 3, 999),
+                                               (-5, ONES, 7), (2**63 - 1, 2, 65535)])
 def test_draws_are_those_of_the_documented_counter(k: int, seed: int, epoch: int, step: int) -> None:
     items = [*range(20), 4095, 70000, 2**31, 2**32 - 1, 2**32, 2**33 + 5]
     _, _, gap, t, _ = inputs(k, len(items), (1, 1, 1))
@@ -115,7 +121,8 @@ def test_draws_are_those_of_the_documented_counter(k: int, seed: int, epoch: int
     at = counter(items, seed, epoch, step)
     drawn = pair_select(torch.zeros(k, len(items), device=DEVICE), x_p, gap, t, at).next.flatten().long()
     assert torch.equal(drawn, noise.integers(seed, epoch, at.items, step, k))
-    assert drawn.tolist() == [philox_python(seed, [0, step << 16 | 0xFFFF, i & ONES, epoch & ONES])[0] % k for i in items]
+    assert drawn.tolist() == [philox_python(seed, [0, step << 16 | 0xFFFF, i & ONES, epoch & ONES])[0] % k
+                              for i in items]
     assert len(set(drawn.tolist())) > 1
 
 
@@ -132,7 +139,8 @@ def test_independent_of_batches() -> None:
 
 
 def test_strides_and_forms() -> None:
-    """An expanded t, scores and latents with gaps, a step of shape [1], tensors that want a gradient under no_grad."""
+    """An expanded t, scores and latents with gaps, a step of shape [1],
+    tensors that want a gradient under no_grad."""
     scores, x_p, gap, _, _ = inputs(4, 2)
     at, t = counter([3, 9], step=4), tensor(25).expand(2)
     expected = pair_select(scores, x_p, gap, t.contiguous(), at)
@@ -145,7 +153,8 @@ def test_strides_and_forms() -> None:
 
 
 def test_choice_out_of_range() -> None:
-    """Nothing is read outside of x_p (on a GPU that would end the process): NaN, of the kernel and of the reference."""
+    """Nothing is read outside of x_p (on a GPU that would end the process):
+    NaN, of the kernel and of the reference."""
     scores, x_p, gap, t, _ = inputs(4, 4)
     for function in (pair_select, pair_select_reference):
         good = function(scores, x_p, gap, t, tensor([0, 1, 2, 3]))
@@ -187,9 +196,11 @@ def test_compiled_and_replayed_with_another_counter(backend: str) -> None:
         got = pair_select(scores, x_p, gap, t, choice)
         return got._replace(next=got.next * 2)
     compiled = torch.compile(step, fullgraph=True, backend=backend, dynamic=False)
-    cases = ((counter([3, 4]), [counter([8, 2**40], 2**50, 3, 17), counter([0, 1], -1, 0, 2)]), (choice, [(choice + 1) % 4]))
+    cases = ((counter([3, 4]), [counter([8, 2**40], 2**50, 3, 17), counter([0, 1], -1, 0, 2)]),
+             (choice, [(choice + 1) % 4]))
     for n, others in cases:
-        assert all(torch.equal(a, b) for a, b in zip(compiled(scores, x_p, n), step(scores, x_p, n), strict=True))
+        assert all(torch.equal(a, b)
+                   for a, b in zip(compiled(scores, x_p, n), step(scores, x_p, n), strict=True))
         with torch.compiler.set_stance("fail_on_recompile"):
             for other in others:
                 got, expected = compiled(-scores, x_p + 1, other), step(-scores, x_p + 1, other)

@@ -17,14 +17,16 @@ from tests.helpers.tolerance import assert_close
 
 pytestmark = pytest.mark.usefixtures("kernels")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = [(7, 33, 1), (1, 7, 33), (33, 1, 1), (5, 33, 33), (64, 7, 7)]  # [C, H, W] of the maps; the last is the mid block's
+# [C, H, W] of the maps; the last is the mid block's
+SHAPES = [(7, 33, 1), (1, 7, 33), (33, 1, 1), (5, 33, 33), (64, 7, 7)]
 TABLE = torch.linspace(-1, 7.5, 50)  # below and above 1
 
 
-def maps_of(shapes: Sequence[tuple[int, int, int]], rows: int, dtype: torch.dtype = torch.float32, last: bool = False,
-            scale: float = 1.0, seed: int = 0) -> list[Tensor]:
+def maps_of(shapes: Sequence[tuple[int, int, int]], rows: int, dtype: torch.dtype = torch.float32,
+            last: bool = False, scale: float = 1.0, seed: int = 0) -> list[Tensor]:
     """Random maps [rows, C, H, W] around a mean that is not 0."""
-    random, memory = torch.Generator().manual_seed(seed), torch.channels_last if last else torch.contiguous_format
+    random, memory = (torch.Generator().manual_seed(seed),
+                      torch.channels_last if last else torch.contiguous_format)
     drawn = [(torch.randn(rows, *shape, generator=random) + 0.5) * scale for shape in shapes]
     return [x.to(dtype).to(DEVICE).contiguous(memory_format=memory).requires_grad_() for x in drawn]
 
@@ -55,14 +57,16 @@ def check(maps: list[Tensor], guided: Sequence[bool], t: Tensor, table: Tensor, 
         assert_close(f"gradient of {what}", got, exact, size[:, :, None, None])
 
 
-def run(maps: list[Tensor], guided: Sequence[bool], t: Tensor, table: Tensor, function=reward_pool, seed: int = 1) -> tuple:
+def run(maps: list[Tensor], guided: Sequence[bool], t: Tensor, table: Tensor, function=reward_pool,
+        seed: int = 1) -> tuple:
     """Features, a gradient of theirs, and what it becomes of every map."""
     out = function(maps, guided, t, table)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     return out, grad, torch.autograd.grad(out, maps, grad)
 
 
-def checked(maps: list[Tensor], guided: Sequence[bool], t: Tensor, table: Tensor, function=reward_pool) -> None:
+def checked(maps: list[Tensor], guided: Sequence[bool], t: Tensor, table: Tensor,
+            function=reward_pool) -> None:
     check(maps, guided, t, table, *run(maps, guided, t, table, function))
 
 
@@ -105,7 +109,8 @@ def test_both_layouts_and_many_maps_at_once() -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 9), st.integers(1, 9), st.booleans()), min_size=1, max_size=4),
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 9), st.integers(1, 9), st.booleans()),
+                min_size=1, max_size=4),
        st.integers(1, 4), st.sampled_from(DTYPES), st.booleans(), st.sampled_from([1e-4, 1.0, 1e4]),
        st.sampled_from([-2.0, 0.0, 0.5, 1.0, 7.5, 100.0]), st.integers(0, 99))
 def test_any_shape_and_value(stages, b, dtype, last, scale, top, seed) -> None:
@@ -176,7 +181,8 @@ def test_strides() -> None:
     for got, exact in zip(torch.autograd.grad(out, holes, grad.T.contiguous().T), grads, strict=True):
         assert torch.equal(got, exact)
     spaced = torch.stack([times(3), times(3) + 1], 1)[:, 0]
-    assert torch.equal(reward_pool(maps, [False, True], spaced, table), reward_pool(maps, [False, True], times(3), table))
+    assert torch.equal(reward_pool(maps, [False, True], spaced, table),
+                       reward_pool(maps, [False, True], times(3), table))
     out = reward_pool([maps[0].detach(), maps[1]], [False, True], t, table)
     assert torch.equal(torch.autograd.grad(out, maps[1], grad)[0], grads[1])
 
@@ -230,7 +236,8 @@ def test_gradcheck_of_the_reference() -> None:
     maps = [stage.detach().double().requires_grad_() for stage in maps_of([(2, 3, 1), (3, 2, 2)], 4)]
     t, table = times(2), TABLE.double().to(DEVICE)
     for guided in ([False, True], [True, True], [False, False]):
-        assert torch.autograd.gradcheck(lambda *m, flags=guided: reward_pool_reference(m, flags, t, table), maps)
+        assert torch.autograd.gradcheck(lambda *m, flags=guided: reward_pool_reference(m, flags, t, table),
+                                        maps)
 
 
 def on(device: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -251,7 +258,8 @@ HERE = str(DEVICE)
     ({"t": on(HERE, 1, dtype=torch.int64)}, "maps have 4 rows for 1 timesteps, expected 1 or 2"),
     ({"t": on(HERE, 4, dtype=torch.int64)}, "a guided map needs the null branch too: 2B rows"),
     ({"guidance": on(HERE, 5, 1)}, "guidance has shape (5, 1), expected (N,)"),
-    ({"guidance": torch.zeros(5, device=HERE, requires_grad=True)}, "guidance requires a gradient, but the operator has none"),
+    ({"guidance": torch.zeros(5, device=HERE, requires_grad=True)},
+     "guidance requires a gradient, but the operator has none"),
     ({"guidance": on(HERE, 0)}, "guidance has shape (0,): no timesteps"),
     ({"guidance": 7.5}, "guidance is of type float, expected Tensor"),
     ({"t": 951}, "t is of type int, expected Tensor"),
@@ -259,13 +267,19 @@ HERE = str(DEVICE)
     ({"maps": [on(HERE, 4, 3, 5, 5), "mid"]}, "maps[1] is of type str, expected Tensor"),
     ({"guidance": on(HERE, 5, dtype=torch.float16)}, "guidance is torch.float16, expected torch.float32"),
     ({"guidance": on("meta", 5)}, "guidance is on meta, expected"),
-    ({"maps": [on(HERE, 4, 3, 5), on(HERE, 4, 3, 5, 5)]}, "maps[0] has shape (4, 3, 5), expected (B, C, H, W)"),
-    ({"maps": [on(HERE, 4, 3, 5, 5), on(HERE, 2, 3, 5, 5)]}, "maps[1] has shape (2, 3, 5, 5), expected (4, C, H, W)"),
-    ({"maps": [on(HERE, 4, 3, 5, 5), on(HERE, 4, 3, 5, 5, dtype=torch.float16)]}, "maps[1] is torch.float16, expected torch.f"),
+    ({"maps": [on(HERE, 4, 3, 5), on(HERE, 4, 3, 5, 5)]},
+     "maps[0] has shape (4, 3, 5), expected (B, C, H, W)"),
+    ({"maps": [on(HERE, 4, 3, 5, 5), on(HERE, 2, 3, 5, 5)]},
+     "maps[1] has shape (2, 3, 5, 5), expected (4, C, H, W)"),
+    ({"maps": [on(HERE, 4, 3, 5, 5), on(HERE, 4, 3, 5, 5, dtype=torch.float16)]},
+     "maps[1] is torch.float16, expected torch.f"),
     ({"maps": [on(HERE, 4, 3, 5, 5), on("meta", 4, 3, 5, 5)]}, "maps[1] is on meta, expected"),
-    ({"maps": [on(HERE, 4, 3, 5, 5), on(HERE, 4, 3, 0, 5)]}, "maps[1] has shape (4, 3, 0, 5): nothing to pool"),
-    ({"maps": [on(HERE, 4, 0, 5, 5), on(HERE, 4, 3, 5, 5)]}, "maps[0] has shape (4, 0, 5, 5): nothing to pool"),
-    ({"maps": [on(HERE, 4, 3, 5, 5, dtype=torch.int64)] * 2}, "maps[0] is torch.int64, expected torch.float32"),
+    ({"maps": [on(HERE, 4, 3, 5, 5), on(HERE, 4, 3, 0, 5)]},
+     "maps[1] has shape (4, 3, 0, 5): nothing to pool"),
+    ({"maps": [on(HERE, 4, 0, 5, 5), on(HERE, 4, 3, 5, 5)]},
+     "maps[0] has shape (4, 0, 5, 5): nothing to pool"),
+    ({"maps": [on(HERE, 4, 3, 5, 5, dtype=torch.int64)] * 2},
+     "maps[0] is torch.int64, expected torch.float32"),
 ])
 def test_rejects(change: dict, message: str) -> None:
     arguments = {"maps": [on(HERE, 4, 3, 5, 5), on(HERE, 4, 2, 1, 7)], "guided": [False, True],

@@ -1,4 +1,5 @@
-"""The trajectory against a slow statement, one prompt at a time in float64, with a linear denoiser and scorer."""
+"""The trajectory against a slow statement, one prompt at a time in float64,
+with a linear denoiser and scorer."""
 
 import math
 from collections.abc import Iterator
@@ -45,20 +46,22 @@ class Fake:
         return self.values(x, t, prompts)
 
 
-def run(prompts: list[int], steps: int = 6, k: int = 4, threshold: float = 0.9, fake: Fake | None = None, start: int = 0,
-        stop: int = 0):
+def run(prompts: list[int], steps: int = 6, k: int = 4, threshold: float = 0.9, fake: Fake | None = None,
+        start: int = 0, stop: int = 0):
     fake = fake or Fake()
     sched = schedule.from_config(CONFIG, steps)
     index = torch.tensor(prompts)
     draw = sampling.CounterNoise(SEED, EPOCH, index, SHAPE)
     gap = select.gaps(sched, "sigma", threshold / 2, threshold)
-    return sampling.trajectory(fake.predict, fake.score, sched, gap, draw, index, guidance=GUIDANCE, num_candidates=k,
-                             window=(start, stop or steps))
+    return sampling.trajectory(fake.predict, fake.score, sched, gap, draw, index, guidance=GUIDANCE,
+                               num_candidates=k, window=(start, stop or steps))
 
 
-def slow(prompt: int, steps: int = 6, k: int = 4, threshold: float = 0.9, start: int = 0, stop: int = 0) -> list[dict]:
+def slow(prompt: int, steps: int = 6, k: int = 4, threshold: float = 0.9, start: int = 0,
+         stop: int = 0) -> list[dict]:
     """One prompt's trajectory in float64, by the formulas; a dict a step that makes a pair."""
-    a = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0).tolist()
+    a = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2,
+                      0).tolist()
     times = [1 + (1000 // steps) * i for i in reversed(range(steps))]
     fake, item = Fake(), torch.tensor([prompt])
     deviations = []
@@ -133,8 +136,8 @@ def test_goes_on_from_the_drawn_candidate() -> None:
                 yield counter, torch.tensor([step % 3, (step + 1) % 3])
     fake, sched, index = Fake(), schedule.from_config(CONFIG, 6), torch.tensor([0, 1])
     draw = Draw(SEED, EPOCH, index, SHAPE)
-    pairs, _ = sampling.trajectory(fake.predict, fake.score, sched, torch.zeros(1000), draw, index, guidance=GUIDANCE,
-                                 num_candidates=3)
+    pairs, _ = sampling.trajectory(fake.predict, fake.score, sched, torch.zeros(1000), draw, index,
+                                   guidance=GUIDANCE, num_candidates=3)
     x_t, t = pairs.x_t.view(6, 2, *SHAPE), pairs.t.view(6, 2)
     for step, (_, choice) in zip(range(5), draw.steps(5), strict=True):
         null, text = fake.outputs(x_t[step], t[step], index).chunk(2)
@@ -161,8 +164,10 @@ def test_independent_of_the_batch() -> None:
         parts = [run(prompts[i:i + size]) for i in range(0, 6, size)]
         assert torch.allclose(torch.cat([s for _, s in parts], 2), scores, rtol=1e-5, atol=1e-5)
         for name in sampling.LatentPairs._fields:
-            field = torch.cat([getattr(p, name).view(6, size, *getattr(p, name).shape[1:]) for p, _ in parts], 1)
-            assert torch.allclose(field.flatten(0, 1).double(), getattr(whole, name).double(), rtol=1e-5, atol=1e-5)
+            field = torch.cat([getattr(p, name).view(6, size, *getattr(p, name).shape[1:]) for p, _ in parts],
+                              1)
+            assert torch.allclose(field.flatten(0, 1).double(), getattr(whole, name).double(), rtol=1e-5,
+                                  atol=1e-5)
 
 
 def test_seed_and_epoch_change_the_trajectory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +218,8 @@ def test_batch_metrics() -> None:
     row = lpo_batches.batch_metrics(pairs, scores)
     n = scores.numel()
     assert row == {
-        "preference_scores_mean": (n - 1) / 2, "preference_scores_std": pytest.approx(math.sqrt(n * (n + 1) / 12)),
+        "preference_scores_mean": (n - 1) / 2,
+        "preference_scores_std": pytest.approx(math.sqrt(n * (n + 1) / 12)),
         "total_valid_samples_num": 8, "even_large_noise_samples_num": 2, "large_noise_samples_num": 1,
         "mid_noise_samples_num": 3, "small_noise_samples_num": 0,  # t = 1 is in no band
         "timesteps": times, "valid_by_timestep": [2, 1, 2, 1, 0, 2], "pairs_possible": 12}

@@ -20,8 +20,8 @@ PROMPTS = ["a red circle on a blue background", "two", ""]
 @torch.no_grad()
 def scores(lrm: LatentRewardModel, folder: Path) -> torch.Tensor:
     """Scores of fixed latents with the tokenizer of a directory."""
-    text = texts.encode_prompts(lrm.family, texts.load_tokenizers(folder, lrm.family), list(lrm.text_encoders),
-                                   PROMPTS, zero_null=False)
+    text = texts.encode_prompts(lrm.family, texts.load_tokenizers(folder, lrm.family),
+                                list(lrm.text_encoders), PROMPTS, zero_null=False)
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     return lrm.eval().score(x, torch.tensor([1, 501, 951]), text)
 
@@ -39,10 +39,12 @@ def test_lrm_round_trip(tiny_sd: Path, tmp_path: Path, settings: dict) -> None:
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in lrm.state_dict().items())
     assert not again.training and not any(p.requires_grad for p in again.parameters())
     assert (again.guidance_scale, again.multi_scale, again.multi_scale_cfg) == (
-        (settings.get("guidance_scale", 7.5),), settings.get("multi_scale", True), settings.get("multi_scale_cfg", False))
+        (settings.get("guidance_scale", 7.5),), settings.get("multi_scale", True),
+        settings.get("multi_scale_cfg", False))
     parts = {"unet", "text_encoder", "tokenizer", "state_dict.pt", "lrm.json"}
     assert {p.name for p in (tmp_path / "lrm").iterdir()} == parts
-    other = checkpoint.load_lrm(tmp_path / "lrm", guidance_scale=9.0)  # what is asked for wins over what the directory records
+    # what is asked for wins over what the directory records
+    other = checkpoint.load_lrm(tmp_path / "lrm", guidance_scale=9.0)
     assert other.guidance_scale == (9.0,) and other.multi_scale_cfg == again.multi_scale_cfg
 
 
@@ -72,7 +74,8 @@ def test_new_lrm_starts_as_the_method_says(tiny_sd: Path, tmp_path: Path) -> Non
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()
         tensors = {"text_projection.weight": weight.half(), "visual_projection.weight": torch.zeros(3)}
-        save_file(tensors, folder / name) if name.endswith("safetensors") else torch.save(tensors, folder / name)
+        save_file(tensors,
+                  folder / name) if name.endswith("safetensors") else torch.save(tensors, folder / name)
         for clip in (folder, folder / name):
             lrm = checkpoint.new_lrm(tiny_sd, clip=str(clip), generator=torch.Generator())
             assert torch.equal(lrm.text_projection.weight, weight.half().float())
@@ -88,7 +91,8 @@ def test_no_clip(tmp_path: Path) -> None:
         checkpoint.read_text_projection(str(tmp_path / "clip.bin"))
 
 
-def test_a_directory_without_settings_tokenizer_and_text_encoder(tiny_sd: Path, tiny_lrm: Path, copied) -> None:
+def test_a_directory_without_settings_tokenizer_and_text_encoder(tiny_sd: Path, tiny_lrm: Path,
+                                                                 copied) -> None:
     """A frozen text encoder is not saved: it comes from the base, as do the tokenizers."""
     folder = copied(tiny_lrm)
     for name in ("tokenizer", "text_encoder"):
@@ -97,7 +101,8 @@ def test_a_directory_without_settings_tokenizer_and_text_encoder(tiny_sd: Path, 
         (folder / name).rmdir()
     (folder / "lrm.json").unlink()
     heads = torch.load(folder / "state_dict.pt", weights_only=True)
-    torch.save(heads | {"logit_scale": 2.6592}, folder / "state_dict.pt")  # a float is one of the official forms
+    # a float is one of the official forms
+    torch.save(heads | {"logit_scale": 2.6592}, folder / "state_dict.pt")
     lrm = checkpoint.load_lrm(folder, tiny_sd, guidance_scale=7.5)
     assert torch.allclose(scores(lrm, tiny_sd), scores(checkpoint.load_lrm(tiny_lrm), tiny_lrm), rtol=1e-5)
     assert checkpoint.load_lrm(folder, tiny_sd, guidance_scale=2.0).guidance_scale == (2.0,)
@@ -113,9 +118,11 @@ def test_text_encoder_of_the_lrm_goes_before_the_base(tiny_sd: Path, tiny_lrm: P
 
 
 @pytest.mark.parametrize("heads, message", [
-    ({"visual_projection": {"weight": torch.zeros(16, 87)}, "logit_scale": 1.0}, "takes 87 features, .* gives 88"),
+    ({"visual_projection": {"weight": torch.zeros(16, 87)}, "logit_scale": 1.0},
+     "takes 87 features, .* gives 88"),
     ({"logit_scale": 1.0}, "holds no visual_projection.weight and logit_scale"),
-    ({"visual_projection": {"weight": torch.zeros(16, 88)}}, "holds no visual_projection.weight and logit_scale"),
+    ({"visual_projection": {"weight": torch.zeros(16, 88)}},
+     "holds no visual_projection.weight and logit_scale"),
     ([1, 2], "cannot be read safely .*it is not a dictionary"),
 ])
 def test_heads_that_do_not_fit(tiny_lrm: Path, copied, heads: object, message: str) -> None:
@@ -126,7 +133,8 @@ def test_heads_that_do_not_fit(tiny_lrm: Path, copied, heads: object, message: s
 
 
 def test_the_official_loader_finds_what_it_needs(tiny_sd: Path, tiny_sdxl: Path, tmp_path: Path) -> None:
-    """A whole denoiser whose up blocks are the base's, and text encoders under the names of transformers < 5."""
+    """A whole denoiser whose up blocks are the base's, and text encoders under the names of transformers < 5.
+    """
     for base in (tiny_sd, tiny_sdxl):
         lrm = checkpoint.new_lrm(base, generator=torch.Generator().manual_seed(4))
         lrm.unet.conv_in.weight.data.add_(1)
@@ -134,7 +142,8 @@ def test_the_official_loader_finds_what_it_needs(tiny_sd: Path, tiny_sdxl: Path,
         checkpoint.save_lrm(lrm, texts.load_tokenizers(base, lrm.family), folder)
         whole, before = (UNet2DConditionModel.from_pretrained(f, subfolder="unet") for f in (folder, base))
         state, old = whole.state_dict(), before.state_dict()
-        assert state.keys() == old.keys() == load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").keys()
+        assert (state.keys() == old.keys()
+                == load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").keys())
         up = [n for n in old if n.startswith(("up_blocks.", "conv_norm_out.", "conv_out."))]
         assert up and all(torch.equal(state[n], old[n]) for n in up)
         assert torch.equal(state["conv_in.weight"], old["conv_in.weight"] + 1)
@@ -153,14 +162,16 @@ def test_the_official_loader_finds_what_it_needs(tiny_sd: Path, tiny_sdxl: Path,
 def test_an_lrm_without_up_blocks_is_still_written(tiny_lrm: Path, copied, tmp_path: Path) -> None:
     folder = copied(tiny_lrm)
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    save_file({n: t for n, t in load_file(file).items() if not n.startswith(("up_", "conv_out", "conv_norm"))}, file)
+    save_file({n: t for n, t in load_file(file).items()
+               if not n.startswith(("up_", "conv_out", "conv_norm"))}, file)
     lrm = checkpoint.load_lrm(folder)
     checkpoint.save_lrm(lrm, texts.load_tokenizers(folder, SD), tmp_path / "out")
     assert load_file(tmp_path / "out" / "unet" / file.name).keys() == lrm.unet.state_dict().keys()
 
 
 @pytest.mark.parametrize("family", ["tiny_sd", "tiny_sdxl"])
-def test_a_single_file_of_the_modules_state(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_single_file_of_the_modules_state(family: str, tmp_path: Path,
+                                            request: pytest.FixtureRequest) -> None:
     """Official LRM-XL: one .pt of the whole module, VAE included, under the names of transformers < 5."""
     base: Path = request.getfixturevalue(family)
     lrm = checkpoint.new_lrm(base, generator=torch.Generator().manual_seed(4))
@@ -177,7 +188,8 @@ def test_a_single_file_of_the_modules_state(family: str, tmp_path: Path, request
         (file,) = (tmp_path / "lrm" / part).glob("*.safetensors")
         state |= {f"{part}.{name}": tensor for name, tensor in load_file(file).items()}
         if part != "unet":
-            state[f"{part}.text_model.embeddings.position_ids"] = torch.arange(16)[None]  # older files hold it
+            # older files hold it
+            state[f"{part}.text_model.embeddings.position_ids"] = torch.arange(16)[None]
     torch.save(state, tmp_path / "lrm.pt")
     lrm.logit_scale.data.fill_(1.5)
     again = checkpoint.load_lrm(tmp_path / "lrm.pt", base)
@@ -190,11 +202,12 @@ def test_a_single_file_of_the_modules_state(family: str, tmp_path: Path, request
     torch.save(frozen, tmp_path / "frozen.pt")
     own = checkpoint.load_lrm(tmp_path / "frozen.pt", base)
     expected = texts.load_text(base, lrm.family)
-    assert all(torch.equal(a, b) for a, b in zip(own.text_encoders.parameters(), torch.nn.ModuleList(expected).parameters(),
-                                                 strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(own.text_encoders.parameters(),
+                                                 torch.nn.ModuleList(expected).parameters(), strict=True))
 
 
-@pytest.mark.parametrize("state", [{"unet.conv_in.bias": torch.zeros(8)}, {"visual_projection.weight": torch.zeros(16, 88)}])
+@pytest.mark.parametrize("state", [{"unet.conv_in.bias": torch.zeros(8)},
+                                   {"visual_projection.weight": torch.zeros(16, 88)}])
 def test_a_single_file_of_something_else(tiny_sd: Path, tmp_path: Path, state: dict) -> None:
     torch.save(state, tmp_path / "lrm.pt")
     with pytest.raises(InputError, match="lrm.pt: holds no visual_projection.weight and logit_scale"):
@@ -236,7 +249,8 @@ def test_shards_are_read_together(tiny_sd: Path, copied) -> None:
         shard = folder / f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors"
         save_file({n: tensors[n] for n in names[i::2]}, shard)
     again = denoisers.load_down_mid(folder)
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), full.state_dict().values(), strict=True))
+    assert all(torch.equal(a, b)
+               for a, b in zip(again.state_dict().values(), full.state_dict().values(), strict=True))
 
 
 def test_size_conditions(tiny_sd: Path, tmp_path: Path) -> None:
@@ -262,10 +276,11 @@ def test_variants_are_no_shards(tmp_path: Path) -> None:
     assert [file.stem for file in families.weight_files(tmp_path)] == [plain]
 
 
-@pytest.mark.parametrize("heads", [torch.zeros(3), {"visual_projection": torch.zeros(3)}, [],
-                                   {"visual_projection": {"weight": torch.zeros(5)}, "logit_scale": torch.tensor(1.0)},
-                                   {"visual_projection": {"weight": torch.zeros(5, 88)}, "logit_scale": 1.0,
-                                    "text_projection": {"weight": torch.zeros(6, 16)}}])
+@pytest.mark.parametrize("heads",
+                         [torch.zeros(3), {"visual_projection": torch.zeros(3)}, [],
+                          {"visual_projection": {"weight": torch.zeros(5)}, "logit_scale": torch.tensor(1.0)},
+                          {"visual_projection": {"weight": torch.zeros(5, 88)}, "logit_scale": 1.0,
+                           "text_projection": {"weight": torch.zeros(6, 16)}}])
 def test_heads_that_are_none(tmp_path: Path, heads: object) -> None:
     torch.save(heads, tmp_path / "state_dict.pt")
     with pytest.raises(InputError, match="--lrm"):

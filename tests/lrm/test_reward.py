@@ -1,4 +1,5 @@
-"""The reward model against a slow statement on diffusers' whole U-Net, whose residuals are taken with hooks."""
+"""The reward model against a slow statement on diffusers' whole U-Net, whose residuals are taken with hooks.
+"""
 
 import math
 from dataclasses import replace
@@ -48,14 +49,15 @@ class World:
     def lrm(self, **settings) -> LatentRewardModel:
         sizes = denoisers.time_ids(SIZE, SIZE) if self.name == "sdxl" else None
         visual = self.visual[settings.get("multi_scale", True)]
-        return LatentRewardModel(self.family, self.loaded, self.encoders, visual, self.projection, torch.tensor(2.6592),
-                                 sizes=sizes, **settings)
+        return LatentRewardModel(self.family, self.loaded, self.encoders, visual, self.projection,
+                                 torch.tensor(2.6592), sizes=sizes, **settings)
 
     def text(self, lrm: LatentRewardModel) -> Text:
         return lrm.encode([ids[:-1] for ids in self.ids], [ids[-1:] for ids in self.ids])
 
     def residuals(self, i: int, row: int) -> tuple[list[Tensor], Tensor]:
-        """Pooled down features and the mid feature of latent i with the text of a row of ids, by the whole U-Net."""
+        """Pooled down features and the mid feature of latent i with the text of a row of ids,
+        by the whole U-Net."""
         maps: list[Tensor] = []
         hooks = [self.unet.conv_in.register_forward_hook(lambda _m, _i, out: maps.append(out))]
         for block in self.unet.down_blocks:
@@ -64,7 +66,8 @@ class World:
         hooks.append(self.unet.mid_block.register_forward_hook(lambda _m, _i, out: mids.append(out)))
         context, pooled = self.context(row)
         added = {"text_embeds": pooled, "time_ids": torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]])}
-        self.unet(self.x[i:i + 1], self.t[i], context, added_cond_kwargs=added if self.name == "sdxl" else None)
+        self.unet(self.x[i:i + 1], self.t[i], context,
+                  added_cond_kwargs=added if self.name == "sdxl" else None)
         for hook in hooks:
             hook.remove()
         return [maps[k].mean((2, 3))[0] for k in RESIDUALS[self.name]], mids[0].mean((2, 3))[0]
@@ -76,7 +79,8 @@ class World:
             return outputs[0].last_hidden_state, outputs[0].pooler_output
         return torch.cat([out.hidden_states[-2] for out in outputs], -1), outputs[1].text_embeds
 
-    def slow(self, *, multi_scale: bool, multi_scale_cfg: bool, guidance_scale: float | tuple[float, float]) -> Tensor:
+    def slow(self, *, multi_scale: bool, multi_scale_cfg: bool,
+             guidance_scale: float | tuple[float, float]) -> Tensor:
         """Scores by the definition, a latent and a branch at a time."""
         scores = []
         for i in range(PROMPTS):
@@ -108,7 +112,8 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @torch.no_grad()
 def test_score_equals_the_slow_statement(world: World, multi_scale: bool, multi_scale_cfg: bool,
                                          guidance_scale: float | tuple[float, float]) -> None:
-    settings = {"multi_scale": multi_scale, "multi_scale_cfg": multi_scale_cfg, "guidance_scale": guidance_scale}
+    settings = {"multi_scale": multi_scale, "multi_scale_cfg": multi_scale_cfg,
+                "guidance_scale": guidance_scale}
     lrm = world.lrm(**settings)
     got = lrm.score(world.x, world.t, world.text(lrm))
     assert got.shape == (PROMPTS,) and got.dtype == torch.float32
@@ -128,7 +133,8 @@ def test_every_setting_matters(world: World) -> None:
 
 def test_up_blocks_are_neither_loaded_nor_trained(world: World) -> None:
     names = [name for name, _ in world.lrm().named_parameters()]
-    assert not [name for name in names if "up_blocks" in name or "conv_out" in name or "conv_norm_out" in name]
+    assert not [name for name in names
+                if "up_blocks" in name or "conv_out" in name or "conv_norm_out" in name]
     assert not [p for p in world.lrm().parameters() if p.is_meta]
     up = ("up_blocks.", "conv_out.", "conv_norm_out.")
     assert {n for n in world.unet.state_dict() if not n.startswith(up)} == set(world.loaded.state_dict())
@@ -170,9 +176,11 @@ def test_guidance_of_every_timestep() -> None:
     assert torch.equal(reward.guidance_table([0.0, 0.9]), torch.ones(1000))
 
 
-def test_the_null_pass_is_run_only_if_some_timestep_is_guided(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_null_pass_is_run_only_if_some_timestep_is_guided(world: World,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     rows, down_mid = [], denoisers.down_mid
-    monkeypatch.setattr(denoisers, "down_mid", lambda unet, x, *rest: rows.append(len(x)) or down_mid(unet, x, *rest))
+    monkeypatch.setattr(denoisers, "down_mid",
+                        lambda unet, x, *rest: rows.append(len(x)) or down_mid(unet, x, *rest))
     for scale in (7.5, (1.0, 1.5), 1.0, (0.0, 1.0), 0.5):
         lrm = world.lrm(guidance_scale=scale)
         lrm.score(world.x, world.t, world.text(lrm))
@@ -182,7 +190,8 @@ def test_the_null_pass_is_run_only_if_some_timestep_is_guided(world: World, monk
 def test_linear() -> None:
     weight = torch.randn(3, 2, dtype=torch.float16)
     layer = reward.linear(weight)
-    assert layer.bias is None and layer.weight.dtype == torch.float32 and torch.equal(layer.weight.half(), weight)
+    assert (layer.bias is None and layer.weight.dtype == torch.float32
+            and torch.equal(layer.weight.half(), weight))
 
 
 def test_normalized_is_single_precision_under_autocast() -> None:
@@ -212,7 +221,8 @@ def test_predict_evaluates_both_branches(world: World) -> None:
             for got, row in ((null[i], PROMPTS), (with_text[i], i)):
                 context, pooled = world.context(row)
                 added = {"text_embeds": pooled, "time_ids": torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]])}
-                expected = world.unet(world.x[i:i + 1], world.t[i], context, added_cond_kwargs=added).sample[0]
+                expected = world.unet(world.x[i:i + 1], world.t[i], context,
+                                      added_cond_kwargs=added).sample[0]
                 assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -233,7 +243,8 @@ def test_encode_prompts(world: World) -> None:
     prompts = ["a red dog", "", "blue", "x" * 100, "green cat"]
     tokenizers = [Words()] * len(world.encoders)
     for zero in (False, True):
-        text = texts.encode_prompts(world.family, tokenizers, world.encoders, prompts, zero_null=zero, batch=2)
+        text = texts.encode_prompts(world.family, tokenizers, world.encoders, prompts, zero_null=zero,
+                                    batch=2)
         assert len(text) == 5 and text.null.context.shape == (1, *text.context.shape[1:])
         if zero:
             assert not text.null.context.any() and not text.null.pooled.any()

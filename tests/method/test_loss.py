@@ -29,19 +29,22 @@ def gaussian(a: Tensor, kind: str, x_t: Tensor, m: Tensor, t: int, eta: float) -
     """p(x_p | x_t) of one latent, by the formula."""
     a_t, a_p = a[t], a[max(t - 1000 // STEPS, 0)]
     x0, e = {"epsilon": lambda: ((x_t - (1 - a_t).sqrt() * m) / a_t.sqrt(), m),
-             "v_prediction": lambda: (a_t.sqrt() * x_t - (1 - a_t).sqrt() * m, a_t.sqrt() * m + (1 - a_t).sqrt() * x_t),
+             "v_prediction": lambda: (a_t.sqrt() * x_t - (1 - a_t).sqrt() * m,
+                                      a_t.sqrt() * m + (1 - a_t).sqrt() * x_t),
              "sample": lambda: (m, (x_t - a_t.sqrt() * m) / (1 - a_t).sqrt())}[kind]()
     variance = eta**2 * (1 - a_p) / (1 - a_t) * (1 - a_t / a_p)
     return torch.distributions.Normal(a_p.sqrt() * x0 + (1 - a_p - variance).sqrt() * e, variance.sqrt())
 
 
-def slow(sched: Schedule, kind: str, batch: dict[str, Tensor], *, beta: float, eps: float, eta: float = 1.0) -> tuple:
+def slow(sched: Schedule, kind: str, batch: dict[str, Tensor], *, beta: float, eps: float,
+         eta: float = 1.0) -> tuple:
     """The step DPO loss pair by pair: (losses, winner's ratios, loser's ratios, four log densities)."""
     losses, ratios, densities = [], [], []
     for i, t in enumerate(batch["t"].tolist()):
-        p = [gaussian(sched.alphas_cumprod, kind, batch["x_t"][i], null[i] + GUIDANCE * (text[i] - null[i]), t, eta)
-             for null, text in (batch["policy"], batch["reference"])]
-        logs = [[q.log_prob(batch[who][i]).sum() / batch["x_t"][i].numel() for q in p] for who in ("winner", "loser")]
+        p = [gaussian(sched.alphas_cumprod, kind, batch["x_t"][i], null[i] + GUIDANCE * (text[i] - null[i]),
+                      t, eta) for null, text in (batch["policy"], batch["reference"])]
+        logs = [[q.log_prob(batch[who][i]).sum() / batch["x_t"][i].numel() for q in p]
+                for who in ("winner", "loser")]
         r = [(policy - reference).exp().clamp(1 - eps, 1 + eps) for policy, reference in logs]
         losses.append(-torch.sigmoid(beta * (r[0].log() - r[1].log())).log())
         ratios.append(torch.stack(r))
@@ -56,17 +59,20 @@ def batch_of(sched: Schedule, kind: str = "epsilon", n: int = 5, apart: float = 
     draw = {name: torch.randn(n, *shape, dtype=torch.float64) for name in ("x_t", "null", "text", "d0", "d1")}
     t = sched.timesteps[torch.arange(n) * (STEPS - 1) // max(n - 1, 1)]
     reference = draw["null"], draw["text"]
-    policy = tuple((m + apart * d).requires_grad_() for m, d in zip(reference, (draw["d0"], draw["d1"]), strict=True))
+    policy = tuple((m + apart * d).requires_grad_()
+                   for m, d in zip(reference, (draw["d0"], draw["d1"]), strict=True))
     members = []
     for _ in range(2):
-        q = [gaussian(sched.alphas_cumprod, kind, draw["x_t"][i], loss.guide(*(m[i] for m in reference), GUIDANCE),
-                      int(t[i]), 1.0) for i in range(n)]
-        members.append(torch.stack([d.mean + spread * d.stddev * torch.randn(*shape, dtype=torch.float64) for d in q]))
+        q = [gaussian(sched.alphas_cumprod, kind, draw["x_t"][i],
+                      loss.guide(*(m[i] for m in reference), GUIDANCE), int(t[i]), 1.0) for i in range(n)]
+        members.append(torch.stack([d.mean + spread * d.stddev * torch.randn(*shape, dtype=torch.float64)
+                                    for d in q]))
     return {"x_t": draw["x_t"], "t": t, "policy": policy, "reference": reference, "winner": members[0],
             "loser": members[1]}
 
 
-def fast(sched: Schedule, batch: dict, *, beta: float, eps: float, weight: Tensor | None = None) -> loss.StepDPO:
+def fast(sched: Schedule, batch: dict, *, beta: float, eps: float,
+         weight: Tensor | None = None) -> loss.StepDPO:
     n = len(batch["t"])
     weight = torch.full((n,), 1 / n, dtype=torch.float64) if weight is None else weight
     return loss.step_dpo(sched, batch["x_t"], batch["winner"], batch["loser"], batch["t"], batch["policy"],
@@ -74,8 +80,10 @@ def fast(sched: Schedule, batch: dict, *, beta: float, eps: float, weight: Tenso
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("apart, beta, eps, eta", [(0.01, 500, 0.1, 1.0), (0.1, 30, 0.1, 1.0), (0.02, 10, 0.5, 0.4)])
-def test_step_dpo_equals_the_slow_statement(kind: str, apart: float, beta: float, eps: float, eta: float) -> None:
+@pytest.mark.parametrize("apart, beta, eps, eta",
+                         [(0.01, 500, 0.1, 1.0), (0.1, 30, 0.1, 1.0), (0.02, 10, 0.5, 0.4)])
+def test_step_dpo_equals_the_slow_statement(kind: str, apart: float, beta: float, eps: float,
+                                            eta: float) -> None:
     sched = fine(kind, eta)
     batch = batch_of(sched, kind, apart=apart)
     got = fast(sched, batch, beta=beta, eps=eps)
@@ -191,7 +199,8 @@ def test_padding_contributes_nothing() -> None:
     weight = torch.tensor([1 / 3, 0, 1 / 3, 0, 1 / 3], dtype=torch.float64)
     whole = fast(sched, batch, beta=50, eps=0.1, weight=weight)
     index = torch.tensor([0, 2, 4])
-    part = {name: tuple(m[index] for m in v) if isinstance(v, tuple) else v[index] for name, v in batch.items()}
+    part = {name: tuple(m[index] for m in v) if isinstance(v, tuple) else v[index]
+            for name, v in batch.items()}
     alone = fast(sched, part, beta=50, eps=0.1)
     assert whole.loss.item() == pytest.approx(alone.loss.item(), rel=1e-12)
     grads = torch.autograd.grad(whole.loss, batch["policy"])
@@ -205,7 +214,8 @@ def test_accumulated_parts_sum_to_the_whole() -> None:
     whole = fast(sched, batch, beta=50, eps=0.1)
     total, grads = 0.0, [torch.zeros_like(m) for m in batch["policy"]]
     for rows in ([0, 1], [2, 3], [4]):
-        part = {name: tuple(m[rows] for m in v) if isinstance(v, tuple) else v[rows] for name, v in batch.items()}
+        part = {name: tuple(m[rows] for m in v) if isinstance(v, tuple) else v[rows]
+                for name, v in batch.items()}
         out = fast(sched, part, beta=50, eps=0.1, weight=torch.full((len(rows),), 0.2, dtype=torch.float64))
         total += out.loss.item()
         grads = [g + h for g, h in zip(grads, torch.autograd.grad(out.loss, batch["policy"]), strict=True)]
@@ -224,7 +234,8 @@ class Line:
 
     def predict(self, x_t: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
         self.calls += 1
-        return torch.cat([0.5 * x_t, self.unet["scale"] * x_t + self.unet["shift"] * prompts[:, None, None, None]])
+        return torch.cat([0.5 * x_t,
+                          self.unet["scale"] * x_t + self.unet["shift"] * prompts[:, None, None, None]])
 
     train = predict
 
@@ -249,7 +260,8 @@ def test_train_step_is_one_step_of_the_mean_loss(size: int, max_norm: float) -> 
     pairs = pairs_of(drawn)._replace(winner=torch.cat([drawn["loser"][:1], drawn["winner"][1:]]),
                                      loser=torch.cat([drawn["winner"][:1], drawn["loser"][1:]]))
     at = pairs.x_t, pairs.t, pairs.prompt
-    batch = pairs._asdict() | {"policy": policy.predict(*at).chunk(2), "reference": policy.reference(*at).chunk(2)}
+    batch = pairs._asdict() | {"policy": policy.predict(*at).chunk(2),
+                               "reference": policy.reference(*at).chunk(2)}
     losses, ratios, densities = slow(sched, "epsilon", batch, beta=20, eps=0.1)
     expected = torch.autograd.grad(losses.mean(), list(policy.unet.parameters()))
     norm = math.sqrt(sum(g.square().sum().item() for g in expected))
@@ -267,11 +279,11 @@ def test_train_step_is_one_step_of_the_mean_loss(size: int, max_norm: float) -> 
     win, lose = ratios.detach().T
     win_policy, win_ref, lose_policy, lose_ref = densities.detach().exp().mean(0)
     assert (win > lose).sum() != (win < lose).sum() and ((win > 1.0999) | (lose < 0.9001)).any()
-    wanted = {"train_loss": losses.detach().mean(), "train_ratio_win": win.mean(), "train_ratio_lose": lose.mean(),
-              "train_win_prob_policy": win_policy, "train_win_prob_ref": win_ref,
-              "train_lose_prob_policy": lose_policy, "train_lose_prob_ref": lose_ref,
-              "implicit_acc": (win > lose).double().mean(), "train_margin": (win - lose).mean(),
-              "grad_norm": norm}
+    wanted = {"train_loss": losses.detach().mean(), "train_ratio_win": win.mean(),
+              "train_ratio_lose": lose.mean(), "train_win_prob_policy": win_policy,
+              "train_win_prob_ref": win_ref, "train_lose_prob_policy": lose_policy,
+              "train_lose_prob_ref": lose_ref, "implicit_acc": (win > lose).double().mean(),
+              "train_margin": (win - lose).mean(), "grad_norm": norm}
     assert row == pytest.approx({name: float(value) for name, value in wanted.items()}, rel=1e-5)
 
 

@@ -1,4 +1,5 @@
-"""Counter-based noise: Philox against its published vectors, streams that never meet, and the right distributions."""
+"""Counter-based noise: Philox against its published vectors, streams that never meet,
+and the right distributions."""
 
 import math
 
@@ -32,7 +33,8 @@ def test_philox_known_answers(counter: tuple, key: tuple, result: tuple) -> None
     (42, 0, 0, 0, 0), (2**40 + 7, 3, 2**33 + 5, 19, 3), (0, ONES, 4095, noise.INITIAL, 0),
 ])
 def test_normal_is_box_muller_of_the_documented_counter(seed, epoch, item, step, candidate) -> None:
-    z = noise.normal(seed, epoch, torch.tensor([item]), step, candidate + 1, (2, 5))[candidate, 0].flatten().tolist()
+    z = noise.normal(seed, epoch, torch.tensor([item]), step, candidate + 1,
+                     (2, 5))[candidate, 0].flatten().tolist()
     expected = []
     for element in range(3):
         words = philox_python(seed, [element, step << 16 | candidate, item & ONES, epoch])
@@ -54,7 +56,8 @@ def test_independent_of_batches_and_order() -> None:
     halves = torch.cat([noise.normal(1, 2, part, 3, 4, SHAPE) for part in items.split(3)], 1)
     single = torch.cat([noise.normal(1, 2, part, 3, 4, SHAPE) for part in items.flip(0).split(1)], 1).flip(1)
     assert torch.equal(whole, halves) and torch.equal(whole, single)
-    assert torch.equal(noise.normal(1, 2, items, 3, 2, SHAPE), whole[:2])  # fewer candidates are the first ones
+    # fewer candidates are the first ones
+    assert torch.equal(noise.normal(1, 2, items, 3, 2, SHAPE), whole[:2])
     integers = noise.integers(1, 2, items, 3, 7)
     assert torch.equal(integers, torch.cat([noise.integers(1, 2, part, 3, 7) for part in items.split(1)]))
 
@@ -63,9 +66,9 @@ def test_streams_differ_and_do_not_correlate() -> None:
     def draw(seed=0, epoch=0, item=0, step=0, candidates=1) -> torch.Tensor:
         return noise.normal(seed, epoch, torch.tensor([item]), step, candidates, (4, 32, 32))[-1].flatten()
     streams = torch.stack([
-        draw(), draw(seed=1), draw(seed=2**32), draw(epoch=1), draw(epoch=2), draw(item=1), draw(item=2), draw(step=1),
-        draw(step=2), draw(candidates=2), draw(candidates=3), draw(step=noise.INITIAL), draw(seed=1, epoch=1),
-        draw(epoch=1, item=1), draw(item=1, step=1), draw(step=1, candidates=2)])
+        draw(), draw(seed=1), draw(seed=2**32), draw(epoch=1), draw(epoch=2), draw(item=1), draw(item=2),
+        draw(step=1), draw(step=2), draw(candidates=2), draw(candidates=3), draw(step=noise.INITIAL),
+        draw(seed=1, epoch=1), draw(epoch=1, item=1), draw(item=1, step=1), draw(step=1, candidates=2)])
     correlation = torch.corrcoef(streams.double()) - torch.eye(len(streams))
     assert correlation.abs().max() < 5 / math.sqrt(streams.shape[1])
 
@@ -126,17 +129,20 @@ def test_any_shape(shape: tuple[int, ...]) -> None:
     z = noise.normal(0, 0, torch.tensor([8, 9]), 0, 3, shape)
     assert z.shape == (3, 2, *shape) and z.dtype == torch.float32
     longer = noise.normal(0, 0, torch.tensor([8, 9]), 0, 3, (200,))
-    assert torch.equal(z.flatten(2), longer[..., :math.prod(shape)])  # an element's number does not depend on the size
+    # an element's number does not depend on the size
+    assert torch.equal(z.flatten(2), longer[..., :math.prod(shape)])
 
 
 def test_tensors_give_the_same_numbers() -> None:
     """Seed, epoch and step may be tensors, whose values may change without another compilation."""
     def draw(run: Tensor, step: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         return noise.normal(*run, items, step, 3, (2, 3)), noise.integers(*run, items, step, 1000)
-    compiled, items = torch.compile(draw, fullgraph=True, backend="aot_eager", dynamic=False), torch.tensor([3, 2**33])
+    compiled, items = (torch.compile(draw, fullgraph=True, backend="aot_eager", dynamic=False),
+                       torch.tensor([3, 2**33]))
     cases = [(42, 1, 5), (2**40 + 7, 2**32 + 3, noise.INITIAL), (2**63 - 1, ONES, 0), (-5, 0, 999)]
     for i, (seed, epoch, step) in enumerate(cases):
-        expected = noise.normal(seed, epoch, items, step, 3, (2, 3)), noise.integers(seed, epoch, items, step, 1000)
+        expected = (noise.normal(seed, epoch, items, step, 3, (2, 3)),
+                    noise.integers(seed, epoch, items, step, 1000))
         with torch.compiler.set_stance("fail_on_recompile" if i > 0 else "default"):
             got = compiled(torch.tensor([seed, epoch]), torch.tensor(step), items)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -176,7 +182,8 @@ def _probe(length_ptr, turn_ptr, first_ptr, second_ptr, N: tl.constexpr):
 
 def test_box_muller_in_a_kernel(kernels) -> None:
     """Quarter and eighth turns and their neighbours, the longest and the shortest radius, and any others."""
-    turns = [(turn + near) % 2**24 << 8 for turn in range(0, 2**24, 2**21) for near in (-1, 0, 1)] + [0x1FF, ONES]
+    turns = ([(turn + near) % 2**24 << 8 for turn in range(0, 2**24, 2**21) for near in (-1, 0, 1)]
+             + [0x1FF, ONES])
     lengths = [0, 255, 256, ONES, ONES - 255, ONES - 256, 2**31]
     random = torch.randint(2**32, (2, 2048), generator=torch.Generator().manual_seed(0))
     pairs = torch.cartesian_prod(torch.tensor(lengths), torch.tensor(turns)).T

@@ -32,7 +32,8 @@ def slow_preference(text, image_0, image_1, scale: float, kind: str, batch_coeff
     """The loss pair by pair, on Python floats."""
     text, images = text.tolist(), [*image_0.tolist(), *image_1.tolist()]
     size = len(text)
-    s = [[scale * sum(a * b for a, b in zip(words, image, strict=True)) for image in images] for words in text]
+    s = [[scale * sum(a * b for a, b in zip(words, image, strict=True)) for image in images]
+         for words in text]
     total = 0.0
     for i, (y0, y1) in enumerate(LABELS):
         tie = math.log(0.5) if y0 == y1 else 0.0
@@ -48,7 +49,8 @@ def slow_preference(text, image_0, image_1, scale: float, kind: str, batch_coeff
     return total
 
 
-def fast_preference(text, image_0, image_1, scale: Tensor, kind: str, batch_coeff: float, aux: float) -> Tensor:
+def fast_preference(text, image_0, image_1, scale: Tensor, kind: str, batch_coeff: float,
+                    aux: float) -> Tensor:
     labels = torch.tensor(LABELS, dtype=torch.float64)
     return loss.preference(text, image_0, image_1, scale, labels[:, 0], labels[:, 1],
                            torch.tensor(COUNTS, dtype=torch.float64), torch.tensor(TIMES), loss_type=kind,
@@ -62,7 +64,8 @@ def test_preference_equals_the_slow_statement(kind: str, aux: float, scale: floa
     inputs = features()
     got = fast_preference(*inputs, torch.tensor(scale, dtype=torch.float64), kind, 0.3, aux)
     expected = slow_preference(*inputs, scale, kind, 0.3, aux)
-    assert got.item() == pytest.approx(expected, rel=1e-7)  # log ½ is rounded to fp32, as in the official code
+    # log ½ is rounded to fp32, as in the official code
+    assert got.item() == pytest.approx(expected, rel=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["pair", "batch", "both"])
@@ -87,7 +90,9 @@ def test_an_ideal_tie_costs_nothing() -> None:
     same = torch.ones(5, 2)
     value = loss.preference(text, image, image, torch.tensor(14.3), half, half, torch.ones(5), same)
     assert value.item() == pytest.approx(0, abs=1e-7)
-    sure = loss.preference(text, text, -text, torch.tensor(1e4), torch.ones(5), torch.zeros(5), torch.ones(5), same)
+    sure = loss.preference(text, text, -text, torch.tensor(1e4), torch.ones(5), torch.zeros(5), torch.ones(5),
+                           same)
     assert sure.item() == 0
-    wrong = loss.preference(text, -text, text, torch.tensor(1e4), torch.ones(5), torch.zeros(5), torch.ones(5), same)
+    wrong = loss.preference(text, -text, text, torch.tensor(1e4), torch.ones(5), torch.zeros(5),
+                            torch.ones(5), same)
     assert wrong.item() == pytest.approx(2e4)

@@ -1,4 +1,5 @@
-"""DDIM coefficients against diffusers' own schedulers, and the last step against the formula in plain Python."""
+"""DDIM coefficients against diffusers' own schedulers, and the last step against the formula in plain Python.
+"""
 
 import math
 
@@ -30,7 +31,8 @@ def test_step_equals_diffusers(kind: str, clip: float | None, steps: int, eta: f
     reference.alphas_cumprod = reference.alphas_cumprod.double()
     sched = schedule.ddim(reference.alphas_cumprod, reference.timesteps, steps, eta, kind, clip)
     x, out, z = draws(torch.float64)
-    checked = [t for t in reference.timesteps.tolist() if t >= 1000 // steps]  # at the last ones p differs on purpose
+    # at the last ones p differs on purpose
+    checked = [t for t in reference.timesteps.tolist() if t >= 1000 // steps]
     assert len(checked) >= steps - 1
     for t in checked[:: max(len(checked) // 40, 1)]:
         expected = reference.step(out, t, x, eta=eta, variance_noise=z).prev_sample
@@ -91,11 +93,12 @@ def test_from_config_takes_the_models_own_settings() -> None:
     assert schedule.from_config(CONFIG | {"clip_sample": True}, 20).clip == 1.0
     x, m, _ = draws(torch.float32)
     t = torch.tensor([951, 951])
-    assert not torch.allclose(schedule.mean(sched, x, m, t),
-                              schedule.mean(schedule.from_config(CONFIG | {"clip_sample": True}, 20), x, m, t))
+    assert not torch.allclose(schedule.mean(sched, x, m, t), schedule.mean(
+        schedule.from_config(CONFIG | {"clip_sample": True}, 20), x, m, t))
     trailing = schedule.from_config(CONFIG | {"timestep_spacing": "trailing"}, 20)
     assert trailing.timesteps[0] == 999
-    linear = schedule.from_config(CONFIG | {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}, 20)
+    linear = schedule.from_config(CONFIG | {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+                                  20)
     expected = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     assert torch.allclose(linear.alphas_cumprod.double(), expected, rtol=1e-4)
 
@@ -113,7 +116,8 @@ def test_sigma_table() -> None:
 def test_add_noise_equals_ddpm() -> None:
     x0, z = draws(torch.float32, 2)
     t = torch.tensor([1, 951])
-    expected = DDPMScheduler(**{k: v for k, v in CONFIG.items() if k not in ("set_alpha_to_one", "steps_offset")})
+    expected = DDPMScheduler(**{k: v for k, v in CONFIG.items()
+                                if k not in ("set_alpha_to_one", "steps_offset")})
     assert torch.allclose(schedule.add_noise(schedule.from_config(CONFIG, 20), x0, z, t),
                           expected.add_noise(x0, z, t), atol=1e-6)
 
@@ -128,7 +132,8 @@ def test_timesteps_of_a_batch_are_independent() -> None:
 
 def test_moved_to_another_dtype() -> None:
     sched = schedule.from_config(CONFIG, 20).to(torch.float64)
-    assert sched.table.dtype == sched.alphas_cumprod.dtype == torch.float64 and sched.timesteps.dtype == torch.int64
+    assert (sched.table.dtype == sched.alphas_cumprod.dtype == torch.float64
+            and sched.timesteps.dtype == torch.int64)
     assert sched.sigmas.dtype == torch.float64
 
 

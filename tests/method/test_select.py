@@ -1,4 +1,5 @@
-"""Pair selection against its definition: the softmax of the extreme scores in float64, thresholds in plain Python."""
+"""Pair selection against its definition: the softmax of the extreme scores in float64,
+thresholds in plain Python."""
 
 import math
 
@@ -52,7 +53,8 @@ def test_gap_is_the_softmax_threshold(shape: str, steps: int, low: float, high: 
 def test_thresholds_run_from_low_to_high(shape: str, steps: int, eta: float) -> None:
     sched = schedule.from_config(CONFIG, steps, eta)
     along = (select.gaps(sched, shape, 0.35, 0.5)[sched.timesteps].double() / 2).tanh()
-    assert along[0].item() == pytest.approx(0.5, abs=1e-6) and along[-1].item() == pytest.approx(0.35, abs=1e-6)
+    assert (along[0].item() == pytest.approx(0.5, abs=1e-6)
+            and along[-1].item() == pytest.approx(0.35, abs=1e-6))
     if steps <= 50:  # the deviation of many small steps is not monotone at the noiseless end
         assert (along.diff() < 0).all()
     assert torch.allclose(along, (select.gaps(schedule.from_config(CONFIG, steps), shape, 0.35, 0.5)
@@ -82,8 +84,8 @@ def test_unknown_shape() -> None:
 
 
 numbers = st.floats(-50, 50, width=32)
-columns = st.integers(2, 8).flatmap(
-    lambda k: st.lists(st.lists(numbers | st.sampled_from([0.0, 1.0]), min_size=k, max_size=k), min_size=1, max_size=5))
+columns = st.integers(2, 8).flatmap(lambda k: st.lists(
+    st.lists(numbers | st.sampled_from([0.0, 1.0]), min_size=k, max_size=k), min_size=1, max_size=5))
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)

@@ -27,9 +27,9 @@ PROMPTS = ["a red circle", "two"]
 def settings(tmp_path: Path, tiny_sd: Path, tiny_lrm: Path) -> LPO:
     """A run of two steps in which every pair is valid."""
     (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
-    return LPO(model=str(tiny_sd), lrm=str(tiny_lrm), prompts=str(tmp_path / "prompts.json"), out=str(tmp_path / "run"),
-               epochs=1, batch_size=2, num_steps=2, num_candidates=2, train_batch_size=4, threshold_min=0, threshold_max=0,
-               pictures=1, learning_rate=1e-3)
+    return LPO(model=str(tiny_sd), lrm=str(tiny_lrm), prompts=str(tmp_path / "prompts.json"),
+               out=str(tmp_path / "run"), epochs=1, batch_size=2, num_steps=2, num_candidates=2,
+               train_batch_size=4, threshold_min=0, threshold_max=0, pictures=1, learning_rate=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +47,23 @@ def test_sd21_that_predicts_noise_trains(settings: LPO, tmp_path: Path) -> None:
     assert first["train_ratio_win"] == first["train_ratio_lose"] == 1.0 and first["grad_norm"] > 0
     weights = load_file(out / loras.LORA_DIFFUSERS)
     assert any(t.any() for name, t in weights.items() if "lora_B" in name or ".up." in name)
-    assert {p.name for p in (out / "pictures").iterdir()} == {"000_before.png", "000_after.png", "captions.json"}
+    assert {p.name for p in (out / "pictures").iterdir()} == {"000_before.png", "000_after.png",
+                                                              "captions.json"}
 
 
 def test_the_reward_model_reads_its_own_tokens(settings: LPO, tiny_sd: Path, tiny_sd21: Path, copied,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    """SD2.1 pads with "!" (id 0), SD1.5 with <|endoftext|>: each network sees the ids of its own tokenizer."""
+    """SD2.1 pads with "!" (id 0), SD1.5 with <|endoftext|>: each network sees the ids of its own tokenizer.
+    """
     seen, encode = [], texts.encode
-    monkeypatch.setattr(texts, "encode", lambda family, encoders, ids: seen.extend(ids) or encode(family, encoders, ids))
+    monkeypatch.setattr(texts, "encode",
+                        lambda family, encoders, ids: seen.extend(ids) or encode(family, encoders, ids))
     config = replace(settings, model=str(tiny_sd21))
     expected = {}
     for name, folder, pad in (("policy", tiny_sd21, 0), ("lrm", tiny_sd, 562)):
         (tokenizer,) = texts.load_tokenizers(folder, families.SD)
-        expected[name] = tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        expected[name] = tokenizer(PROMPTS, padding="max_length", truncation=True,
+                                   return_tensors="pt").input_ids
         assert expected[name][:, -1].eq(pad).all()
     policies.load(config, PROMPTS, torch.device("cpu"))
     assert torch.equal(seen[0], expected["policy"]) and not torch.equal(seen[0], expected["lrm"])
@@ -82,7 +86,8 @@ def test_the_reward_model_reads_its_own_tokens(settings: LPO, tiny_sd: Path, tin
 
 def test_a_tokenizer_by_hub_name(settings: LPO, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(locate, "download", lambda repo, *rest: asked.append((repo, rest[2])) or tiny_sd / "tokenizer")
+    monkeypatch.setattr(locate, "download",
+                        lambda repo, *rest: asked.append((repo, rest[2])) or tiny_sd / "tokenizer")
     config = replace(settings, lrm_tokenizer="org/tokenizer")
     runs.lpo(config)
     judging.load_score(config, PROMPTS, torch.device("cpu"))
@@ -99,8 +104,8 @@ def test_an_lrm_of_two_tokenizers(settings: LPO, tiny_sdxl: Path, lrm_xl: Path) 
 
 
 @pytest.mark.parametrize("resolution, pixels", [(0, 16), (32, 32)])
-def test_the_reward_model_is_told_the_size_of_what_it_scores(settings: LPO, tiny_sdxl: Path, tmp_path: Path, resolution: int,
-                                                             pixels: int) -> None:
+def test_the_reward_model_is_told_the_size_of_what_it_scores(settings: LPO, tiny_sdxl: Path, tmp_path: Path,
+                                                             resolution: int, pixels: int) -> None:
     """Whatever it was trained at."""
     lrm = checkpoint.new_lrm(tiny_sdxl, generator=torch.Generator(), resolution=64)
     checkpoint.save_lrm(lrm, texts.load_tokenizers(tiny_sdxl, lrm.family), tmp_path / "lrm")
@@ -117,7 +122,8 @@ def test_resolution_moves_shapes_and_sizes(settings: LPO, tiny_sdxl: Path, lrm_x
     assert model.sizes.tolist() == [[32, 32, 0, 0, 32, 32]]
     assert policies.latent_shape(config, model.unet) == (4, 16, 16)
     assert policies.latent_shape(replace(config, resolution=0), model.unet) == (4, 8, 8)
-    assert checkpoint.load_lrm(lrm_xl).sizes.tolist() == [[16, 16, 0, 0, 16, 16]]  # recorded: there is no VAE beside it
+    # recorded: there is no VAE beside it
+    assert checkpoint.load_lrm(lrm_xl).sizes.tolist() == [[16, 16, 0, 0, 16, 16]]
     assert checkpoint.load_lrm(lrm_xl, resolution=32).sizes.tolist() == [[32, 32, 0, 0, 32, 32]]
     out = train_lpo.train(config)
     assert Image.open(out / "pictures" / "000_after.png").size == (32, 32)
@@ -143,8 +149,9 @@ def test_another_vae_decodes_and_encodes(settings: LPO, tiny_sd: Path, tmp_path:
 
 def test_lrm_training_at_another_resolution(tiny_sdxl: Path, tmp_path: Path) -> None:
     evaluate.write_pairs(tmp_path / "pairs.parquet", 4, 0, held_out=False)
-    out = train_lrm.train(LRM(model=str(tiny_sdxl), pairs=str(tmp_path / "pairs.parquet"), out=str(tmp_path / "run"),
-                              batch_size=2, max_steps=1, warmup_steps=0, num_workers=0, resolution=8 * 4))
+    out = train_lrm.train(LRM(model=str(tiny_sdxl), pairs=str(tmp_path / "pairs.parquet"),
+                              out=str(tmp_path / "run"), batch_size=2, max_steps=1, warmup_steps=0,
+                              num_workers=0, resolution=8 * 4))
     recorded = json.loads((out / selection.FINAL / "lrm.json").read_text())
     assert recorded["resolution"] == 32 and recorded["base"] == str(tiny_sdxl)
     assert checkpoint.load_lrm(out / selection.FINAL).sizes.tolist() == [[32, 32, 0, 0, 32, 32]]
@@ -168,5 +175,6 @@ def test_text_encoders_must_be_whole(tiny_sd: Path, copied) -> None:
     tensors = load_file(file)
     name = next(n for n in tensors if "final_layer_norm.weight" in n)
     save_file({n: t for n, t in tensors.items() if n != name}, file, {"format": "pt"})
-    with pytest.raises(InputError, match="lacks 1 weights, the first 'final_layer_norm.weight'|lacks 1 weights"):
+    with pytest.raises(InputError,
+                       match="lacks 1 weights, the first 'final_layer_norm.weight'|lacks 1 weights"):
         texts.load_text(folder, families.SD)

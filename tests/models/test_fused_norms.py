@@ -28,7 +28,8 @@ def inputs(unet: UNet2DConditionModel) -> tuple[Tensor, Tensor, Tensor, dict | N
     added = None
     if unet.config.addition_embed_type == "text_time":
         pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        added = {"text_embeds": torch.randn(2, pooled).to(DEVICE), "time_ids": torch.ones(2, 6, device=DEVICE)}
+        added = {"text_embeds": torch.randn(2, pooled).to(DEVICE),
+                 "time_ids": torch.ones(2, 6, device=DEVICE)}
     return x.to(DEVICE), torch.tensor([1, 951], device=DEVICE), context.to(DEVICE), added
 
 
@@ -49,7 +50,8 @@ def test_outputs_and_gradients(config: dict, kernels) -> None:
     expected, got = output(plain, *arguments), output(fused, *arguments)
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
     grad = torch.randn_like(expected)
-    expected, got = (torch.autograd.grad(y, list(unet.parameters()), grad) for y, unet in ((expected, plain), (got, fused)))
+    expected, got = (torch.autograd.grad(y, list(unet.parameters()), grad)
+                     for y, unet in ((expected, plain), (got, fused)))
     for (name, _), a, b in zip(plain.named_parameters(), expected, got, strict=True):
         assert (a - b).norm() <= 1e-4 * a.norm() + 1e-6, name
 

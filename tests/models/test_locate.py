@@ -1,4 +1,5 @@
-"""Models by hub name, directory and single file. The hub is a fake that copies a directory; no test needs a network."""
+"""Models by hub name, directory and single file.
+The hub is a fake that copies a directory; no test needs a network."""
 
 import fnmatch
 import json
@@ -20,13 +21,13 @@ from lpo_fast.errors import InputError
 from lpo_fast.lrm import checkpoint
 from lpo_fast.models import denoisers, families, locate, texts, vaes
 from lpo_fast.preflight import models, runs
-from lpo_fast.system import writing
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """Repositories by name; ``snapshot_download`` copies the files that the patterns allow and ``fails`` if told to."""
+    """Repositories by name; ``snapshot_download`` copies the files that the patterns allow and
+    ``fails`` if told to."""
 
     def __init__(self, cache: Path):
         self.cache, self.repos, self.calls, self.fails = cache, {}, [], None
@@ -50,9 +51,11 @@ def hub(tmp_path: Path, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     """A hub with ``org/sd``: the model, beside duplicates and things that nobody needs."""
     fake = Hub(tmp_path / "cache")
     repo = Path(shutil.copytree(tiny_sd, tmp_path / "sd"))
-    for extra in ("sd.safetensors", "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.non_ema.safetensors",
-                  "unet/diffusion_pytorch_model.fp16.safetensors", "vae/model.onnx", "safety_checker/model.safetensors",
-                  "text_encoder/model-00001-of-00002.fp16.safetensors", "text_encoder/flax_model.msgpack", "README.md"):
+    for extra in ("sd.safetensors", "unet/diffusion_pytorch_model.bin",
+                  "unet/diffusion_pytorch_model.non_ema.safetensors",
+                  "unet/diffusion_pytorch_model.fp16.safetensors", "vae/model.onnx",
+                  "safety_checker/model.safetensors", "text_encoder/model-00001-of-00002.fp16.safetensors",
+                  "text_encoder/flax_model.msgpack", "README.md"):
         (repo / extra).parent.mkdir(exist_ok=True)
         (repo / extra).write_text("large")
     fake.repos["org/sd"] = repo
@@ -81,7 +84,8 @@ def test_half_precision_where_there_is_nothing_else(hub: Hub) -> None:
     file.rename(repo / "unet" / "diffusion_pytorch_model.fp16.safetensors")
     folder = locate.locate("org/sd", "--model")
     assert hub.calls == [("org/sd", None), ("org/sd", COMMIT)]  # the second time of the same commit
-    assert [f.name for f in families.weight_files(folder / "unet")] == ["diffusion_pytorch_model.fp16.safetensors"]
+    assert ([f.name for f in families.weight_files(folder / "unet")]
+            == ["diffusion_pytorch_model.fp16.safetensors"])
     assert not list(folder.glob("text_encoder/*fp16*"))
 
 
@@ -91,7 +95,8 @@ def test_a_folder_of_a_repository(hub: Hub, tiny_lrm: Path, tmp_path: Path) -> N
     shutil.copytree(tiny_lrm, repo / "lrm_sdxl")
     hub.repos["org/LRM"] = repo
     folder = locate.locate("org/LRM/lrm_sd15", "--lrm")
-    assert {p.name for p in folder.iterdir()} == {p.name for p in tiny_lrm.iterdir()} and folder.name == "lrm_sd15"
+    assert ({p.name for p in folder.iterdir()} == {p.name for p in tiny_lrm.iterdir()}
+            and folder.name == "lrm_sd15")
     assert not (folder.parent / "lrm_sdxl").exists()
     assert locate.origin(folder) == f"org/LRM/lrm_sd15@{COMMIT}"
 
@@ -119,10 +124,12 @@ RESPONSE = SimpleNamespace(headers={}, request=None)
     (errors.GatedRepoError("no", response=RESPONSE), "requires accepting a license", "--model"),
     (errors.RevisionNotFoundError("no", response=RESPONSE), "has no revision 'abc'", "--revision"),
     (errors.HfHubHTTPError("no", response=RESPONSE), "not in the Hugging Face cache", "--model"),
-    (errors.LocalEntryNotFoundError("no"), "not in the Hugging Face cache, and HF_HUB_OFFLINE is set", "--model"),
+    (errors.LocalEntryNotFoundError("no"), "not in the Hugging Face cache, and HF_HUB_OFFLINE is set",
+     "--model"),
     (ConnectionError("no"), "not in the Hugging Face cache", "--model"),
 ])
-def test_what_the_hub_refuses(hub: Hub, error: Exception, message: str, flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_hub_refuses(hub: Hub, error: Exception, message: str, flag: str,
+                              monkeypatch: pytest.MonkeyPatch) -> None:
     hub.fails = error
     with pytest.raises(InputError, match=message) as caught:
         locate.locate("org/sd", "--model", "abc")
@@ -138,8 +145,9 @@ def test_what_the_hub_refuses(hub: Hub, error: Exception, message: str, flag: st
 def test_a_run_records_the_commit_and_resumes_with_it(hub: Hub, tiny_lrm: Path, tmp_path: Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "prompts.json").write_text('["a red circle", "two"]')
-    settings = LPO(model="org/sd", lrm=str(tiny_lrm), prompts=str(tmp_path / "prompts.json"), out=str(tmp_path / "run"),
-                   max_batches=1, num_steps=2, num_candidates=2, batch_size=2, threshold_min=0, threshold_max=0, pictures=0)
+    settings = LPO(model="org/sd", lrm=str(tiny_lrm), prompts=str(tmp_path / "prompts.json"),
+                   out=str(tmp_path / "run"), max_batches=1, num_steps=2, num_candidates=2, batch_size=2,
+                   threshold_min=0, threshold_max=0, pictures=0)
     out = train_lpo.train(settings)
     assert json.loads((out / "config.json").read_text())["model"] == "org/sd"
     assert json.loads((out / "environment.json").read_text())["models"] == {"org/sd": f"org/sd@{COMMIT}"}
@@ -170,30 +178,36 @@ def test_what_is_known_before_a_model_is_located(hub: Hub, tiny_sd: Path, tiny_s
     assert locate.unet_config("org/name/part@v1")["addition_embed_type"] == "text_time"
     assert asked == [("org/name", "part/unet/config.json", "v1")]
     for width, kind in ((768, {}), (1024, {}), (2048, {"addition_embed_type": "text_time"})):
-        save_file({"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(4, width)},
-                  tmp_path / "one.safetensors")
-        torch.save({"state_dict": load_file(tmp_path / "one.safetensors"), "global_step": 1}, tmp_path / "one.ckpt")
+        save_file({"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight":
+                       torch.zeros(4, width)}, tmp_path / "one.safetensors")
+        torch.save({"state_dict": load_file(tmp_path / "one.safetensors"), "global_step": 1},
+                   tmp_path / "one.ckpt")
         torch.save(load_file(tmp_path / "one.safetensors"), tmp_path / "bare.ckpt")
         for name in ("one.safetensors", "one.ckpt", "bare.ckpt"):
             assert locate.unet_config(str(tmp_path / name)) == {"cross_attention_dim": width} | kind
             assert train.recipe(["lpo", "--model", str(tmp_path / name)]).lpo.rank == (64 if kind else 4)
 
 
-def test_the_recipe_follows_the_model_that_is_named(tiny_sd: Path, tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert train.recipe(["lpo", "--model", str(tiny_sdxl)]) == train.recipe(["lpo", f"--model={tiny_sdxl}"]) == config.sdxl()
+def test_the_recipe_follows_the_model_that_is_named(tiny_sd: Path, tiny_sdxl: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (train.recipe(["lpo", "--model", str(tiny_sdxl)]) == train.recipe(["lpo", f"--model={tiny_sdxl}"])
+            == config.sdxl())
     assert train.recipe(["lpo", "--model", str(tiny_sd)]) == train.recipe(["lpo"]) == config.sd15()
     asked = []
-    monkeypatch.setattr(locate, "unet_config", lambda *a: asked.append(a) or {"addition_embed_type": "text_time"})
-    assert train.recipe(["lrm", "--model=org/xl", "--revision", "v1"]) == config.sdxl() and asked == [("org/xl", "v1")]
+    monkeypatch.setattr(locate, "unet_config",
+                        lambda *a: asked.append(a) or {"addition_embed_type": "text_time"})
+    assert (train.recipe(["lrm", "--model=org/xl", "--revision", "v1"]) == config.sdxl()
+            and asked == [("org/xl", "v1")])
 
 
 # Single files
 
 
 def original_names(folder: Path) -> dict[str, torch.Tensor]:
-    """A tiny SD1.5 under the names of CompVis's single-file checkpoints, for four stages of two layers, and a VAE of two."""
-    resnet = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-              "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+    """A tiny SD1.5 under the names of CompVis's single-file checkpoints, for four stages of two layers,
+    and a VAE of two."""
+    resnet = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+              "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
 
     def block(base: str, rest: str, kind: str) -> str:
         if kind == "resnets":
@@ -206,7 +220,8 @@ def original_names(folder: Path) -> dict[str, torch.Tensor]:
         if top == "time_embedding":
             return rest.replace("linear_1", "time_embed.0").replace("linear_2", "time_embed.2")
         if top in ("conv_in", "conv_norm_out", "conv_out"):
-            return {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}[top] + "." + rest
+            return ({"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}[top] + "."
+                    + rest)
         parts = rest.split(".")
         if top == "mid_block":
             kind, i, tail = parts[0], int(parts[1]), ".".join(parts[2:])
@@ -228,7 +243,8 @@ def original_names(folder: Path) -> dict[str, torch.Tensor]:
             if parts[3].endswith("samplers"):
                 name = f"{parts[0]}.{way}.{stage}.{way}sample.conv.{parts[-1]}"
             else:
-                name = f"{parts[0]}.{way}.{stage}.block.{'.'.join(parts[4:])}".replace("conv_shortcut", "nin_shortcut")
+                name = f"{parts[0]}.{way}.{stage}.block.{'.'.join(parts[4:])}".replace(
+                    "conv_shortcut", "nin_shortcut")
         elif parts[1] == "mid_block" and parts[2] == "resnets":
             name = f"{parts[0]}.mid.block_{int(parts[3]) + 1}.{'.'.join(parts[4:])}"
         elif parts[1] == "mid_block":
@@ -240,15 +256,18 @@ def original_names(folder: Path) -> dict[str, torch.Tensor]:
     def tensors(part: str) -> dict[str, torch.Tensor]:
         (file,) = families.weight_files(folder / part)
         return load_file(file)
-    text = {n if n.startswith("text_model.") else f"text_model.{n}": t for n, t in tensors("text_encoder").items()}
+    text = {n if n.startswith("text_model.") else f"text_model.{n}": t
+            for n, t in tensors("text_encoder").items()}
     return ({f"model.diffusion_model.{unet(n)}": t for n, t in tensors("unet").items()}
             | {f"first_stage_model.{n}": t for n, t in (vae(*pair) for pair in tensors("vae").items())}
             | {f"cond_stage_model.transformer.{n}": t for n, t in text.items()})
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_a_single_file_is_converted_once(tiny_sd: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The configs are those of the directory of the same name beside it; the weights are the file's, all of them."""
+def test_a_single_file_is_converted_once(tiny_sd: Path, tmp_path: Path, suffix: str,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configs are those of the directory of the same name beside it;
+    the weights are the file's, all of them."""
     monkeypatch.setattr(locate.constants, "HF_HOME", str(tmp_path / "home"))
     state, file = original_names(tiny_sd), tmp_path / f"tuned{suffix}"
     save_file(state, file) if suffix == ".safetensors" else torch.save({"state_dict": state}, file)
@@ -263,13 +282,16 @@ def test_a_single_file_is_converted_once(tiny_sd: Path, tmp_path: Path, suffix: 
         first, second = load(folder).state_dict(), load(tiny_sd).state_dict()
         assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in second)
     made = (folder / "model_index.json").stat().st_mtime_ns
-    assert locate.locate(str(file), "--model") == folder and (folder / "model_index.json").stat().st_mtime_ns == made
+    assert (locate.locate(str(file), "--model") == folder
+            and (folder / "model_index.json").stat().st_mtime_ns == made)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-@pytest.mark.parametrize("tensors", [{"a": (2, 3)}, {"x.attn2.to_k.weight": (3,)}, {"x.attn2.to_k.weight": (3, 768),
-                                                                                  "y.attn2.to_k.weight": (3, 1024)}])
-def test_a_single_file_of_no_known_family(tmp_path: Path, tensors: dict, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tensors", [{"a": (2, 3)}, {"x.attn2.to_k.weight": (3,)},
+                                     {"x.attn2.to_k.weight": (3, 768),
+                                      "y.attn2.to_k.weight": (3, 1024)}])
+def test_a_single_file_of_no_known_family(tmp_path: Path, tensors: dict, suffix: str,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locate.constants, "HF_HOME", str(tmp_path / "home"))
     state, file = {name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / f"one{suffix}"
     save_file(state, file) if suffix == ".safetensors" else torch.save({"state_dict": state}, file)
@@ -279,7 +301,8 @@ def test_a_single_file_of_no_known_family(tmp_path: Path, tensors: dict, suffix:
     assert caught.value.key == "--lrm-base" and not (tmp_path / "home").exists()
 
 
-def test_two_processes_convert_a_single_file_once(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_convert_a_single_file_once(tiny_sd: Path, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     """The second waits for the first, and takes what that made; what a killed one left goes."""
     monkeypatch.setattr(locate.constants, "HF_HOME", str(tmp_path / "home"))
     save_file({"x.attn2.to_k.weight": torch.zeros(4, 768)}, tmp_path / "one.safetensors")
@@ -293,32 +316,11 @@ def test_two_processes_convert_a_single_file_once(tiny_sd: Path, tmp_path: Path,
                 time.sleep(0.3)
     monkeypatch.setattr(locate.StableDiffusionPipeline, "from_single_file", lambda *_, **__: Slow())
     with ThreadPoolExecutor(3) as pool:
-        folders = set(pool.map(lambda _: locate.locate(str(tmp_path / "one.safetensors"), "--model"), range(3)))
+        folders = set(pool.map(lambda _: locate.locate(str(tmp_path / "one.safetensors"), "--model"),
+                               range(3)))
     (folder,) = folders
     assert len(made) == 1 and {part.name for part in folder.iterdir()} == {"unet", "vae"}
     assert {p.name for p in folder.parent.iterdir()} == {folder.name, f".{folder.name}.lock"}
-
-
-def test_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    target, other = tmp_path / "it.arrow", tmp_path / "it.arrow2.x-1"
-    other.write_text("not ours")
-    for left in (".it.arrow.node-77.new", "it.arrow.node-78"):
-        (tmp_path / left).mkdir()
-    with pytest.raises(KeyboardInterrupt), writing.make_once(target) as aside:
-        aside.write_text("half")
-        raise KeyboardInterrupt
-    assert {p.name for p in tmp_path.iterdir()} == {other.name, ".it.arrow.lock"}
-    with writing.make_once(target) as aside:
-        aside.write_text("whole")
-    with writing.make_once(target) as aside:
-        assert aside is None and target.read_text() == "whole"
-    monkeypatch.setattr(writing.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
-    with writing.make_once(tmp_path / "folder") as aside:  # another process is faster
-        aside.mkdir()
-        shutil.copytree(tmp_path, tmp_path / "folder", ignore=lambda *_: [p.name for p in tmp_path.iterdir() if p != target])
-    assert "cannot be locked (No locks available)" in capsys.readouterr().err
-    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["it.arrow"]
-    assert {p.name for p in tmp_path.iterdir()} == {other.name, ".it.arrow.lock", "it.arrow", "folder", ".folder.lock"}
 
 
 def test_a_pickle_that_would_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

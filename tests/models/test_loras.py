@@ -53,7 +53,8 @@ def test_a_fresh_lora_changes_nothing_and_alone_trains(tiny_sd: Path) -> None:
 
 
 def test_adapters_are_off_within_the_block_alone(tiny_sd: Path) -> None:
-    plain, unet = output(UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet").eval()), with_lora(tiny_sd)
+    plain, unet = (output(UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet").eval()),
+                   with_lora(tiny_sd))
     adapted, training = output(unet), [p.requires_grad for p in unet.parameters()]
     assert (adapted - plain).abs().max() > 1e-2
     with loras.adapters_off(loras.adapters(unet)):
@@ -108,12 +109,14 @@ def test_exported_lora_is_overwritten_whole(tiny_sd: Path, tmp_path: Path) -> No
         loras.save_lora(with_lora(tiny_sd, rank, rank), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [loras.LORA_DIFFUSERS]
     with safe_open(tmp_path / loras.LORA_DIFFUSERS, "pt") as file:
-        assert {file.get_slice(n).get_shape()[0] for n in file.keys() if "lora_A" in n or ".down." in n} == {2}
+        assert ({file.get_slice(n).get_shape()[0] for n in file.keys() if "lora_A" in n or ".down." in n}
+                == {2})
 
 
 def test_lora_of_another_shape(tiny_sd: Path, tmp_path: Path) -> None:
     loras.save_lora(with_lora(tiny_sd, 4), tmp_path)
-    with pytest.raises(InputError, match=r"tensors differ .* \(4, \d+\) in the file, \(2, \d+\) expected") as caught:
+    with pytest.raises(InputError,
+                       match=r"tensors differ .* \(4, \d+\) in the file, \(2, \d+\) expected") as caught:
         loras.load_lora(with_lora(tiny_sd, 2, 4), tmp_path)
     assert "--rank" in caught.value.remedy and caught.value.key == "--lora"
     with pytest.raises(InputError, match="absent expected"):
@@ -135,15 +138,16 @@ def test_a_lora_computes_the_same_with_another_alpha(tiny_sd: Path, tmp_path: Pa
         (file,) = tmp_path.iterdir()
         tensors = {f"unet.{name}": tensor for name, tensor in load_file(file).items()}
         file.unlink()
-        save_file(tensors, tmp_path / loras.LORA_DIFFUSERS, {"lora_adapter_metadata": '{"unet.lora_alpha": 6}'})
+        save_file(tensors, tmp_path / loras.LORA_DIFFUSERS,
+                  {"lora_adapter_metadata": '{"unet.lora_alpha": 6}'})
     for alpha in (6, 4, 1.5):
         other = with_lora(tiny_sd, 4, alpha, seed=1)
         loras.load_lora(other, tmp_path)
         assert torch.allclose(output(other), output(unet), atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["plain", "rslora", "alpha_pattern", "rank_pattern", "rslora and patterns", "kohya",
-                                  "kohya alphas", "diffusers' names with alphas"])
+@pytest.mark.parametrize("form", ["plain", "rslora", "alpha_pattern", "rank_pattern", "rslora and patterns",
+                                  "kohya", "kohya alphas", "diffusers' names with alphas"])
 def test_a_lora_computes_what_diffusers_loads(tiny_sd: Path, tmp_path: Path, form: str) -> None:
     config = {"r": 4, "lora_alpha": 8, "target_modules": list(TARGETS), "init_lora_weights": "gaussian"}
     config |= {"use_rslora": True} if "rslora" in form else {}
@@ -160,14 +164,16 @@ def test_a_lora_computes_what_diffusers_loads(tiny_sd: Path, tmp_path: Path, for
     if form.startswith("kohya"):
         tensors = {}
         for module in {name.partition(".lora_")[0] for name in state}:
-            alpha = unet.peft_config["default"].alpha_pattern.get("to_q" if module.endswith("to_q") else module[-10:], 8.0)
+            alpha = unet.peft_config["default"].alpha_pattern.get(
+                "to_q" if module.endswith("to_q") else module[-10:], 8.0)
             short = f"lora_unet_{module.replace('.', '_')}"
             tensors |= {f"{short}.lora_down.weight": state[f"{module}.lora_A.weight"],
                         f"{short}.lora_up.weight": state[f"{module}.lora_B.weight"],
                         f"{short}.alpha": torch.tensor(alpha)}
         save_file(tensors, tmp_path / loras.LORA_DIFFUSERS)
     elif form == "diffusers' names with alphas":
-        alphas = {f"unet.{name.removesuffix('.lora_B.weight')}.alpha": torch.tensor(8.0) for name in state if "lora_B" in name}
+        alphas = {f"unet.{name.removesuffix('.lora_B.weight')}.alpha": torch.tensor(8.0) for name in state
+                  if "lora_B" in name}
         save_file({f"unet.{name}": t for name, t in state.items()} | alphas, tmp_path / loras.LORA_DIFFUSERS)
     else:
         StableDiffusionPipeline.save_lora_weights(
@@ -189,7 +195,8 @@ def test_a_lora_computes_what_diffusers_loads(tiny_sd: Path, tmp_path: Path, for
 
 
 @pytest.mark.parametrize("tensors, recorded", [
-    ({}, '{"unet.use_dora": true}'), ({}, '{"unet.lora_bias": true}'), ({}, "{"), ({}, "[]"), ({}, '{"unet.lora_alpha": "x"}'),
+    ({}, '{"unet.use_dora": true}'), ({}, '{"unet.lora_bias": true}'),
+    ({}, "{"), ({}, "[]"), ({}, '{"unet.lora_alpha": "x"}'),
     ({"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.dora_scale": torch.ones(4, 1)}, "{}"),
 ])
 def test_a_lora_that_is_more_than_two_matrices(tmp_path: Path, tensors: dict, recorded: str) -> None:
@@ -202,7 +209,8 @@ def test_a_lora_that_is_more_than_two_matrices(tmp_path: Path, tensors: dict, re
 
 
 def test_files_hold_no_alpha(tiny_sd: Path, tmp_path: Path) -> None:
-    """diffusers before 0.35 and the official form know no alpha but the rank: the files compute B·A without it."""
+    """diffusers before 0.35 and the official form know no alpha but the rank:
+    the files compute B·A without it."""
     unet = with_lora(tiny_sd, 4, 6)
     loras.save_lora(unet, tmp_path)
     with safe_open(tmp_path / loras.LORA_DIFFUSERS, "pt") as file:
@@ -224,7 +232,8 @@ def test_no_lora(tmp_path: Path) -> None:
 def test_official_and_diffusers_file_hold_the_same() -> None:
     official = loras.read_lora(GOLDEN / "lpo_sd15_checkpoint")
     diffusers = loras.read_lora(GOLDEN / loras.LORA_DIFFUSERS)
-    assert official.keys() == diffusers.keys() and all(torch.equal(official[n], diffusers[n]) for n in official)
+    assert (official.keys() == diffusers.keys()
+            and all(torch.equal(official[n], diffusers[n]) for n in official))
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), [1], {"a": 1}, "text"])

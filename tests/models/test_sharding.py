@@ -22,7 +22,8 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 WHOLE_STEPS = STEPS
 for old, new in (
     ('loras.add_lora(unet, 2, 2, ("to_q", "to_out.0"), 0)\nunet.double()', "unet.double()"),
-    ("config = LPO(", 'policy = Policy(unet, text, None, full=True, sharded=True)\nconfig = LPO(max_grad_norm=0.01, '),
+    ("config = LPO(",
+     'policy = Policy(unet, text, None, full=True, sharded=True)\nconfig = LPO(max_grad_norm=0.01, '),
     ("    row = steps", """    with torch.no_grad():
         policy.predict(pairs.x_t, pairs.t, pairs.prompt)
     row = steps"""),
@@ -32,7 +33,8 @@ for old, new in (
     outputs = {"policy": policy.predict(pairs.x_t, pairs.t, pairs.prompt),
                "reference": policy.reference(pairs.x_t, pairs.t, pairs.prompt)}
 state = sharding.whole(states.Trained(unet).state_dict()) | outputs
-held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for network in (unet, policy.frozen) for p in network.parameters())
+held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for network in (unet, policy.frozen)
+           for p in network.parameters())
 row["held"] = held / 2 / sum(p.numel() for p in unet.parameters())"""),
     ("models import loras", "models import loras, sharding"),
 ):
@@ -41,11 +43,13 @@ row["held"] = held / 2 / sum(p.numel() for p in unet.parameters())"""),
 
 
 def test_equal_global_batches_give_equal_weights(tiny_sd: Path, tmp_path: Path) -> None:
-    """Five SGD steps in float64, clipped; most tensors have rows that 3 does not divide; each process holds its part alone."""
+    """Five SGD steps in float64, clipped; most tensors have rows that 3 does not divide;
+    each process holds its part alone."""
     (tmp_path / "steps.py").write_text(WHOLE_STEPS)
     made = {}
     for count in (1, 3):
-        done = processes(count, str(tmp_path / "steps.py"), str(tiny_sd), str(tmp_path / f"{count}.pt"), folder=tmp_path)
+        done = processes(count, str(tmp_path / "steps.py"), str(tiny_sd), str(tmp_path / f"{count}.pt"),
+                         folder=tmp_path)
         assert done.returncode == 0, done.stderr
         made[count] = torch.load(tmp_path / f"{count}.pt")
     weights, row = made[1]
@@ -85,16 +89,17 @@ train_lpo.train(replace(settings, out=f"{out}/stopped", resume=True))
 train_lpo.train(replace(settings, out=f"{out}/average", ema_decay=0.5, max_batches=1))
 train_lpo.train(replace(settings, out=f"{out}/average", ema_decay=0.5, resume=True))
 train_lpo.train(replace(settings, out=f"{out}/second", resume_from=f"{out}/whole/checkpoint_0"))
-train_lpo.train(replace(settings, out=f"{out}/bf16", max_batches=1, mixed_precision="bf16", checkpointing="full",
-                        fused_norms=True))
+train_lpo.train(replace(settings, out=f"{out}/bf16", max_batches=1, mixed_precision="bf16",
+                        checkpointing="full", fused_norms=True))
 """
 
 
 def settings(model: str, lrm: str, prompts: str) -> config.LPO:
     """Two epochs of two batches for two processes, the last of which leaves one of them without a prompt."""
-    return replace(config.shapes().lpo, model=model, lrm=lrm, prompts=prompts, epochs=2, batch_size=2, num_steps=3,
-                   train_batch_size=2, threshold_min=0.0, threshold_max=0.001, max_batches=0, learning_rate=1e-3, full=True,
-                   pictures=1, validation_prompts=("a red circle",), validation_pictures=1, mixed_precision="no")
+    return replace(config.shapes().lpo, model=model, lrm=lrm, prompts=prompts, epochs=2, batch_size=2,
+                   num_steps=3, train_batch_size=2, threshold_min=0.0, threshold_max=0.001, max_batches=0,
+                   learning_rate=1e-3, full=True, pictures=1, validation_prompts=("a red circle",),
+                   validation_pictures=1, mixed_precision="no")
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +118,8 @@ def cut(tiny_lrm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 def rows(run: Path, kind: str = "train") -> list[dict]:
     """A run's metrics."""
     made = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in row.items() if key != "kind"} for row in made if row["kind"] == kind]
+    return [{key: value for key, value in row.items() if key != "kind"} for row in made
+            if row["kind"] == kind]
 
 
 def equal(first: Path, second: Path, tolerance: float = 0.0) -> bool:
@@ -125,7 +131,8 @@ def equal(first: Path, second: Path, tolerance: float = 0.0) -> bool:
 def test_the_run_of_one_process(cut: tuple, tmp_path: Path) -> None:
     """Its steps, pictures and files; the state holds whole tensors."""
     folder, alone = cut
-    whole, one = folder / "whole", train_lpo.train(replace(alone, out=str(tmp_path / "one"), shard=True))  # cuts nothing
+    # cuts nothing
+    whole, one = folder / "whole", train_lpo.train(replace(alone, out=str(tmp_path / "one"), shard=True))
     assert len(rows(one)) == len(rows(whole)) > 4
     assert all(a == pytest.approx(b, rel=1e-3, abs=1e-5) for a, b in zip(rows(one), rows(whole), strict=True))
     for file in (WEIGHTS, f"checkpoint_0/{WEIGHTS}", f"checkpoint_1/{WEIGHTS}"):
@@ -141,9 +148,11 @@ def test_the_run_of_one_process(cut: tuple, tmp_path: Path) -> None:
 
 
 def test_resumed_runs_are_exact(cut: tuple) -> None:
-    """Stopped inside a batch by a signal to one process; started again from a checkpoint, with the same reference."""
+    """Stopped inside a batch by a signal to one process;
+    started again from a checkpoint, with the same reference."""
     folder, _ = cut
-    assert (folder / "stopped" / "metrics.jsonl").read_bytes() == (folder / "whole" / "metrics.jsonl").read_bytes()
+    assert ((folder / "stopped" / "metrics.jsonl").read_bytes()
+            == (folder / "whole" / "metrics.jsonl").read_bytes())
     for run in ("stopped", "second"):
         assert equal(folder / run / WEIGHTS, folder / "whole" / WEIGHTS)
     assert 0 < len(rows(folder / "second")) < len(rows(folder / "whole"))
@@ -153,12 +162,14 @@ def test_resumed_runs_are_exact(cut: tuple) -> None:
 def test_other_numbers_of_processes_go_on(cut: tuple, tmp_path: Path, copied) -> None:
     """One, from the checkpoint and from the state of two."""
     folder, alone = cut
-    second = train_lpo.train(replace(alone, out=str(tmp_path / "second"), resume_from=str(folder / "whole" / "checkpoint_0")))
+    second = train_lpo.train(replace(alone, out=str(tmp_path / "second"),
+                                     resume_from=str(folder / "whole" / "checkpoint_0")))
     assert all(a == pytest.approx(b, rel=1e-3, abs=1e-5)
                for a, b in zip(rows(second), rows(folder / "second"), strict=True))
     ended = copied(folder / "average")
     before = load_file(ended / WEIGHTS)
-    train_lpo.train(replace(alone, out=str(ended), ema_decay=0.5, resume=True, batch_size=2, train_batch_size=2))
+    train_lpo.train(replace(alone, out=str(ended), ema_decay=0.5, resume=True, batch_size=2,
+                            train_batch_size=2))
     after = load_file(ended / WEIGHTS)
     assert all(torch.equal(before[name], after[name]) for name in before)  # nothing was left to do
     assert not equal(ended / WEIGHTS, folder / "whole" / WEIGHTS, 1e-5)
@@ -171,7 +182,8 @@ def test_the_average_of_a_resumed_run(cut: tuple, tmp_path: Path) -> None:
 
 
 def test_bf16(cut: tuple, tmp_path: Path) -> None:
-    """What is rounded is the weights that come together: those that train stay in fp32. With recomputation, fused norms."""
+    """What is rounded is the weights that come together: those that train stay in fp32.
+    With recomputation, fused norms."""
     folder, alone = cut
     one = train_lpo.train(replace(alone, out=str(tmp_path / "one"), max_batches=1, mixed_precision="bf16"))
     first, other = rows(one)[0], rows(folder / "bf16")[0]

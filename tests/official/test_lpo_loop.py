@@ -1,6 +1,8 @@
-"""bench/official/loop.py, our statement of the official computation, and the loop: equal pairs, loss and gradients.
+"""bench/official/loop.py, our statement of the official computation, and the loop:
+equal pairs, loss and gradients.
 
-The statement's own correctness rests on bench/official/check.py and tests/golden, which hold the loop to the official code.
+The statement's own correctness rests on bench/official/check.py and tests/golden,
+which hold the loop to the official code.
 """
 
 import json
@@ -31,7 +33,8 @@ from tests.helpers.models import update as update_of
 
 PROMPTS = world.captions(held_out=False)[:3]
 RUN = 1e-4  # max|a − b| / max|b| after a whole sampling run in fp32, as in README.md
-STEP = 8e-5  # of a training step's gradients, to which β times the rounding of log densities is added, as in README.md
+# of a training step's gradients, to which β times the rounding of log densities is added, as in README.md
+STEP = 8e-5
 
 
 class Counted(Random):
@@ -73,9 +76,9 @@ def config(request: pytest.FixtureRequest, tmp_path: Path, tiny_sd: Path, tiny_l
     for parameter in loras.trainable(lora):
         parameter.data = 0.2 * torch.randn_like(parameter)
     loras.save_lora(lora, tmp_path / "lora")
-    return LPO(model=str(model), lrm=str(lrm), prompts=str(tmp_path / "prompts.json"), num_steps=5, num_candidates=3,
-               lora=str(tmp_path / "lora"), mixed_precision="no", train_batch_size=100, beta=50.0, max_grad_norm=1e9,
-               threshold_min=0.0, threshold_max=0.001)
+    return LPO(model=str(model), lrm=str(lrm), prompts=str(tmp_path / "prompts.json"), num_steps=5,
+               num_candidates=3, lora=str(tmp_path / "lora"), mixed_precision="no", train_batch_size=100,
+               beta=50.0, max_grad_norm=1e9, threshold_min=0.0, threshold_max=0.001)
 
 
 class Both:
@@ -88,12 +91,14 @@ class Both:
         self.official = official_loop.load(config, PROMPTS, DEVICE)
         if config.lora:
             loras.load_lora(self.official.unet, Path(config.lora))
-        self.shape, self.index = policies.latent_shape(config, self.policy.unet), torch.arange(len(PROMPTS), device=DEVICE)
+        self.shape, self.index = (policies.latent_shape(config, self.policy.unet),
+                                  torch.arange(len(PROMPTS), device=DEVICE))
 
     def ours(self) -> LatentPairs:
-        gap = select.gaps(self.sched, self.config.threshold_shape, self.config.threshold_min, self.config.threshold_max)
-        return batches.sample_pairs(self.policy, self.judge, self.sched, gap, self.shape, self.index, self.config, 1,
-                                      slots=len(self.index))[0]
+        gap = select.gaps(self.sched, self.config.threshold_shape, self.config.threshold_min,
+                          self.config.threshold_max)
+        return batches.sample_pairs(self.policy, self.judge, self.sched, gap, self.shape, self.index,
+                                    self.config, 1, slots=len(self.index))[0]
 
     def stated(self) -> official_loop.Pairs:
         draw = Counted((self.config.seed, 1, self.index), self.shape, self.config.num_candidates)
@@ -110,7 +115,8 @@ def error(a: Tensor, b: Tensor) -> float:
 def modules_called() -> Iterator[Counter]:
     """How often a module of each class runs inside."""
     called: Counter = Counter()
-    hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _: called.update([type(module).__name__]))
+    hook = nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: called.update([type(module).__name__]))
     yield called
     hook.remove()
 
@@ -129,35 +135,41 @@ def test_pairs_loss_and_gradients(config: LPO) -> None:
     middle = len(margin) // 2
     assert margin[middle] - margin[middle - 1] > 1e-5
     between = torch.tanh((margin[middle] + margin[middle - 1]) / 4).item()
-    both.config = both.official.config = config = replace(config, threshold_shape="none", threshold_min=between)
+    both.config = both.official.config = config = replace(config, threshold_shape="none",
+                                                          threshold_min=between)
     ours, stated = both.ours(), both.stated()
     assert len(ours.t) == len(stated.t) == len(margin) - middle
     assert ours.t.tolist() == stated.t.tolist() and ours.prompt.tolist() == stated.prompt.tolist()
     for name in ("x_t", "winner", "loser"):
         assert error(getattr(ours, name), getattr(stated, name)) < RUN, name
-    same = LatentPairs(stated.x_t, stated.winner, stated.loser, stated.t, stated.prompt, torch.ones_like(stated.t, dtype=torch.bool))
+    same = LatentPairs(stated.x_t, stated.winner, stated.loser, stated.t, stated.prompt,
+                       torch.ones_like(stated.t, dtype=torch.bool))
     gradients, metrics = step_of_ours(both.policy, both.sched, same, config)
     loss, (win, lose, *densities) = both.official.loss(stated)
     loss.backward()
     assert (win != lose).any() and 0.01 < (win - lose).abs().max() < 0.2
-    rounding = STEP + 2 * config.beta * torch.finfo(torch.float32).eps * max(d.abs().max().item() for d in densities)
-    expected = [loss, win.mean(), lose.mean(), *(d.exp().mean() for d in densities), (win > lose).float().mean(),
-                (win - lose).mean()]
+    rounding = (STEP + 2 * config.beta * torch.finfo(torch.float32).eps
+                * max(d.abs().max().item() for d in densities))
+    expected = [loss, win.mean(), lose.mean(), *(d.exp().mean() for d in densities),
+                (win > lose).float().mean(), (win - lose).mean()]
     assert metrics.tolist() == pytest.approx([x.item() for x in expected], rel=rounding, abs=1e-6)
     assert len(gradients) == len(both.official.parameters) > 20
     largest = max(p.grad.abs().max().item() for p in both.official.parameters)
     for got, parameter in zip(gradients, both.official.parameters, strict=True):
-        # Queries and keys of attention over a single place have no gradient: what is there is rounding of the others.
+        # Queries and keys of attention over a single place have no gradient:
+        # what is there is rounding of the others.
         limit = rounding * parameter.grad.abs().max().item() + torch.finfo(torch.float32).eps * largest
         assert (got - parameter.grad).abs().max().item() < limit
     assert rounding < 1e-3 and largest > 0.01
 
 
-def step_of_ours(model: Policy, sched: Schedule, pairs: LatentPairs, config: LPO) -> tuple[list[Tensor], Tensor]:
+def step_of_ours(model: Policy, sched: Schedule, pairs: LatentPairs,
+                 config: LPO) -> tuple[list[Tensor], Tensor]:
     """The gradients that the optimizer is given in a training step, and the step's metrics."""
     given: list[Tensor] = []
     optimizer = optimization.optimizer("adamw", model.unet.parameters(), lr=1e-4, weight_decay=0.0)
-    optimizer.register_step_pre_hook(lambda *_: given.extend(p.grad.clone() for p in loras.trainable(model.unet)))
+    optimizer.register_step_pre_hook(lambda *_: given.extend(p.grad.clone()
+                                                             for p in loras.trainable(model.unet)))
     update = update_of(optimizer, config.train_batch_size, config.max_grad_norm)
     metrics = steps.train_step(model, sched, pairs, update, config)
     return given, metrics[:-1]
@@ -171,7 +183,8 @@ def test_thresholds(tiny_sd: Path, tiny_lrm: Path, shape: str) -> None:
     _, sched = policies.load(config, PROMPTS, DEVICE)
     low = config.threshold_min
     gap = select.gaps(sched, shape, low, low if shape == "none" else config.threshold_max)[sched.timesteps]
-    assert official.threshold(sched.timesteps).tolist() == pytest.approx(torch.tanh(gap / 2).tolist(), rel=1e-5)
+    assert (official.threshold(sched.timesteps).tolist()
+            == pytest.approx(torch.tanh(gap / 2).tolist(), rel=1e-5))
 
 
 def test_evaluations(tiny_sd: Path, tiny_lrm: Path) -> None:
@@ -182,7 +195,8 @@ def test_evaluations(tiny_sd: Path, tiny_lrm: Path) -> None:
     unet, mid, text = "UNet2DConditionModel", "UNetMidBlock2DCrossAttn", "CLIPTextModel"
     with modules_called() as sampling:
         pairs = both.ours()
-    assert (sampling[unet], sampling[mid], sampling[text]) == (4, 4 + 4, 0)  # the LRM runs the mid block alone
+    # the LRM runs the mid block alone
+    assert (sampling[unet], sampling[mid], sampling[text]) == (4, 4 + 4, 0)
     with modules_called() as training:
         step_of_ours(both.policy, both.sched, pairs, config)
     assert (training[unet], training[text]) == (2, 0)
@@ -201,7 +215,8 @@ def test_official_randomness(tiny_sd: Path, tiny_lrm: Path) -> None:
     official, draws = official_loop.load(config, PROMPTS, DEVICE), []
     for _ in range(2):
         torch.manual_seed(3)
-        draws.append(official.sample(torch.arange(3, device=DEVICE), Random((3, 4, 8, 8), 2, DEVICE, torch.float32))[0])
+        draws.append(official.sample(torch.arange(3, device=DEVICE),
+                                     Random((3, 4, 8, 8), 2, DEVICE, torch.float32))[0])
     assert len(draws[0].t) == 9 and all(a.equal(b) for a, b in zip(*draws, strict=True))
     before = [p.detach().clone() for p in official.parameters]
     assert len(official.train(draws[0])) == 3

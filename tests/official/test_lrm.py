@@ -1,4 +1,5 @@
-"""The official LRM launch, key by key against semantics section 3; every refusal names its key and a remedy."""
+"""The official LRM launch, key by key against semantics section 3; every refusal names its key and a remedy.
+"""
 
 import os
 from dataclasses import asdict, replace
@@ -17,25 +18,27 @@ TABLE = "dataset.pseudo_preference_path=../vqa_aes_clip_score_mp.csv"  # as the 
 # What the shipped files mean, SD1.5 and SDXL where they differ, on 8 processes.
 SHIPPED = {
     "batch_size": (128, 32), "num_workers": 2, "pairs": "yuvalkirstain/pickapic_v1",
-    "validation_pairs": "yuvalkirstain/pickapic_v1", "test_pairs": "yuvalkirstain/pickapic_v1", "cache_dir": "",
-    "train_split": "train", "validation_split": "validation_unique", "test_split": "test_unique", "columns": Columns(),
-    "constant_timestep": 1, "variable_timestep": True, "largest_timestep": 951, "keep_only_different": False,
+    "validation_pairs": "yuvalkirstain/pickapic_v1", "test_pairs": "yuvalkirstain/pickapic_v1",
+    "cache_dir": "", "train_split": "train", "validation_split": "validation_unique",
+    "test_split": "test_unique", "columns": Columns(), "constant_timestep": 1,
+    "variable_timestep": True, "largest_timestep": 951, "keep_only_different": False,
     "keep_only_with_label": False, "keep_only_with_label_in_validation": True, "filter_strategy": 2,
     "scores": "../vqa_aes_clip_score_mp.csv", "compare_between_timestep": False, "timestep_interval": 1,
     "limit_examples_per_prompt": 0, "only_on_best": False, "hflip": False,
     "model": ("sd-legacy/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0"),
-    "clip": ("openai/clip-vit-large-patch14/pytorch_model.bin", ""), "vae": ("", "madebyollin/sdxl-vae-fp16-fix"),
-    "logit_scale": 2.6592, "freeze_text_encoder": False, "multi_scale": True, "multi_scale_cfg": False,
-    "guidance_scale": (7.5,), "noise_offset": 0.0, "loss_type": "pair", "batch_coeff": 1.0, "aux_loss_coeff": 1.0,
-    "learning_rate": 1e-5, "weight_decay": 0.3, "warmup_steps": (500, 1000), "warmup": "log", "mixed_precision": "bf16",
-    "tracker_project": "reward_model", "resume": False, "accumulate": 1, "max_steps": (4000, 8000), "validate_steps": 100,
-    "save_steps": 100, "eval_on_start": True, "keep_checkpoints": 1, "save_only_if_best": True, "keep_best": True,
-    "max_grad_norm": 1.0, "log_with": "wandb", "seed": 42,
+    "clip": ("openai/clip-vit-large-patch14/pytorch_model.bin", ""),
+    "vae": ("", "madebyollin/sdxl-vae-fp16-fix"), "logit_scale": 2.6592, "freeze_text_encoder": False,
+    "multi_scale": True, "multi_scale_cfg": False, "guidance_scale": (7.5,), "noise_offset": 0.0,
+    "loss_type": "pair", "batch_coeff": 1.0, "aux_loss_coeff": 1.0, "learning_rate": 1e-5,
+    "weight_decay": 0.3, "warmup_steps": (500, 1000), "warmup": "log", "mixed_precision": "bf16",
+    "tracker_project": "reward_model", "resume": False, "accumulate": 1, "max_steps": (4000, 8000),
+    "validate_steps": 100, "save_steps": 100, "eval_on_start": True, "keep_checkpoints": 1,
+    "save_only_if_best": True, "keep_best": True, "max_grad_norm": 1.0, "log_with": "wandb", "seed": 42,
     "run_name": ("step_sd15_variable-t_lr1e-5_step-4000_multiscale_cfg7.5_filter2_time951",
                  "step_sdxl_variable-t_lr1e-5_step-8000_multiscale_cfg7.5_filter2_time951"),
 }
-NOT_OFFICIAL = {"revision", "compile", "resolution", "optimizer", "fused_norms", "max_corrupt", "final_checkpoint", "tracker_entity",
-                "out", "dry_run", "cache_latents", "deterministic"}
+NOT_OFFICIAL = {"revision", "compile", "resolution", "optimizer", "fused_norms", "max_corrupt",
+                "final_checkpoint", "tracker_entity", "out", "dry_run", "cache_latents", "deterministic"}
 
 
 def parse(*overrides: str, name: str = "step_sd15", folder: str = HERE) -> LRM:
@@ -46,7 +49,8 @@ def parse(*overrides: str, name: str = "step_sd15", folder: str = HERE) -> LRM:
 def test_the_shipped_files(monkeypatch: pytest.MonkeyPatch, capsys, family: int) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     parsed = parse(name=("step_sd15", "step_sdxl_base")[family])
-    expected = {key: value[family] if isinstance(value, tuple) and len(value) == 2 else value for key, value in SHIPPED.items()}
+    expected = {key: value[family] if isinstance(value, tuple) and len(value) == 2 else value
+                for key, value in SHIPPED.items()}
     assert {key: getattr(parsed, key) for key in expected} == expected
     assert parsed.out == f"logs/lrm/reward_model/{parsed.run_name}"
     assert SHIPPED.keys() | NOT_OFFICIAL == asdict(parsed).keys()  # no field is forgotten
@@ -57,30 +61,36 @@ def test_the_shipped_files(monkeypatch: pytest.MonkeyPatch, capsys, family: int)
 
 @pytest.mark.parametrize("overrides", [(), (
     "dataset.batch_size=2", "accelerator.gradient_accumulation_steps=3", "dataset.processor.no_hflip=False",
-    "dataset.keep_only_with_pesudo_preference=False", "dataset.limit_examples_per_prompt=7", "model.guidance_scale=1",
-    "accelerator.mixed_precision=NO", "accelerator.limit_num_checkpoints=-1", "accelerator.log_with=null",
-    "dataset.image_1_column_name=rejected", "accelerator.seed=3")])
+    "dataset.keep_only_with_pesudo_preference=False", "dataset.limit_examples_per_prompt=7",
+    "model.guidance_scale=1", "accelerator.mixed_precision=NO", "accelerator.limit_num_checkpoints=-1",
+    "accelerator.log_with=null", "dataset.image_1_column_name=rejected", "accelerator.seed=3")])
 @pytest.mark.parametrize("family", [0, 1])
-def test_the_configuration_that_a_run_writes_is_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: int,
-                                                        overrides: tuple[str, ...]) -> None:
+def test_the_configuration_that_a_run_writes_is_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                        family: int, overrides: tuple[str, ...]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    parsed = parse(*overrides, *["model.noise_offset=True"] * family, name=("step_sd15", "step_sdxl_base")[family])
+    parsed = parse(*overrides, *["model.noise_offset=True"] * family,
+                   name=("step_sd15", "step_sdxl_base")[family])
     (tmp_path / "config.yaml").write_text(lrm.render(parsed, ("sd", "sdxl")[family], 2))
     assert lrm.parse(["--config-path", str(tmp_path), "--config-name", "config"]) == parsed
 
 
 def test_our_recipe_is_the_shipped_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The defaults of LRM are what the shipped file says, but for where things lie and how they are logged."""
+    """The defaults of LRM are what the shipped file says, but for where things lie and how they are logged.
+    """
     monkeypatch.setenv("WORLD_SIZE", "8")
-    places = {key: getattr(LRM(), key) for key in ("pairs", "validation_pairs", "test_pairs", "scores", "model", "clip", "out",
-                                                   "log_with", "run_name", "mixed_precision")}
+    places = {key: getattr(LRM(), key)
+              for key in ("pairs", "validation_pairs", "test_pairs", "scores", "model", "clip", "out",
+                          "log_with", "run_name", "mixed_precision")}
     assert replace(parse(), **places) == LRM()
 
 
 @pytest.mark.parametrize("override, field, value", [
-    ("dataset.batch_size=3", "batch_size", 3), ("accelerator.gradient_accumulation_steps=4", "batch_size", 64),
-    ("accelerator.gradient_accumulation_steps=4", "accumulate", 4), ("dataset.num_workers=0", "num_workers", 0),
-    ("dataset.dataset_name=pairs.parquet", "pairs", "pairs.parquet"), ("dataset.cache_dir=/c", "cache_dir", "/c"),
+    ("dataset.batch_size=3", "batch_size", 3),
+    ("accelerator.gradient_accumulation_steps=4", "batch_size", 64),
+    ("accelerator.gradient_accumulation_steps=4", "accumulate", 4),
+    ("dataset.num_workers=0", "num_workers", 0),
+    ("dataset.dataset_name=pairs.parquet", "pairs", "pairs.parquet"),
+    ("dataset.cache_dir=/c", "cache_dir", "/c"),
     ("dataset.valid_split_name=held", "validation_split", "held"),
     ("dataset.variable_timestep=False", "variable_timestep", False),
     ("dataset.caption_column_name='images[0]'", "columns", Columns(caption="images[0]")),
@@ -93,7 +103,8 @@ def test_our_recipe_is_the_shipped_one(monkeypatch: pytest.MonkeyPatch) -> None:
     ("dataset.processor.no_hflip=False", "hflip", True),
     ("model.guidance_scale=1", "guidance_scale", (1.0,)), ("model.vae_path=/vae", "vae", "/vae"),
     ("optimizer.lr=3e-6", "learning_rate", 3e-6), ("accelerator.mixed_precision=NO", "mixed_precision", "no"),
-    ("accelerator.log_with=null", "log_with", ""), ("accelerator.limit_num_checkpoints=-1", "keep_checkpoints", 0),
+    ("accelerator.log_with=null", "log_with", ""),
+    ("accelerator.limit_num_checkpoints=-1", "keep_checkpoints", 0),
     ("accelerator.run_name=mine", "out", "logs/lrm/reward_model/mine"), ("output_dir=here", "out", "here"),
     ("++accelerator.seed=7", "seed", 7), ("accelerator.max_steps=2000", "max_steps", 2000),
     ("criterion.loss_type=both", "loss_type", "both"), ("accelerator.dynamo_backend=NO", "seed", 42),
@@ -107,7 +118,8 @@ def test_overrides(override: str, field: str, value: object) -> None:
 
 def test_noise_offset_of_sdxl() -> None:
     for switch, expected in (("True", 0.1), ("False", 0.0)):
-        parsed = parse(f"model.noise_offset={switch}", "model.noise_offset_coeff=0.1", name="step_sdxl_base.yaml")
+        parsed = parse(f"model.noise_offset={switch}", "model.noise_offset_coeff=0.1",
+                       name="step_sdxl_base.yaml")
         assert parsed.noise_offset == expected
 
 
@@ -115,7 +127,8 @@ def test_noise_offset_of_sdxl() -> None:
     ("debug.activate=True", "debug.activate", "PyCharm"),
     ("accelerator.debug.activate=True", "accelerator.debug.activate", "PyCharm"),
     ("accelerator.dynamo_backend=INDUCTOR", "accelerator.dynamo_backend", "compilation"),
-    ("accelerator.deepspeed.zero_optimization.stage=3", "accelerator.deepspeed.zero_optimization.stage", "without DeepSpeed"),
+    ("accelerator.deepspeed.zero_optimization.stage=3",
+     "accelerator.deepspeed.zero_optimization.stage", "without DeepSpeed"),
     ("accelerator.deepspeed.new=1", "accelerator.deepspeed.new", "is not an official key"),
     ("accelerator.metric_name=num_samples", "accelerator.metric_name", "validation accuracy"),
     ("accelerator.mixed_precision=FP16", "accelerator.mixed_precision", "is not a precision of LRM training"),
@@ -126,23 +139,27 @@ def test_noise_offset_of_sdxl() -> None:
     ("dataset.from_disk=True", "dataset.dataset_name", "no such directory"),
     ("optimizer=adamw", "optimizer", "replaces a part"),
     ("model.noise_offset=True", "model.noise_offset", "is not an official key for sd"),
-    ("criterion.loss_type=x", "criterion.loss_type", "is not a loss"), ("optimizer.lr=fast", "optimizer.lr", "is not a number"),
+    ("criterion.loss_type=x", "criterion.loss_type", "is not a loss"),
+    ("optimizer.lr=fast", "optimizer.lr", "is not a number"),
     ("accelerator.max_steps=null", "accelerator.max_steps", "is not a whole number"),
     ("accelerator.max_steps=1.5", "accelerator.max_steps", "is not a whole number"),
-    ("model.multi_scale=7", "model.multi_scale", "is not True or False"), ("optimizer.lr=[", "optimizer.lr", "cannot be read"),
+    ("model.multi_scale=7", "model.multi_scale", "is not True or False"),
+    ("optimizer.lr=[", "optimizer.lr", "cannot be read"),
     ("output_dir=${nowhere}", "output_dir", "not a key that can be substituted"),
     ("output_dir=${output_dir}", "output_dir", "not a key that"),
-    ("output_dir=${oc.env:HOME}", "output_dir", "not a key that can be substituted"), ("~dataset.batch_size", "", "is not key=value"),
-    ("--multirun", "", "is not an option"),
+    ("output_dir=${oc.env:HOME}", "output_dir", "not a key that can be substituted"),
+    ("~dataset.batch_size", "", "is not key=value"), ("--multirun", "", "is not an option"),
 ])
 def test_refusals(override: str, key: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
         parse(override)
-    assert caught.value.key == key and message in caught.value.problem and caught.value.remedy and caught.value.value
+    assert (caught.value.key == key and message in caught.value.problem and caught.value.remedy
+            and caught.value.value)
 
 
 def test_an_unknown_key_names_the_nearest() -> None:
-    with pytest.raises(InputError, match="dataset.pseudo_preference_pth .*the nearest is dataset.pseudo_preference_path"):
+    with pytest.raises(InputError,
+                       match="dataset.pseudo_preference_pth .*the nearest is dataset.pseudo_preference_path"):
         parse("dataset.pseudo_preference_pth=x.csv")
 
 
@@ -161,7 +178,8 @@ def test_where_the_file_is_looked_for(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "trainer" / "conf" / "step_sd15.yaml").write_text((Path(HERE) / "step_sd15.yaml").read_text())
     monkeypatch.chdir(tmp_path)
     assert parse(folder="../conf").largest_timestep == 951
-    for argv in (["--config-path=../conf", "--config-name=step_sd15", TABLE], ["-cp", "../conf", "-cn", "step_sd15", TABLE]):
+    for argv in (["--config-path=../conf", "--config-name=step_sd15", TABLE],
+                 ["-cp", "../conf", "-cn", "step_sd15", TABLE]):
         assert lrm.parse(argv) == parse(folder="../conf")
     with pytest.raises(InputError, match="--config-path .*no step_sd16.yaml there"):
         parse(name="step_sd16", folder="../conf")
@@ -187,8 +205,9 @@ def test_class_defaults_where_the_file_says_nothing(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text("defaults: [step_sd_config]")
     parsed = parse(name="c", folder=str(tmp_path))
-    assert (parsed.batch_size, parsed.largest_timestep, parsed.variable_timestep, parsed.guidance_scale, parsed.learning_rate,
-            parsed.filter_strategy, parsed.mixed_precision, parsed.out) == (4, 751, False, (1.0,), 3e-6, 0, "no", "outputs")
+    assert ((parsed.batch_size, parsed.largest_timestep, parsed.variable_timestep, parsed.guidance_scale,
+             parsed.learning_rate, parsed.filter_strategy, parsed.mixed_precision, parsed.out)
+            == (4, 751, False, (1.0,), 3e-6, 0, "no", "outputs"))
     assert parsed.resume is False  # resume_from_checkpoint is True, and nothing is there
     os.mkdir("outputs")
     (tmp_path / "outputs" / "state.pt").write_text("a state")

@@ -26,7 +26,8 @@ PAIRS = 5
 
 @pytest.fixture(params=["sd15", "sdxl"])
 def run(request: pytest.FixtureRequest, tiny_sd: Path) -> SimpleNamespace:
-    """A step in miniature, with ties and with prompts of several pairs: the loop's parts, its batch, and the statement."""
+    """A step in miniature, with ties and with prompts of several pairs:
+    the loop's parts, its batch, and the statement."""
     model = tiny_sd if request.param == "sd15" else request.getfixturevalue("tiny_sdxl")
     config = LRM(model=str(model), mixed_precision="no", logit_scale=3.0, max_grad_norm=0.1)
     lrm = checkpoint.new_lrm(model, generator=torch.Generator().manual_seed(config.seed)).to(DEVICE).train()
@@ -46,7 +47,8 @@ def ours(run: SimpleNamespace) -> Tensor:
     """The loss; gradients are left on the parameters."""
     mean, std = run.encoder.posterior(run.batch)
     weight = (1 / run.batch["counts"]).sum()
-    loss, _ = steps.pair_loss(run.lrm, run.encoder, run.batch | {"mean": mean, "std": std}, 0, run.config, weight)
+    loss, _ = steps.pair_loss(run.lrm, run.encoder, run.batch | {"mean": mean, "std": std}, 0, run.config,
+                              weight)
     loss.backward()
     return loss.detach()
 
@@ -64,7 +66,8 @@ def stated(run: SimpleNamespace, step: Callable) -> Tensor | float:
 def batches(lrm: nn.Module, vae: nn.Module) -> Counter:
     """What the networks will be given from now on."""
     counted: Counter = Counter()
-    for name, modules in {"text": lrm.text_encoders, "denoiser": [lrm.unet.mid_block], "pictures": [vae.encoder]}.items():
+    for name, modules in {"text": lrm.text_encoders, "denoiser": [lrm.unet.mid_block],
+                          "pictures": [vae.encoder]}.items():
         def hook(_, args: tuple, kwargs: dict, name: str = name) -> None:
             counted[name] += len((*args, *kwargs.values())[0])
         for module in modules:
@@ -92,7 +95,8 @@ def test_loss_and_gradients(run: SimpleNamespace) -> None:
 
 
 def test_evaluations(run: SimpleNamespace) -> None:
-    """Sequences, denoiser passes and pictures of a step: B + 1 sequences an encoder in ours, 2B in the statement."""
+    """Sequences, denoiser passes and pictures of a step:
+    B + 1 sequences an encoder in ours, 2B in the statement."""
     encoders, official = len(run.lrm.text_encoders), run.official
     counted = batches(run.lrm, run.encoder.vae)
     ours(run)

@@ -16,7 +16,8 @@ def bench(tmp_path: Path, tiny_sd: Path, tiny_lrm: Path, copied) -> Bench:
 @pytest.fixture
 def lpo(bench: Bench) -> LPO:
     """An LPO run that could start."""
-    return LPO(model=str(bench.sd), lrm=str(bench.lrm), prompts=bench.file("prompts.txt", "a red circle\ntwo\n"),
+    return LPO(model=str(bench.sd), lrm=str(bench.lrm),
+               prompts=bench.file("prompts.txt", "a red circle\ntwo\n"),
                out=str(bench.tmp / "runs" / "out"), pictures=0, max_batches=1)
 
 

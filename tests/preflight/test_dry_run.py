@@ -1,4 +1,5 @@
-"""--dry-run against public figures, sums by hand, torch's own counter, and what real runs of tiny models keep."""
+"""--dry-run against public figures, sums by hand, torch's own counter,
+and what real runs of tiny models keep."""
 
 import json
 import shutil
@@ -51,15 +52,16 @@ def lpo(tmp_path: Path, small_sd: Path) -> LPO:
     """A run that could start."""
     (tmp_path / "prompts.txt").write_text("a red circle\ntwo\n")
     return LPO(model=str(small_sd), lrm=str(small_sd.parent / "lrm"), prompts=str(tmp_path / "prompts.txt"),
-               out=str(tmp_path / "runs" / "out"), num_steps=4, num_candidates=3, batch_size=2, train_batch_size=3,
-               steps_used="1:")
+               out=str(tmp_path / "runs" / "out"), num_steps=4, num_candidates=3, batch_size=2,
+               train_batch_size=3, steps_used="1:")
 
 
 @pytest.fixture
 def lrm(tmp_path: Path, small_sd: Path) -> LRM:
     """A run that could start: 6 pairs a step in 2 passes."""
     pairs = table(tmp_path / "pairs.parquet", list("abcdef"))
-    return LRM(model=str(small_sd), pairs=str(pairs), out=str(tmp_path / "runs" / "out"), batch_size=6, accumulate=2)
+    return LRM(model=str(small_sd), pairs=str(pairs), out=str(tmp_path / "runs" / "out"), batch_size=6,
+               accumulate=2)
 
 
 def rows(lines: list[str]) -> dict[str, list[str]]:
@@ -82,15 +84,19 @@ def test_parameters_of_a_small_run(lpo: LPO, small_sd: Path) -> None:
     """Against the models as they are loaded, and the LoRA's formula: rank · (inputs + outputs) a layer."""
     shown = rows(dry_run.report(lpo))
     unet, judge = denoisers.load_unet(small_sd), checkpoint.load_lrm(Path(lpo.lrm))
-    layers = [m for name, m in unet.named_modules() if isinstance(m, nn.Linear) and name.endswith(lpo.targets)]
+    layers = [m for name, m in unet.named_modules()
+              if isinstance(m, nn.Linear) and name.endswith(lpo.targets)]
 
     def cells(*numbers: int) -> list[str]:
         return [f"{number:,}" for number in numbers]
     assert shown["denoiser"] == cells(0, sum(p.numel() for p in unet.parameters()))
     assert shown["LoRA, rank 4"] == cells(sum(4 * (m.in_features + m.out_features) for m in layers), 0)
-    assert shown["reward model's denoiser (down, mid)"] == cells(0, sum(p.numel() for p in judge.unet.parameters()))
-    assert shown["its text encoders, while loading"] == cells(0, sum(p.numel() for p in judge.text_encoders.parameters()))
-    assert shown["VAE, for pictures"] == cells(0, sum(p.numel() for p in vaes.load_vae(small_sd).parameters()))
+    assert (shown["reward model's denoiser (down, mid)"]
+            == cells(0, sum(p.numel() for p in judge.unet.parameters())))
+    assert (shown["its text encoders, while loading"]
+            == cells(0, sum(p.numel() for p in judge.text_encoders.parameters())))
+    assert shown["VAE, for pictures"] == cells(0,
+                                               sum(p.numel() for p in vaes.load_vae(small_sd).parameters()))
 
 
 # Operations
@@ -106,20 +112,22 @@ def test_operations_of_a_denoiser_are_those_of_torchs_counter(small_sd: Path) ->
 
 
 def test_operations_of_a_run(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sampling: T policy and T − start · K reward evaluations of two passes a prompt; training: one of each a pair."""
+    """Sampling: T policy and T − start · K reward evaluations of two passes a prompt; training:
+    one of each a pair."""
     costs: list = []
     real = meta.measure
     monkeypatch.setattr(meta, "measure", lambda step: costs.append(real(step)) or costs[-1])
     shown = rows(dry_run.report(lpo))
     assert shown["policy, sampling (null and text pass)"] == ["8", "16"]
-    assert shown["reward model (2 a candidate)"] == ["18", "36"]
-    assert shown["reference, training (2 a pair)"] == ["6", "12"]
+    assert shown["reward model (2 per candidate)"] == ["18", "36"]
+    assert shown["reference, training (2 per pair)"] == ["6", "12"]
     judge = meta.scorer(lpo)
     text, _ = meta.encoded(judge.family, list(judge.text_encoders), 6)
     with on_cuda():
         alone = real(lambda: judge.score(empty(6, 4, 8, 8), empty(6, dtype=torch.int64), text))
     _, _, sampling, drawing, *_ = costs
-    assert sampling.flops - drawing.flops == alone.flops  # what is left of a step is the reward model: 2 prompts, 3 candidates
+    # what is left of a step is the reward model: 2 prompts, 3 candidates
+    assert sampling.flops - drawing.flops == alone.flops
 
 
 # Memory
@@ -127,7 +135,8 @@ def test_operations_of_a_run(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_weights_and_texts_by_formula(lpo: LPO, small_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: dict = {}
-    monkeypatch.setattr(dry_run, "memory_table", lambda always, *rest: found.update(always=always, rest=rest) or [])
+    monkeypatch.setattr(dry_run, "memory_table",
+                        lambda always, *rest: found.update(always=always, rest=rest) or [])
     dry_run.report(replace(lpo, ema_decay=0.9))
     unet = denoisers.load_unet(small_sd)
     count, width = sum(p.numel() for p in unet.parameters()), unet.config.cross_attention_dim
@@ -143,7 +152,7 @@ def test_weights_and_texts_by_formula(lpo: LPO, small_sd: Path, monkeypatch: pyt
     assert always["optimizer state (adamw)"] == states["adamw"] == 8 * lora
     assert gradients == always["average of the weights"] == 4 * lora
     assert all(phases[name] >= sum(always.values()) for name in phases if name != "loading")
-    graph = "sampling, which its CUDA graph keeps (--compile)"
+    graph = "sampling, kept by its CUDA graph (--compile)"
     whole, before = always[graph], phases["training, 3 pairs"]
     dry_run.report(replace(lpo, ema_decay=0.9, compile="none"))
     assert whole == before - found["rest"][2]["training, 3 pairs"] > 0 and not found["always"][graph]
@@ -154,8 +163,8 @@ def test_weights_and_texts_by_formula(lpo: LPO, small_sd: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_activations_are_those_of_a_real_pass(lpo: LPO, checkpointing: str) -> None:
-    """What a forward pass of the tiny policy saves on the CPU, storages counted once and parameters not, and what meta keeps;
-    checkpointing keeps less, and its peak is above what it keeps."""
+    """What a forward pass of the tiny policy saves on the CPU, storages counted once and parameters not, and
+    what meta keeps; checkpointing keeps less, and its peak is above what it keeps."""
     config = replace(lpo, mixed_precision="no", checkpointing=checkpointing)
     actor, _ = policies.load(config, ["a", "b"], torch.device("cpu"))
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([1, 501])
@@ -178,8 +187,9 @@ def test_activations_are_those_of_a_real_pass(lpo: LPO, checkpointing: str) -> N
     assert cost.peak > cost.kept
     if checkpointing == "full":
         with on_cuda():
-            whole = training_pass(lambda: meta.policy(replace(config, checkpointing="none"), "no", ghost.text).predict(
-                empty(2, 4, 8, 8), index, index).square().mean(), loras.trainable(ghost.unet))
+            whole = training_pass(lambda: meta.policy(replace(config, checkpointing="none"), "no", ghost.text)
+                                  .predict(empty(2, 4, 8, 8), index, index).square().mean(),
+                                  loras.trainable(ghost.unet))
         assert cost.kept < 0.6 * whole.kept and cost.peak < whole.peak and cost.flops > whole.flops
 
 
@@ -191,9 +201,11 @@ def test_other_settings_and_sdxl(lpo: LPO, lrm: LRM, small_sdxl: Path) -> None:
     for settings in (replace(xl, checkpointing="full", validation_prompts=("a",)),
                      replace(lpo, full=True, fused_norms=True, accumulate=2, train_cfg=False, pictures=0),
                      replace(lrm, loss_type="both", freeze_text_encoder=True, guidance_scale=(1.0,)),
-                     replace(lrm, model=str(small_sdxl), fused_norms=True, multi_scale_cfg=True, resolution=32)):
+                     replace(lrm, model=str(small_sdxl), fused_norms=True, multi_scale_cfg=True,
+                             resolution=32)):
         lines = dry_run.report(settings)
-        assert any("not yet checked on a GPU" in line for line in lines) and all(len(line) < 110 for line in lines)
+        assert (any("not yet checked on a GPU" in line for line in lines)
+                and all(len(line) < 110 for line in lines))
 
 
 def test_the_same_on_a_machine_with_a_gpu(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,13 +217,15 @@ def test_the_same_on_a_machine_with_a_gpu(lpo: LPO, monkeypatch: pytest.MonkeyPa
     assert devices.device().type == "cuda" and dry_run.report(lpo) == here
 
 
-def test_the_command_prints_and_writes_nothing(lpo: LPO, lrm: LRM, tmp_path: Path, small_sd: Path, capsys, copied) -> None:
+def test_the_command_prints_and_writes_nothing(lpo: LPO, lrm: LRM, tmp_path: Path, small_sd: Path, capsys,
+                                               copied) -> None:
     """No weights are read either: the files are emptied."""
     bare = copied(small_sd)
     for file in bare.glob("*/*.safetensors"):
         file.write_bytes(b"")
     before = files(tmp_path)
-    for stage, settings, keys in (("lpo", lpo, ("lrm", "prompts", "out")), ("lrm", lrm, ("pairs", "out", "batch_size"))):
+    for stage, settings, keys in (("lpo", lpo, ("lrm", "prompts", "out")),
+                                  ("lrm", lrm, ("pairs", "out", "batch_size"))):
         assert train.main([stage, "--model", str(bare), *flags(settings, *keys), "--dry-run"]) == 0
         printed = capsys.readouterr().out
         assert printed.startswith(f"dry run: {stage.upper()}, sd, 16×16 pixels, networks in")
@@ -219,17 +233,21 @@ def test_the_command_prints_and_writes_nothing(lpo: LPO, lrm: LRM, tmp_path: Pat
     assert files(tmp_path) == before and not (tmp_path / "runs").exists()
 
 
-def test_official_launch_lines(lpo: LPO, lrm: LRM, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_official_launch_lines(lpo: LPO, lrm: LRM, tmp_path: Path, capsys,
+                               monkeypatch: pytest.MonkeyPatch) -> None:
     here = TESTS / "official"
     monkeypatch.chdir(here)
-    assert train.main(["--config", "configs/sd15.py", f"--config.pretrained.model={lpo.model}", f"--config.logdir={tmp_path}",
-                       f"--config.preference_model_func_cfg.ft_model_path={lpo.lrm}", "--config.use_wandb=False",
-                       f"--config.dataset_cfg.meta_json_path={lpo.prompts}", "--dry-run"]) == 0
+    assert train.main(["--config", "configs/sd15.py",
+                       f"--config.pretrained.model={lpo.model}", f"--config.logdir={tmp_path}",
+                       f"--config.preference_model_func_cfg.ft_model_path={lpo.lrm}",
+                       "--config.use_wandb=False", f"--config.dataset_cfg.meta_json_path={lpo.prompts}",
+                       "--dry-run"]) == 0
     assert "dry run: LPO, sd, 16×16" in capsys.readouterr().out
     (tmp_path / "table.csv").write_text("")
     argv = ["--config-path", str(here), "--config-name", "step_sd15", f"dataset.dataset_name={lrm.pairs}",
-            "dataset.keep_only_with_pesudo_preference=False", f"model.pretrained_model_name_or_path={lrm.model}",
-            "model.clip_ckpt_path=''", f"output_dir={tmp_path / 'runs'}", "accelerator.log_with=null"]
+            "dataset.keep_only_with_pesudo_preference=False",
+            f"model.pretrained_model_name_or_path={lrm.model}", "model.clip_ckpt_path=''",
+            f"output_dir={tmp_path / 'runs'}", "accelerator.log_with=null"]
     assert train.parse([*argv, "--dry-run"]) == replace(official_lrm.parse(argv), dry_run=True)
     assert train.parse(argv).dry_run is False
     capsys.readouterr()
@@ -237,7 +255,8 @@ def test_official_launch_lines(lpo: LPO, lrm: LRM, tmp_path: Path, capsys, monke
     assert "dry run: LRM, sd, 16×16" in capsys.readouterr().out and not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("change, flag", [({"prompts": "nowhere.json"}, "--prompts"), ({"targets": ("nothing",)}, "--targets"),
+@pytest.mark.parametrize("change, flag", [({"prompts": "nowhere.json"}, "--prompts"),
+                                          ({"targets": ("nothing",)}, "--targets"),
                                           ({"model": "nowhere"}, "--model"), ({"lrm": "nowhere"}, "--lrm"),
                                           ({"num_candidates": 1}, "--num-candidates")])
 def test_bad_input_is_refused_as_in_a_run(lpo: LPO, change: dict, flag: str, tmp_path: Path) -> None:

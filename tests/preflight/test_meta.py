@@ -1,4 +1,5 @@
-"""What a dry run counts on the meta device: parameters, operations and memory, by hand and against real passes."""
+"""What a dry run counts on the meta device: parameters, operations and memory,
+by hand and against real passes."""
 
 import json
 from pathlib import Path
@@ -25,7 +26,8 @@ def test_parameters_of_published_denoisers(name: str, count: int, tmp_path: Path
 
 
 def test_operations_by_hand() -> None:
-    """A convolution takes 2·Cout·Cin·k²·H·W a picture, a linear layer 2·in·out a row; their backward passes twice that."""
+    """A convolution takes 2·Cout·Cin·k²·H·W a picture, a linear layer 2·in·out a row;
+    their backward passes twice that."""
     conv, linear = nn.Conv2d(3, 8, 3, padding=1, device=META), nn.Linear(8, 5, device=META)
 
     def step() -> Tensor:
@@ -40,7 +42,8 @@ def test_operations_by_hand() -> None:
 @pytest.mark.parametrize("name", optimization.OPTIMIZERS)
 def test_optimizer_states(name: str) -> None:
     """Against the tensors of a real optimizer after a step."""
-    parameters = [nn.Parameter(torch.randn(shape)) for shape in ((64, 80), (4095,), (8, 4, 3, 3), (128, 64, 3, 3), (7,))]
+    parameters = [nn.Parameter(torch.randn(shape))
+                  for shape in ((64, 80), (4095,), (8, 4, 3, 3), (128, 64, 3, 3), (7,))]
     optimizer = optimization.optimizer(name, parameters, lr=1e-3, weight_decay=0.0)
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
@@ -52,9 +55,11 @@ def test_optimizer_states(name: str) -> None:
 
 def test_the_tally_against_the_allocator() -> None:
     """Bytes that live on the CPU, by torch's profiler, in a forward and backward pass of plain layers."""
-    layers = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 256))
+    layers = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(),
+                           nn.Linear(512, 256))
     x = torch.randn(1000, 256)
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(profile_memory=True,
+                                activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         layers(x).sum().backward()
     live, peak = 0, 0
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
@@ -91,12 +96,14 @@ def test_the_tally_lets_go() -> None:
 
 
 def test_precisions_as_under_autocast_on_cuda() -> None:
-    """PyTorch's lists: convolutions, linear layers and attention in half precision, norms and softmax in fp32."""
+    """PyTorch's lists: convolutions, linear layers and attention in half precision,
+    norms and softmax in fp32."""
     x, w = empty(2, 8, 4, 4), empty(8, 8, 1, 1)
     with on_cuda(), devices.autocast("bf16"):
         h = F.conv2d(x, w)
         assert h.dtype == F.linear(empty(2, 8), empty(3, 8)).dtype == torch.bfloat16
-        assert F.group_norm(h, 2).dtype == F.layer_norm(h, (4,)).dtype == F.softmax(h, 1).dtype == torch.float32
+        assert (F.group_norm(h, 2).dtype == F.layer_norm(h, (4,)).dtype == F.softmax(h, 1).dtype
+                == torch.float32)
         assert F.silu(h).dtype == torch.bfloat16 and F.silu(x).dtype == torch.float32
         q = empty(2, 3, 16, 8)
         assert F.scaled_dot_product_attention(q, q, q).dtype == torch.bfloat16
@@ -110,4 +117,5 @@ def test_attention_keeps_no_matrix() -> None:
     q = empty(1, 2, 4096, 8).requires_grad_()
     with on_cuda():
         cost = training_pass(lambda: F.scaled_dot_product_attention(q, q, q).sum(), [q])
-    assert cost.kept < 2 * 4096 * 4 * 16 and cost.flops == 7 * 2 * 2 * 4096 * 4096 * 8  # 2 products forward, 5 backward
+    # 2 products forward, 5 backward
+    assert cost.kept < 2 * 4096 * 4 * 16 and cost.flops == 7 * 2 * 2 * 4096 * 4096 * 8

@@ -1,4 +1,5 @@
-"""Every model and every file that a run cannot use is refused with its key and a remedy, before a file is written."""
+"""Every model and every file that a run cannot use is refused with its key and a remedy,
+before a file is written."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,7 +34,8 @@ PIPELINES = [
     (lambda b: b.without(b.sd, "text_encoder/model.safetensors"), "text_encoder/ holds no .safetensors"),
     (lambda b: b.broken(b.sd, "unet/config.json"), "cannot be read as JSON"),
     (lambda b: b.broken(b.sd, "unet/config.json", "[1]"), "cannot be read as JSON"),
-    (lambda b: b.with_config(b.sd, "unet", addition_embed_type="text_time"), "text_encoder_2/config.json is missing"),
+    (lambda b: b.with_config(b.sd, "unet", addition_embed_type="text_time"),
+     "text_encoder_2/config.json is missing"),
 ]
 
 
@@ -55,8 +57,10 @@ def test_no_pipeline(bench: Bench, lpo: LPO, lrm: LRM, make: Callable[[Bench], s
     (lambda b: b.broken(b.lrm, "state_dict.pt", "garbage"), "cannot be read safely"),
     (lambda b: b.with_heads(visual_projection={"weight": torch.zeros(16, 87)}), "takes 87 features"),
     (lambda b: b.with_heads(text_projection={"weight": torch.zeros(16, 17)}), "its text projection takes 17"),
-    (lambda b: b.with_config(b.lrm, "unet", addition_embed_type="text_time"), "scores sdxl latents, the model makes"),
-    (lambda b: b.with_config(b.lrm, "unet", in_channels=16), "scores latents of 16 channels, the model makes 4"),
+    (lambda b: b.with_config(b.lrm, "unet", addition_embed_type="text_time"),
+     "scores sdxl latents, the model makes"),
+    (lambda b: b.with_config(b.lrm, "unet", in_channels=16),
+     "scores latents of 16 channels, the model makes 4"),
     (lambda b: b.with_config(b.lrm, "unet", block_out_channels=[8, 16, 16, 32]), "its denoiser gives 104"),
     (lambda b: b.broken(b.lrm, "unet/config.json"), "cannot be read as JSON"),
     (lambda b: b.without(b.lrm, "unet/diffusion_pytorch_model.safetensors"), "unet/ holds no .safetensors"),
@@ -83,7 +87,8 @@ def test_text_projection_is_held_against_the_text_encoder_that_will_be_used(benc
     folder = bench.without(bench.lrm, "text_encoder")
     runs.lpo(replace(lpo, lrm=folder))
     text = bench.with_config(bench.sd, "text_encoder", hidden_size=24)
-    refused(train_lpo.train, replace(lpo, lrm=folder, lrm_base=text), "--lrm-base", "its text encoders give 24 features")
+    refused(train_lpo.train, replace(lpo, lrm=folder, lrm_base=text), "--lrm-base",
+            "its text encoders give 24 features")
     base = bench.with_config(Path(text), "unet", cross_attention_dim=24)
     refused(train_lpo.train, replace(lpo, lrm=folder, lrm_base=base), "--lrm", "its text encoder gives 24")
 
@@ -103,10 +108,12 @@ def test_prompts_without_the_caption_key(bench: Bench, lpo: LPO) -> None:
 
 def test_lora(bench: Bench, lpo: LPO) -> None:
     refused(train_lpo.train, replace(lpo, lora=str(bench.tmp / "nowhere")), "--lora", "no LoRA there")
-    refused(train_lpo.train, replace(lpo, lora=bench.file("bad.pt", "bad")), "--lora", "cannot be read safely")
+    refused(train_lpo.train, replace(lpo, lora=bench.file("bad.pt", "bad")), "--lora",
+            "cannot be read safely")
     two = bench.lora(2)
     refused(train_lpo.train, replace(lpo, lora=two), "--lora", "tensors differ from the adapter")
-    refused(train_lpo.train, replace(lpo, targets=("to_q", "nope")), "--targets", "is not the name of a module of the denoiser")
+    refused(train_lpo.train, replace(lpo, targets=("to_q", "nope")), "--targets",
+            "is not the name of a module of the denoiser")
 
 
 @pytest.mark.parametrize("key", ["pairs", "validation_pairs", "test_pairs"])
@@ -124,7 +131,8 @@ def test_pairs(bench: Bench, lrm: LRM, key: str, make: Callable[[Bench], str], m
 
 
 def test_columns(bench: Bench, lrm: LRM) -> None:
-    refused(train_lrm.train, replace(lrm, pairs=bench.captions_alone()), "--columns.jpg-0", "which has caption")
+    refused(train_lrm.train, replace(lrm, pairs=bench.captions_alone()),
+            "--columns.jpg-0", "which has caption")
     refused(train_lrm.train, replace(lrm, columns=config.Columns(caption="text")), "--columns.caption",
             "which has caption, jpg_0")
 
@@ -135,16 +143,19 @@ def test_pairs_are_needed(lrm: LRM) -> None:
 
 def test_score_table(bench: Bench, lrm: LRM) -> None:
     keep = (1, 1, 1, 1)
-    refused(train_lrm.train, replace(lrm, scores=str(bench.tmp / "nowhere.csv")), "--scores", "cannot be read")
+    refused(train_lrm.train, replace(lrm, scores=str(bench.tmp / "nowhere.csv")),
+            "--scores", "cannot be read")
     too_long = scores(bench.tmp / "long.csv", [keep] * 3, HEADER)
     refused(train_lrm.train, replace(lrm, scores=str(too_long)), "--scores", "has 3 rows, ")
     swapped = scores(bench.tmp / "ties.csv", [(0, 0, 0, 0)] * 2, HEADER)
     refused(train_lrm.train, replace(lrm, scores=str(swapped)), "--scores",
             "different_flag contradicts the labels in 2 of 2")
     none = scores(bench.tmp / "none.csv", [(1, -9, 1, 1)] * 2, HEADER)
-    refused(train_lrm.train, replace(lrm, scores=str(none)), "--scores", "the filter keeps none of its 2 rows")
+    refused(train_lrm.train, replace(lrm, scores=str(none)), "--scores",
+            "the filter keeps none of its 2 rows")
 
 
 def test_clip(bench: Bench, lrm: LRM) -> None:
-    refused(train_lrm.train, replace(lrm, clip=str(bench.tmp / "nowhere.bin")), "--clip", "is not a CLIP checkpoint")
+    refused(train_lrm.train, replace(lrm, clip=str(bench.tmp / "nowhere.bin")),
+            "--clip", "is not a CLIP checkpoint")
     refused(train_lrm.train, replace(lrm, clip=clip(bench, 17)), "--clip", "projects 17 features")

@@ -1,4 +1,5 @@
-"""Settings do something: one step of a tiny run each, which differs from the default's run in the way that the field says."""
+"""Settings do something: one step of a tiny run each,
+which differs from the default's run in the way that the field says."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +25,8 @@ RATE, DECAY, VISUAL, TEXT = 1e-3, 0.3, "visual_projection.weight", "text_encoder
 
 
 class Run(NamedTuple):
-    """The metrics of a run's first step (or prompt batch), and its weights (or its optimizer's settings) at the end."""
+    """The metrics of a run's first step (or prompt batch), and its weights (or its optimizer's settings)
+    at the end."""
 
     row: dict
     end: dict
@@ -50,10 +52,11 @@ def model(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lrm(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     """lrm(**changes): a run of one step."""
     folder, draw = tmp_path_factory.mktemp("lrm"), np.random.default_rng(0)
-    sides = [[encoded(Image.fromarray(draw.integers(0, 256, (16, 16, 3), np.uint8))) for _ in range(4)] for _ in range(2)]
+    sides = [[encoded(Image.fromarray(draw.integers(0, 256, (16, 16, 3), np.uint8))) for _ in range(4)]
+             for _ in range(2)]
     pairs = table(folder / "p.parquet", list("aabc"), jpg_0=sides[0], jpg_1=sides[1])
-    default = config.LRM(model=str(model), pairs=str(pairs), batch_size=4, max_steps=1, warmup_steps=0, learning_rate=RATE,
-                         weight_decay=DECAY, num_workers=0, final_checkpoint="last")
+    default = config.LRM(model=str(model), pairs=str(pairs), batch_size=4, max_steps=1, warmup_steps=0,
+                         learning_rate=RATE, weight_decay=DECAY, num_workers=0, final_checkpoint="last")
 
     def run(**changes) -> Run:
         out = train_lrm.train(replace(default, out=str(folder / str(len(list(folder.iterdir())))), **changes))
@@ -86,10 +89,12 @@ def same_loss(run: Run, default: Run) -> bool:
 
 
 LRM = {
-    "freeze_text_encoder": ({"freeze_text_encoder": True}, lambda run, default, start: same_loss(run, default) and all(
-        torch.equal(run.end[name], x) for name, x in start.items() if name.startswith(TEXT)) and not all(
-        torch.equal(default.end[name], x) for name, x in start.items() if name.startswith(TEXT))),
-    "logit_scale": ({"logit_scale": 1.0}, lambda run, default, start: abs(run.row["logit_scale"] - np.e) < 0.01),
+    "freeze_text_encoder":
+        ({"freeze_text_encoder": True}, lambda run, default, start: same_loss(run, default) and all(
+            torch.equal(run.end[name], x) for name, x in start.items() if name.startswith(TEXT)) and not all(
+            torch.equal(default.end[name], x) for name, x in start.items() if name.startswith(TEXT))),
+    "logit_scale": ({"logit_scale": 1.0},
+                    lambda run, default, start: abs(run.row["logit_scale"] - np.e) < 0.01),
     "noise_offset": ({"noise_offset": 0.5}, another_loss),
     "hflip": ({"hflip": True}, another_loss),
     "vae": ({"vae": "vae2"}, another_loss),
@@ -99,14 +104,17 @@ LRM = {
     "multi_scale_cfg": ({"multi_scale_cfg": True}, another_loss),
     "guidance_scale": ({"guidance_scale": (1.0,)}, another_loss),
     "loss_type": ({"loss_type": "both"}, another_loss),
-    "batch_coeff": ({"loss_type": "both", "batch_coeff": 0.0}, lambda run, default, start: run.row["loss"] == pytest.approx(
-        default.row["loss"], rel=1e-5)),
-    "multi_scale": ({"multi_scale": False}, lambda run, default, start: run.end[VISUAL].shape[1] < start[VISUAL].shape[1]),
-    "seed": ({"seed": 43}, lambda run, default, start: not torch.allclose(run.end[VISUAL], default.end[VISUAL], atol=0.01)),
-    "weight_decay": ({"weight_decay": 0.0}, lambda run, default, start: same_loss(run, default) and torch.allclose(
-        run.end[VISUAL] - default.end[VISUAL], RATE * DECAY * start[VISUAL], rtol=1e-2, atol=1e-8)),
-    "learning_rate": ({"learning_rate": RATE / 10}, lambda run, default, start: moved(run, start) == pytest.approx(
-        moved(default, start) / 10, rel=1e-2)),
+    "batch_coeff": ({"loss_type": "both", "batch_coeff": 0.0}, lambda run, default, start: run.row["loss"]
+                    == pytest.approx(default.row["loss"], rel=1e-5)),
+    "multi_scale": ({"multi_scale": False},
+                    lambda run, default, start: run.end[VISUAL].shape[1] < start[VISUAL].shape[1]),
+    "seed": ({"seed": 43},
+             lambda run, default, start: not torch.allclose(run.end[VISUAL], default.end[VISUAL], atol=0.01)),
+    "weight_decay":
+        ({"weight_decay": 0.0}, lambda run, default, start: same_loss(run, default) and torch.allclose(
+            run.end[VISUAL] - default.end[VISUAL], RATE * DECAY * start[VISUAL], rtol=1e-2, atol=1e-8)),
+    "learning_rate": ({"learning_rate": RATE / 10}, lambda run, default, start: moved(run, start)
+                      == pytest.approx(moved(default, start) / 10, rel=1e-2)),
     "max_grad_norm": ({"max_grad_norm": 1e-9}, lambda run, default, start: same_loss(run, default) and (
         moved(run, start) < moved(default, start) / 5)),  # far below AdamW's epsilon
 }
@@ -129,8 +137,9 @@ def lpo(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
     reward = checkpoint.new_lrm(model, generator=torch.Generator().manual_seed(1))
     checkpoint.save_lrm(reward, texts.load_tokenizers(model, reward.family), folder / "reward")
     (folder / "p.json").write_text(json.dumps(world.captions(held_out=False)[:2]))
-    default = config.LPO(model=str(model), lrm=str(folder / "reward"), prompts=str(folder / "p.json"), epochs=1, batch_size=2,
-                         num_steps=2, num_candidates=2, threshold_min=0.0, threshold_max=1e-6, pictures=0)
+    default = config.LPO(model=str(model), lrm=str(folder / "reward"), prompts=str(folder / "p.json"),
+                         epochs=1, batch_size=2, num_steps=2, num_candidates=2, threshold_min=0.0,
+                         threshold_max=1e-6, pictures=0)
 
     def run(**changes) -> Run:
         out = train_lpo.train(replace(default, out=str(folder / str(len(list(folder.iterdir())))), **changes))
@@ -149,7 +158,8 @@ def other_scores(run: Run, default: Run) -> bool:
 
 
 LPO = {
-    "adam_betas": ({"adam_beta1": 0.7, "adam_beta2": 0.8}, lambda run, default: run.end["betas"] == (0.7, 0.8)),
+    "adam_betas": ({"adam_beta1": 0.7, "adam_beta2": 0.8},
+                   lambda run, default: run.end["betas"] == (0.7, 0.8)),
     "adam_epsilon": ({"adam_epsilon": 1e-5}, lambda run, default: run.end["eps"] == 1e-5),
     "weight_decay": ({"weight_decay": 0.25}, lambda run, default: run.end["weight_decay"] == 0.25),
     "learning_rate": ({"learning_rate": 0.125}, lambda run, default: run.end["lr"] == 0.125),
@@ -160,8 +170,8 @@ LPO = {
     "resolution": ({"resolution": 32}, other_scores),
     "num_candidates": ({"num_candidates": 3}, other_scores),
     "num_steps": ({"num_steps": 3}, lambda run, default: run.row["pairs_possible"] == 6),
-    "threshold": ({"threshold_min": 0.9, "threshold_max": 0.99}, lambda run, default: run.row[
-        "total_valid_samples_num"] < default.row["total_valid_samples_num"]),
+    "threshold": ({"threshold_min": 0.9, "threshold_max": 0.99}, lambda run, default:
+                  run.row["total_valid_samples_num"] < default.row["total_valid_samples_num"]),
 }
 
 
@@ -176,6 +186,6 @@ def test_the_reward_model_is_told_the_resolution(tiny_sdxl: Path, tmp_path: Path
     reward = checkpoint.new_lrm(tiny_sdxl, generator=torch.Generator().manual_seed(1))
     checkpoint.save_lrm(reward, texts.load_tokenizers(tiny_sdxl, reward.family), tmp_path / "reward")
     for resolution, pixels in ((0, 16), (32, 32)):
-        judge = judging.load_score(config.LPO(model=str(tiny_sdxl), lrm=str(tmp_path / "reward"), resolution=resolution), ["a"],
-                                  torch.device("cpu"))
+        judge = judging.load_score(config.LPO(model=str(tiny_sdxl), lrm=str(tmp_path / "reward"),
+                                              resolution=resolution), ["a"], torch.device("cpu"))
         assert judge.lrm.sizes.tolist() == [[pixels, pixels, 0, 0, pixels, pixels]]

@@ -1,5 +1,5 @@
-"""Bad data: a thousand damaged inputs, and those that would take memory, time or the run; each is refused, or left out and
-counted. What is damaged, and how, is in fuzz.py."""
+"""Bad data: a thousand damaged inputs, and those that would take memory, time or the run; each is refused, or
+left out and counted. What is damaged, and how, is in fuzz.py."""
 
 import datetime
 import multiprocessing
@@ -23,7 +23,6 @@ from transformers import CLIPTokenizer
 from lpo_fast.data import dataset, images, mpcf, parquet, preferences, prompts, sources, tables
 from lpo_fast.errors import InputError
 from lpo_fast.models import texts
-from lpo_fast.official import lpo, lrm
 from lpo_fast.system import reading
 from tests.helpers.models import TOKENIZER
 from tests.tools import fuzz
@@ -37,9 +36,10 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fuzz.Reader]:
     return fuzz.readers(tmp_path_factory.mktemp("readers"))
 
 
-NAMES = ["pictures", "prompts .json", "prompts .jsonl", "prompts .csv", "prompts .txt", "prompts .parquet", "pairs",
-         "score table", "table .csv", "table .jsonl", "LoRA .pt", "LoRA .safetensors", "LRM .pt", "state.pt", "CLIP .bin",
-         "lrm.json", "model configs", "official LPO .json", "official LPO .yaml", "official LPO .toml", "official LRM .yaml"]
+NAMES = ["pictures", "prompts .json", "prompts .jsonl", "prompts .csv", "prompts .txt", "prompts .parquet",
+         "pairs", "score table", "table .csv", "table .jsonl", "LoRA .pt", "LoRA .safetensors", "LRM .pt",
+         "state.pt", "CLIP .bin", "lrm.json", "model configs", "official LPO .json", "official LPO .yaml",
+         "official LPO .toml", "official LRM .yaml"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -48,8 +48,8 @@ def test_damaged_inputs_are_refused_in_one_line(name: str, readers: dict[str, fu
     monkeypatch.setenv("RANK", "1")
     results = []
 
-    @settings(max_examples=FEW.get(name, EXAMPLES), derandomize=True, database=None, deadline=None, phases=[Phase.generate],
-              suppress_health_check=list(HealthCheck))
+    @settings(max_examples=FEW.get(name, EXAMPLES), derandomize=True, database=None, deadline=None,
+              phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     @given(readers[name].contents)
     def tried(content: bytes) -> None:
         results.append(fuzz.attempt(readers[name], content, tmp_path))
@@ -75,7 +75,8 @@ def test_odd_pictures_are_read(name: str) -> None:
 
 def test_sixteen_bits_are_scaled_and_thirty_two_refused() -> None:
     grey = np.array([[0, 65535], [32896, 257]], np.uint16)
-    assert np.asarray(images.picture(fuzz.encoded(Image.fromarray(grey), "PNG")))[..., 0].tolist() == [[0, 255], [128, 1]]
+    assert (np.asarray(images.picture(fuzz.encoded(Image.fromarray(grey), "PNG")))[..., 0].tolist()
+            == [[0, 255], [128, 1]])
     with pytest.raises(ValueError, match="no known range"):
         images.picture(fuzz.encoded(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"))
 
@@ -107,12 +108,14 @@ def test_bad_pictures_are_left_out_and_counted(tmp_path: Path) -> None:
     assert {i for i, corrupt in enumerate(batch["corrupt"].tolist()) if not corrupt} == good
     seen = dataset.Corrupt(table, limit=3)
     seen.count(batch)
-    with pytest.raises(InputError, match=f"pictures of {len(cells) - 2} pairs cannot be decoded, the first: rows 1, 2, 3"):
+    with pytest.raises(InputError, match=f"pictures of {len(cells) - 2} pairs cannot be decoded, the first: "
+                       "rows 1, 2, 3"):
         seen.share()
 
 
 def within(room: int, attempts: list[Callable[[], object]]) -> None:
-    """Make them in a process that may not take so much more than it has; the exit code is how many raised nothing."""
+    """Make them in a process that may not take so much more than it has;
+    the exit code is how many raised nothing."""
     have = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (have + room,) * 2)
     done = 0
@@ -167,14 +170,17 @@ def varint(number: int, size: int = 0) -> bytes:
 
 def bomb(file: Path, size: int, rows: int, kind: str) -> None:
     """So many rows of a text of that size. kind: how it is stored."""
-    stored = {"store_schema": kind == "numbers"} if kind in ("numbers", "dictionary", "lies") else {"use_dictionary": False}
+    stored = ({"store_schema": kind == "numbers"} if kind in ("numbers", "dictionary", "lies") else
+              {"use_dictionary": False})
     if kind == "prefixes":
         stored["column_encoding"] = {"caption": "DELTA_BYTE_ARRAY"}
     text = same("x" * size, rows) if "store_schema" in stored else ["x" * size] * rows
-    others = {"jpg_0": same(b"x", rows), "jpg_1": same(b"x", rows), "label_0": same(1.0, rows), "label_1": same(0.0, rows)}
+    others = {"jpg_0": same(b"x", rows), "jpg_1": same(b"x", rows), "label_0": same(1.0, rows),
+              "label_1": same(0.0, rows)}
     pq.write_table(pa.table({"caption": text, **others}), file, compression="zstd", **stored)
     if kind == "lies":
-        content, true = file.read_bytes(), pq.read_metadata(file).row_group(0).column(0).total_uncompressed_size
+        content, true = (file.read_bytes(),
+                         pq.read_metadata(file).row_group(0).column(0).total_uncompressed_size)
         assert content.count(varint(true)) == 1
         file.write_bytes(content.replace(varint(true), varint(1, len(varint(true)))))
         assert pq.read_metadata(file).row_group(0).column(0).total_uncompressed_size == 1
@@ -189,28 +195,33 @@ def refused(read: Callable[[str], object], file: Path) -> None:
 @pytest.mark.parametrize("kind, size, rows", [
     ("dictionary", 10**6, 10**6), ("numbers", 10**6, 10**6), ("plain", 10**6, 150), ("prefixes", 10**7, 15),
     ("dictionary", 1, 1_500_000), ("dictionary", 4 * 10**7, 99), ("lies", 4 * 10**7, 99)])
-def test_a_text_bomb_is_refused(kind: str, size: int, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_bomb_is_refused(kind: str, size: int, rows: int, tmp_path: Path,
+                                monkeypatch: pytest.MonkeyPatch) -> None:
     """As prompts, pairs and a table: a file of kilobytes, with a limit a thirty-second of what it is."""
     monkeypatch.setattr(parquet, "LARGEST_TEXT", 2**26)
     bomb(tmp_path / "p.parquet", size, rows, kind)
     assert (tmp_path / "p.parquet").stat().st_size < 100_000
-    readers = prompts.read_prompts, preferences.read, lambda table: tables.read(table, "caption", "jpg_0", "score")
+    readers = (prompts.read_prompts, preferences.read,
+               lambda table: tables.read(table, "caption", "jpg_0", "score"))
     assert forked(6 * 2**26, [partial(refused, read, tmp_path / "p.parquet") for read in readers]) == 3
 
 
 def test_a_picture_bomb_is_not_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet, "LARGEST_TEXT", 2**26)
-    pq.write_table(pa.table({"caption": ["a"] * 999, "jpg_0": same(b"x" * 10**6, 999), "jpg_1": same(b"x", 999), "label_0": [
-        1.0] * 999, "label_1": [0.0] * 999}), tmp_path / "p.parquet", store_schema=False)
+    pq.write_table(pa.table({"caption": ["a"] * 999, "jpg_0": same(b"x" * 10**6, 999),
+                             "jpg_1": same(b"x", 999), "label_0": [1.0] * 999, "label_1": [0.0] * 999}),
+                   tmp_path / "p.parquet", store_schema=False)
     with pytest.raises(InputError, match="p.parquet: cannot be converted .*its pictures take more than"):
-        dataset.PairDataset(preferences.read(str(tmp_path / "p.parquet"), cache_dir=str(tmp_path / "cache")), 8)
+        dataset.PairDataset(preferences.read(str(tmp_path / "p.parquet"), cache_dir=str(tmp_path / "cache")),
+                            8)
     assert [file.suffix for file in (tmp_path / "cache").rglob("*") if file.is_file()] == [".lock"]
 
 
 def test_columns_are_counted_and_come_as_they_are(tmp_path: Path) -> None:
     """Ten texts of 100 letters; values by number, lists, two files."""
     texts = [str(i) * 100 for i in range(10)]
-    table = pa.table({"a": texts, "b": pa.array(texts).dictionary_encode(), "c": [[text] for text in texts], "d": range(10)})
+    table = pa.table({"a": texts, "b": pa.array(texts).dictionary_encode(), "c": [[text] for text in texts],
+                      "d": range(10)})
     for name in ("1.parquet", "2.parquet"):
         pq.write_table(table, tmp_path / name, row_group_size=3)
     both = sorted(tmp_path.iterdir())
@@ -223,7 +234,8 @@ def test_columns_are_counted_and_come_as_they_are(tmp_path: Path) -> None:
 
 def test_the_net_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
     before = resource.getrlimit(resource.RLIMIT_AS)
-    with pytest.raises(ValueError, match="takes more than 100,000,000 bytes of memory"), reading.memory_limit(10**8):
+    with (pytest.raises(ValueError, match="takes more than 100,000,000 bytes of memory"),
+          reading.memory_limit(10**8)):
         bytearray(2 * 10**8)
     assert resource.getrlimit(resource.RLIMIT_AS) == before and bytearray(2 * 10**8)
 
@@ -231,15 +243,16 @@ def test_the_net_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
 # Prompts
 
 
-@pytest.mark.parametrize("prompt", [
-    "a\0b", "x" * 100_000, "a " * 50_000, "שלום עולם مرحبا", "👩\u200d👩\u200d👧 🏳️\u200d🌈", "\u202egnirts", "\ufeffa"])
+@pytest.mark.parametrize("prompt", ["a\0b", "x" * 100_000, "a " * 50_000, "שלום עולם مرحبا",
+                                    "👩\u200d👩\u200d👧 🏳️\u200d🌈", "\u202egnirts", "\ufeffa"])
 @pytest.mark.parametrize("suffix", [".json", ".csv", ".parquet"])
 def test_odd_prompts_are_prompts(prompt: str, suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"p{suffix}"
     if suffix == ".parquet":
         pq.write_table(pa.table({"caption": [prompt]}), file)
     else:
-        file.write_text(fuzz.json.dumps([prompt]) if suffix == ".json" else f'caption\n"{prompt}"\n', encoding="utf-8")
+        file.write_text(fuzz.json.dumps([prompt]) if suffix == ".json" else f'caption\n"{prompt}"\n',
+                        encoding="utf-8")
     assert prompts.read_prompts(str(file)) == [prompt]
     ids = texts.tokenize([CLIPTokenizer.from_pretrained(TOKENIZER)], [prompt])[0]
     assert ids.shape[0] == 1 and ids.shape[1] <= 77
@@ -247,9 +260,10 @@ def test_odd_prompts_are_prompts(prompt: str, suffix: str, tmp_path: Path) -> No
 
 def test_text_that_is_not_utf_8(tmp_path: Path) -> None:
     """Parquet says that it is text; its bytes are not."""
-    column = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe")])
-    pq.write_table(pa.table({"caption": column, "jpg_0": [b""], "jpg_1": [b""], "label_0": [1.0], "label_1": [0.0]}),
-                   tmp_path / "p.parquet")
+    column = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], np.int32)),
+                                                    pa.py_buffer(b"\xff\xfe")])
+    pq.write_table(pa.table({"caption": column, "jpg_0": [b""], "jpg_1": [b""], "label_0": [1.0],
+                             "label_1": [0.0]}), tmp_path / "p.parquet")
     with pytest.raises(InputError, match="--prompts .*is not UTF-8"):
         prompts.read_prompts(str(tmp_path / "p.parquet"))
     with pytest.raises(InputError, match="--columns.caption caption: cannot be read from"):
@@ -257,7 +271,8 @@ def test_text_that_is_not_utf_8(tmp_path: Path) -> None:
 
 
 def test_keys_and_columns_that_occur_twice(tmp_path: Path) -> None:
-    (tmp_path / "t.jsonl").write_text('{"prompt": "a", "image": "x"}\n{"prompt": "a", "prompt": "b", "image": "x"}\n')
+    (tmp_path / "t.jsonl").write_text('{"prompt": "a", "image": "x"}\n{"prompt": "a", "prompt": "b", '
+                                      '"image": "x"}\n')
     with pytest.raises(InputError, match="line 2: the key 'prompt' occurs twice"):
         tables.read(str(tmp_path / "t.jsonl"), "prompt", "image", "score")
     twice = pa.table([pa.array(["a"]), pa.array(["b"])], names=["caption", "caption"])
@@ -289,45 +304,6 @@ def test_columns_of_another_type(changed: dict, message: str, tmp_path: Path) ->
 # Configurations as data
 
 
-def test_a_config_of_data_equals_the_one_of_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(fuzz.OFFICIAL)
-    argv = ["--config.train.beta=250"]
-    for name in ("sd15", "sd21", "sdxl"):
-        tree = fuzz.without_none(lpo.load(f"configs/{name}.py"))
-        code = lpo.parse(["--config", f"configs/{name}.py", *argv])
-        for suffix, dump in ((".json", fuzz.json.dumps), (".yaml", fuzz.yaml.safe_dump), (".toml", fuzz.toml)):
-            (file := tmp_path / f"{name}{suffix}").write_text(dump(tree))
-            assert lpo.parse(["--config", str(file), *argv]) == code
-
-
-@pytest.mark.parametrize("suffix, text, message", [
-    (".yaml", "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "it has aliases"),
-    (".yaml", "seed: !!python/object/apply:os.system ['true']", "is not valid YAML (could not determine a constructor"),
-    (".yaml", "- 1", "it is not a mapping"), (".json", '{"seed": 1, "seed": 2}', "the key 'seed' occurs twice"),
-    (".json", '{"a":' * 50_000, "more than 100,000 bytes"), (".json", '{"a":' * 15_000, "nested too deeply"),
-    (".toml", "seed = 1\nseed = 2", "is not valid TOML"), (".yaml", "seed: 0x" + "f" * 6000, "more than 64 bits"),
-    (".txt", "", "unknown file type '.txt'"),
-])
-def test_configs_that_are_refused(suffix: str, text: str, message: str, tmp_path: Path) -> None:
-    (file := tmp_path / f"c{suffix}").write_text(text)
-    with pytest.raises(InputError) as caught:
-        lpo.parse(["--config", str(file)])
-    assert caught.value.key == "--config" and message in caught.value.problem
-
-
-@pytest.mark.parametrize("key, value", [
-    ("seed", "x"), ("seed", True), ("seed", 1.5), ("train.beta", "high"), ("validation_prompts", "a cat"), ("use_lora", 1),
-    ("compare_func_cfg.threshold_min", None), ("sample.num_steps", [20]), ("compare_func_cfg.dynamic_threshold", "steep")])
-def test_values_of_another_kind_name_the_key(key: str, value: object) -> None:
-    config = lrm.flat(fuzz.official_config()) | {key: value}
-    if value is None:  # left out: the official default
-        assert lpo.settings(config)[0].threshold_min == 0.2
-        return
-    with pytest.raises(InputError) as caught:
-        lpo.settings(config)
-    assert caught.value.key == f"config.{key}"
-
-
 def test_a_compressed_checkpoint_and_a_tensor_larger_than_its_file(tmp_path: Path) -> None:
     from zipfile import ZIP_DEFLATED, ZipFile
     torch.save({"a": torch.zeros(1_000_000)}, tmp_path / "whole.pt")
@@ -335,7 +311,8 @@ def test_a_compressed_checkpoint_and_a_tensor_larger_than_its_file(tmp_path: Pat
         for name in old.namelist():
             new.writestr(name, old.read(name))
     assert (tmp_path / "small.pt").stat().st_size < 50_000
-    assert torch.load(tmp_path / "small.pt", weights_only=True)["a"].numel() == 1_000_000  # torch itself takes it
+    # torch itself takes it
+    assert torch.load(tmp_path / "small.pt", weights_only=True)["a"].numel() == 1_000_000
     with pytest.raises(InputError, match="it is compressed"):
         reading.read_pickle(tmp_path / "small.pt")
     torch.save({"a": torch.zeros(1).expand(10**9)}, tmp_path / "wide.pt")

@@ -1,4 +1,5 @@
-"""Damaged states: each flipped bit is found, the state before takes over, and a directory is replaced or removed whole."""
+"""Damaged states: each flipped bit is found, the state before takes over,
+and a directory is replaced or removed whole."""
 
 import errno
 import hashlib
@@ -21,7 +22,7 @@ def test_every_flipped_bit_of_a_state_is_found(tmp_path: Path) -> None:
     file, missed = tmp_path / "state.pt", 0
     states.save_state(file, {"step": 3}, parts(rank=3))
     whole = file.read_bytes()
-    assert states.whole_state(file) == file
+    assert states.intact_state(file) == file
     assert (tmp_path / "state.sha256").read_text() == hashlib.sha256(whole).hexdigest() + "\n"
     for place in range(0, len(whole), 3):
         flipped = bytearray(whole)
@@ -29,7 +30,7 @@ def test_every_flipped_bit_of_a_state_is_found(tmp_path: Path) -> None:
         file.write_bytes(flipped)
         missed += not checksums.damage(file)
         with pytest.raises(InputError, match="state.pt"):
-            states.whole_state(file)
+            states.intact_state(file)
     assert 0 < missed < len(whole) / 6  # by what is checked where there is no list of sums
     for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:size])
@@ -61,7 +62,8 @@ def test_states_and_their_list_are_never_apart(tmp_path: Path, monkeypatch) -> N
         assert names(tmp_path) <= {"state.pt", "state.before.pt", "state.sha256"}
 
 
-def test_saves_that_fail_again_and_again_leave_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saves_that_fail_again_and_again_leave_a_state(tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk refuses each new state once the list has its sum."""
     file, real = tmp_path / "state.pt", os.replace
     for step in (1, 2):
@@ -88,11 +90,14 @@ def test_a_damaged_state_gives_way_to_the_one_before(tmp_path: Path, harm: str, 
     broken = hurt(file, harm)
     assert states.load_state(file, parts()) == {"step": 1}
     said = capsys.readouterr().out
-    assert (f"warning: {file}: state.pt" in said and "goes on from the state before it" in said) or harm == "gone"
+    assert ((f"warning: {file}: state.pt" in said and "continues from the state before it" in said)
+            or harm == "gone")
     states.save_state(file, {"step": 3}, parts())  # the damaged one is not kept as the one before
-    assert torch.load(tmp_path / "state.before.pt", weights_only=True)["at"] == {"step": 1} and checksums.damage(file) == ""
+    assert (torch.load(tmp_path / "state.before.pt", weights_only=True)["at"] == {"step": 1}
+            and checksums.damage(file) == "")
     hurt(file, "cut"), hurt(tmp_path / "state.before.pt", "flipped")
-    with pytest.raises(InputError, match="state.pt cannot be read safely .*; state.before.pt .*; start a new run") as caught:
+    with pytest.raises(InputError, match="state.pt cannot be read safely .*; state.before.pt .*; "
+                       "start a new run") as caught:
         states.load_state(file, parts())
     assert caught.value.key == "--out" and broken is None
 

@@ -1,4 +1,5 @@
-"""The wheel runs away from the repository, and a missing optional part is a sentence; ``environments.py`` has more variants."""
+"""The wheel runs away from the repository, and a missing optional part is a sentence;
+``environments.py`` has more variants."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""Full and read-only disks, damaged states and checkpoints, two runs in one directory: told in a line, and nothing is lost."""
+"""Full and read-only disks, damaged states and checkpoints, two runs in one directory:
+told in a line, and nothing is lost."""
 
 import errno
 import fcntl
@@ -33,16 +34,19 @@ from tests.tools.kill import names, start
 def settings(tmp_path: Path, tiny_sd: Path, tiny_lrm: Path) -> config.LPO:
     """Two epochs of two prompt batches, a state every two optimizer steps."""
     (tmp_path / "prompts.json").write_text(json.dumps(world.captions(held_out=False)[:4]))
-    return replace(config.shapes().lpo, model=str(tiny_sd), lrm=str(tiny_lrm), prompts=str(tmp_path / "prompts.json"),
-                   out=str(tmp_path / "run"), batch_size=2, num_steps=3, train_batch_size=2, threshold_min=0.0,
-                   threshold_max=0.001, pictures=0, max_batches=0, epochs=2, save_steps=2, mixed_precision="no")
+    return replace(config.shapes().lpo, model=str(tiny_sd), lrm=str(tiny_lrm),
+                   prompts=str(tmp_path / "prompts.json"), out=str(tmp_path / "run"), batch_size=2,
+                   num_steps=3, train_batch_size=2, threshold_min=0.0, threshold_max=0.001, pictures=0,
+                   max_batches=0, epochs=2, save_steps=2, mixed_precision="no")
 
 
 def argv(settings: config.LPO) -> list[str]:
     """The command line of the settings above."""
-    keys = ("model", "lrm", "prompts", "out", "batch_size", "num_steps", "train_batch_size", "threshold_min", "threshold_max",
-            "pictures", "max_batches", "epochs", "save_steps", "mixed_precision", "rank", "learning_rate")
-    return ["lpo", *(text for key in keys for text in (f"--{key.replace('_', '-')}", str(getattr(settings, key))))]
+    keys = ("model", "lrm", "prompts", "out", "batch_size", "num_steps", "train_batch_size", "threshold_min",
+            "threshold_max", "pictures", "max_batches", "epochs", "save_steps", "mixed_precision", "rank",
+            "learning_rate")
+    return ["lpo",
+            *(text for key in keys for text in (f"--{key.replace('_', '-')}", str(getattr(settings, key))))]
 
 
 def same(run: Path, whole: Path) -> None:
@@ -57,14 +61,16 @@ def same(run: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize("what", ["state", "checkpoint", "weights", "metrics"])
 def test_a_full_disk(settings, what, tmp_path, monkeypatch, capsys) -> None:
-    """One line with path, reason and remedy, exit code 2; earlier files are intact, and the run goes on from it."""
+    """One line with path, reason and remedy, exit code 2;
+    earlier files are intact, and the run goes on from it."""
     arguments, out = argv(settings), tmp_path / "run"
     whole = train_lpo.train(replace(train.parse(arguments), out=str(tmp_path / "whole")))
     real, calls, before = torch.save, [], {}
 
     def full(value: object, file) -> None:
         """Half of it is written."""
-        kind = "state" if "at" in value else "weights" if any("lora_A" in str(key) for key in value) else "optimizer"
+        kind = ("state" if "at" in value else "weights" if any("lora_A" in str(key) for key in value) else
+                "optimizer")
         calls.append(kind)
         if {"state": calls.count("state") == 3, "checkpoint": kind == "optimizer"}.get(what):
             before.update({path.name: path.read_bytes() for path in out.glob("*.pt")})
@@ -75,7 +81,8 @@ def test_a_full_disk(settings, what, tmp_path, monkeypatch, capsys) -> None:
         patch.setattr(torch, "save", full)
         if what == "weights":
             def refused(*_, **__) -> None:
-                raise writing.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+                raise writing.SafetensorError("Error while serializing: I/O error: No space left on device "
+                                              "(os error 28)")
             patch.setattr(loras.StableDiffusionPipeline, "save_lora_weights", refused)
         if what == "metrics":
             out.mkdir()
@@ -120,7 +127,8 @@ def test_the_kernel_refuses(settings, tmp_path) -> None:
     process.join(120)
     error = (tmp_path / "limited.err").read_text()
     assert process.exitcode == 2 and "Traceback" not in error, error
-    assert f"error: {tmp_path / 'run' / 'state.pt'}: cannot be written (File too large); free some space" in error
+    assert (f"error: {tmp_path / 'run' / 'state.pt'}: cannot be written (File too large); free some space"
+            in error)
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["at"]["step"] == 4
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
 
@@ -130,7 +138,8 @@ import ctypes, sys
 from lpo_fast.lpo import steps as lpo_steps
 from lpo_fast.lrm import steps as lrm_steps
 from lpo_fast import train
-ctypes.CDLL(None).capset(ctypes.byref((ctypes.c_uint32 * 2)(0x20080522, 0)), ctypes.byref((ctypes.c_uint32 * 6)()))
+ctypes.CDLL(None).capset(ctypes.byref((ctypes.c_uint32 * 2)(0x20080522, 0)),
+                         ctypes.byref((ctypes.c_uint32 * 6)()))
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -145,26 +154,30 @@ def test_a_read_only_run_directory(settings, tmp_path, resume) -> None:
     out.mkdir(exist_ok=True)
     out.chmod(0o555)
     before = names(out)
-    process = start(*argv(settings), *["--resume"] * resume, log=tmp_path / "x", entry=(str(tmp_path / "unprivileged.py"),))
+    process = start(*argv(settings), *["--resume"] * resume, log=tmp_path / "x",
+                    entry=(str(tmp_path / "unprivileged.py"),))
     process.join(120)
     out.chmod(0o755)
     error = (tmp_path / "x.err").read_text()
-    assert process.exitcode == 2 and error.endswith(f"error: --out {out}: cannot be written; choose a directory where you may write\n")
+    assert process.exitcode == 2 and error.endswith(f"error: --out {out}: cannot be written; choose a "
+                                                    "directory where you may write\n")
     assert names(out) == before
 
 
 @pytest.mark.parametrize("stage", ["lpo", "lrm"])
 @pytest.mark.parametrize("limit", [0, 2])
-def test_room_is_checked_before_the_first_step(settings, stage, limit, tiny_sd, tmp_path, monkeypatch) -> None:
+def test_room_is_checked_before_the_first_step(settings, stage, limit, tiny_sd, tmp_path,
+                                               monkeypatch) -> None:
     """The estimate is an upper bound of what a run takes at most at a time, and not far above it."""
     if stage == "lpo":
         run, module = train_lpo.train, lpo_steps
         settings = replace(settings, full=True, keep_checkpoints=limit, epochs=3, max_batches=0)
     else:
-        pairs = str(table(tmp_path / "p.parquet", list("abcd"), jpg_0=[plain((40 * i, 9, 9)) for i in range(4)]))
-        settings = config.LRM(model=str(tiny_sd), pairs=pairs, validation_pairs=pairs, out=settings.out, batch_size=4,
-                              max_steps=6, warmup_steps=0, validate_steps=2, save_steps=1, num_workers=0,
-                              keep_checkpoints=limit, save_only_if_best=False)
+        pairs = str(table(tmp_path / "p.parquet", list("abcd"),
+                          jpg_0=[plain((40 * i, 9, 9)) for i in range(4)]))
+        settings = config.LRM(model=str(tiny_sd), pairs=pairs, validation_pairs=pairs, out=settings.out,
+                              batch_size=4, max_steps=6, warmup_steps=0, validate_steps=2, save_steps=1,
+                              num_workers=0, keep_checkpoints=limit, save_only_if_best=False)
         run, module = train_lrm.train, lrm_steps
     wanted, taken, replace_ = [], [], os.replace
 
@@ -176,11 +189,13 @@ def test_room_is_checked_before_the_first_step(settings, stage, limit, tiny_sd, 
         patch.setattr(os, "replace", measured)
         run(settings)
     assert max(taken) * 0.9 < wanted[0] < max(taken) * 1.6, (max(taken), wanted)
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: os.statvfs_result([0] * 10) and type("", (), {"free": 2**20}))
+    monkeypatch.setattr(writing.shutil, "disk_usage",
+                        lambda _: os.statvfs_result([0] * 10) and type("", (), {"free": 2**20}))
     monkeypatch.setattr(module, "train_step", None)
     with pytest.raises(InputError, match="has 0.00 GiB free, and the run will write up to") as caught:
         run(replace(settings, out=str(tmp_path / "other")))
-    assert caught.value.key == "--out" and "free some space" in caught.value.remedy and not (tmp_path / "other").exists()
+    assert (caught.value.key == "--out" and "free some space" in caught.value.remedy
+            and not (tmp_path / "other").exists())
 
 
 # Damage
@@ -195,12 +210,15 @@ def test_a_run_goes_on_from_the_state_before(settings, tmp_path) -> None:
 
 
 def test_checksums_of_a_checkpoint(settings, tmp_path) -> None:
-    """Against hashlib's own of the bytes on the disk; a change, a loss or a damaged list of any file is found."""
+    """Against hashlib's own of the bytes on the disk; a change,
+    a loss or a damaged list of any file is found."""
     out = train_lpo.train(replace(settings, full=True))
     folder = out / "checkpoint_1"
     recorded = json.loads((folder / checksums.SUMS).read_text())
-    assert recorded.keys() == names(folder) - {checksums.SUMS} >= {"unet/config.json", checkpoints.OPTIMIZER, checkpoints.STEP}
-    assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == value for name, value in recorded.items())
+    assert (recorded.keys() == names(folder) - {checksums.SUMS}
+            >= {"unet/config.json", checkpoints.OPTIMIZER, checkpoints.STEP})
+    assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == value
+               for name, value in recorded.items())
     for name in (*recorded, checksums.SUMS):
         data = (folder / name).read_bytes()
         for broken in (data[:-1], b"\0" + data[1:]):
@@ -223,11 +241,13 @@ def test_resuming_from_an_older_checkpoint(settings, full, official, tmp_path, c
     (weights,) = (runs_ / "checkpoint_1").rglob("*.safetensors" if full else loras.LORA_OFFICIAL)
     hurt(weights, "cut" if full and official else "flipped")
     assert checkpoints.find_checkpoint(runs_, full).name == "checkpoint_0"
-    expected = train_lpo.train(replace(settings, resume_from=str(runs_ / "checkpoint_0"), out=str(tmp_path / "a")))
+    expected = train_lpo.train(replace(settings, resume_from=str(runs_ / "checkpoint_0"),
+                                       out=str(tmp_path / "a")))
     capsys.readouterr()
     found = train_lpo.train(replace(settings, resume_from=str(runs_), out=str(tmp_path / "b")))
-    assert f"warning: {runs_ / 'checkpoint_1'} is damaged ({weights.relative_to(runs_ / 'checkpoint_1').parts[0]}" in (
-        capsys.readouterr().out) or official
+    assert (f"warning: {runs_ / 'checkpoint_1'} is damaged "
+            f"({weights.relative_to(runs_ / 'checkpoint_1').parts[0]}" in (capsys.readouterr().out)
+            or official)
     assert (found / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
     for named in (runs_ / "checkpoint_1", runs_):
         if named == runs_:
@@ -238,7 +258,8 @@ def test_resuming_from_an_older_checkpoint(settings, full, official, tmp_path, c
 
 
 def test_a_checkpoint_is_read_once_before_it_is_loaded(settings, monkeypatch, tmp_path) -> None:
-    """Also a damaged one that it is taken in place of, and in the run's own directory: they may have many gigabytes."""
+    """Also a damaged one that it is taken in place of, and in the run's own directory:
+    they may have many gigabytes."""
     whole, read, real = train_lpo.train(replace(settings, epochs=3)), [], checksums.sha256
     monkeypatch.setattr(checksums, "sha256", lambda file: read.append(file) or real(file))
     train_lpo.train(replace(settings, epochs=4, resume_from=str(whole)))
@@ -274,7 +295,8 @@ def test_a_second_run_is_refused(settings, tmp_path, capsys) -> None:
             time.sleep(0.01)
         assert train.main(argv(settings)) == 2
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith(f"error: --out {out}: is in use by process {owner.pid} on {platform.node()}; wait")
+        assert error.startswith(f"error: --out {out}: is in use by process {owner.pid} on {platform.node()}; "
+                                "wait")
         assert names(out) == {directory.LOCK}
         (out / "checkpoint_0").mkdir()  # whatever the other one has written by now
         assert train.main(argv(settings)) == 2 and "is in use by process" in capsys.readouterr().err
@@ -291,7 +313,8 @@ def test_a_disk_without_locks(settings, monkeypatch, capsys) -> None:
     monkeypatch.setattr(fcntl, "lockf", none)
     with directory.lock(Path(settings.out)):
         error = capsys.readouterr().err
-    assert error == f"warning: {settings.out} cannot be locked (No locks available): start no second run there\n"
+    assert (error == f"warning: {settings.out} cannot be locked (No locks available): do not start another "
+            "run there\n")
     assert not Path(settings.out).exists()  # it was made for the block, and is empty
 
 

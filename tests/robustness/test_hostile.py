@@ -1,4 +1,5 @@
-"""Hostile files: none runs code, names another library or another directory, or gets into a page, a table or a tracker."""
+"""Hostile files: none runs code, names another library or another directory, or gets into a page,
+a table or a tracker."""
 
 import json
 import os
@@ -56,7 +57,8 @@ def parts(attack: Attack) -> dict:
 
 
 READERS = {
-    "LRM directory": ("state_dict.pt", lambda a: {"visual_projection": a}, lambda f: checkpoint.read_heads(f.parent, [8, 8])),
+    "LRM directory": ("state_dict.pt", lambda a: {"visual_projection": a},
+                      lambda f: checkpoint.read_heads(f.parent, [8, 8])),
     "LRM-XL .pt": ("lrm.pt", lambda a: {"unet.x": a}, lambda f: checkpoint.load_lrm(f, f.parent)),
     "unet_lora.pt": ("unet_lora.pt", lambda a: {"x.lora_A.weight": a}, loras.read_lora),
     "state.pt": ("state.pt", parts, lambda f: states.load_state(f, {})),
@@ -64,13 +66,15 @@ READERS = {
                           lambda f: states.load_state(f, {})),
     "pytorch_model.bin of --clip": ("pytorch_model.bin", lambda a: {"text_projection.weight": a},
                                     lambda f: checkpoint.read_text_projection(str(f.parent))),
-    "single .ckpt": ("model.ckpt", lambda a: {"state_dict": {}, "callbacks": a}, lambda f: locate.locate(str(f), "--model")),
+    "single .ckpt": ("model.ckpt", lambda a: {"state_dict": {}, "callbacks": a},
+                     lambda f: locate.locate(str(f), "--model")),
 }
 
 
 @pytest.mark.parametrize("protocol", ["zip", "old"])
 @pytest.mark.parametrize("name", READERS)
-def test_a_pickle_runs_nothing(name: str, protocol: str, trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickle_runs_nothing(name: str, protocol: str, trace: Path, tmp_path: Path,
+                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locate.constants, "HF_HOME", str(tmp_path / "home"))
     file, make, read = READERS[name]
     torch.save(make(Attack(trace)), tmp_path / file, _use_new_zipfile_serialization=protocol == "zip")
@@ -115,8 +119,8 @@ def test_scorers_run_nothing(clips: Path, trace: Path) -> None:
         scorers.clipscore(pictures(), ["a"] * 3)
 
 
-@pytest.mark.parametrize("part, load", [
-    ("unet", denoisers.load_unet), ("vae", vaes.load_vae), ("text_encoder", lambda p: texts.load_text(p, families.SD))])
+@pytest.mark.parametrize("part, load", [("unet", denoisers.load_unet), ("vae", vaes.load_vae),
+                                        ("text_encoder", lambda p: texts.load_text(p, families.SD))])
 def test_models_are_read_from_safetensors_alone(part: str, load, tiny_sd: Path, copied, trace: Path) -> None:
     folder = copied(tiny_sd)
     for weights in (folder / part).glob("*.safetensors"):
@@ -134,7 +138,8 @@ def test_no_line_of_the_package_reads_code() -> None:
     for name, source in text.items():
         for call in re.findall(r"torch\.load\((?:[^()]|\([^()]*\))*\)", source):
             assert "weights_only=True" in call, (name, call)
-        for word in ("trust_remote_code", "import pickle", "yaml.load", "joblib", "marshal", "shell=True", "os.system"):
+        for word in ("trust_remote_code", "import pickle", "yaml.load", "joblib", "marshal", "shell=True",
+                     "os.system"):
             assert word not in source, (name, word)
     running = re.compile(r"\brunpy\.|\bexec\(|(?<![.\w])eval\(")
     assert [name for name, source in text.items() if running.search(source)] == ["official/lpo.py"]
@@ -143,8 +148,8 @@ def test_no_line_of_the_package_reads_code() -> None:
 # Names inside files
 
 
-def test_libraries_of_a_model_index_are_not_imported(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                     trace: Path) -> None:
+def test_libraries_of_a_model_index_are_not_imported(tiny_sd: Path, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch, trace: Path) -> None:
     (tmp_path / "evil_library.py").write_text(f"open({str(trace)!r}, 'w')\nclass Evil: pass")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(locate.constants, "HF_HOME", str(tmp_path / "home"))
@@ -163,10 +168,12 @@ def test_attention_of_a_config_is_not_fetched(tiny_sd: Path, copied, monkeypatch
     folder = copied(tiny_sd)
     file = folder / "text_encoder" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"attn_implementation": "evil/kernel"}))
-    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", lambda *a, **k: pytest.fail("fetched"))
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention",
+                        lambda *a, **k: pytest.fail("fetched"))
     encoder = texts.load_text(folder, families.SD)[0]
     assert encoder.config._attn_implementation == "sdpa"
-    assert families.without_weights(type(encoder), folder / "text_encoder").config._attn_implementation == "sdpa"
+    assert (families.without_weights(type(encoder), folder / "text_encoder").config._attn_implementation
+            == "sdpa")
     models.pipeline(str(folder), "--model")
 
 
@@ -180,9 +187,9 @@ def test_shards_lie_beside_their_index(shard: object, tiny_sd: Path, copied) -> 
         models.pipeline(str(folder), "--model")
 
 
-@pytest.mark.parametrize("settings", [
-    {"base": 3}, {"guidance_scale": "7"}, {"guidance_scale": []}, {"resolution": 10**9}, {"multi_scale_cfg": 1}, {"unet": "x"},
-    {"guidance_scale": [float("nan")]}])
+@pytest.mark.parametrize("settings", [{"base": 3}, {"guidance_scale": "7"}, {"guidance_scale": []},
+                                      {"resolution": 10**9}, {"multi_scale_cfg": 1}, {"unet": "x"},
+                                      {"guidance_scale": [float("nan")]}])
 def test_an_lrm_json_of_something_else(settings: dict, tiny_sd: Path, tiny_lrm: Path, copied) -> None:
     folder = copied(tiny_lrm)
     (folder / "lrm.json").write_text(json.dumps(settings))
@@ -193,11 +200,12 @@ def test_an_lrm_json_of_something_else(settings: dict, tiny_sd: Path, tiny_lrm: 
 
 
 @pytest.mark.parametrize("part, changes", [
-    ("unet", {"layers_per_block": 10**9}), ("unet", {"block_out_channels": "abc"}), ("unet", {"in_channels": None}),
-    ("unet", {"block_out_channels": [8] * 1000}), ("unet", {"act_fn": "evil"}), ("text_encoder", {"num_hidden_layers": 10**9}),
-    ("text_encoder", {"hidden_size": "x"}), ("vae", {"block_out_channels": []}), ("vae", {"norm_num_groups": 7}),
-    ("scheduler", {"num_train_timesteps": 10**12}), ("scheduler", {"beta_schedule": "evil"}),
-    ("scheduler", {"prediction_type": "evil"})])
+    ("unet", {"layers_per_block": 10**9}), ("unet", {"block_out_channels": "abc"}),
+    ("unet", {"in_channels": None}), ("unet", {"block_out_channels": [8] * 1000}),
+    ("unet", {"act_fn": "evil"}), ("text_encoder", {"num_hidden_layers": 10**9}),
+    ("text_encoder", {"hidden_size": "x"}), ("vae", {"block_out_channels": []}),
+    ("vae", {"norm_num_groups": 7}), ("scheduler", {"num_train_timesteps": 10**12}),
+    ("scheduler", {"beta_schedule": "evil"}), ("scheduler", {"prediction_type": "evil"})])
 def test_configs_that_nothing_can_be_built_from(part: str, changes: dict, tiny_sd: Path, copied) -> None:
     folder = copied(tiny_sd)
     file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
@@ -213,7 +221,8 @@ def test_a_run_stays_in_its_directory(name: str, tmp_path: Path) -> None:
     flat = lrm.flat(fuzz.official_config())
     with pytest.raises(InputError, match="config.run_name .*is not the name of a directory in logdir"):
         lpo.settings(flat | {"run_name": name})
-    for check, settings in ((preflight_settings.lpo, config.sd15().lpo), (preflight_settings.lrm, config.sd15().lrm)):
+    for check, settings in ((preflight_settings.lpo, config.sd15().lpo),
+                            (preflight_settings.lrm, config.sd15().lrm)):
         for key in ("tracker_project", "run_name"):
             if name:
                 with pytest.raises(InputError, match="is not the name of a directory"):

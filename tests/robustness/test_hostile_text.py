@@ -1,4 +1,5 @@
-"""Hostile text: no prompt gets markup into a page or a cell into a table, and no credential gets into a run directory."""
+"""Hostile text: no prompt gets markup into a page or a cell into a table,
+and no credential gets into a run directory."""
 
 import csv
 import json
@@ -19,8 +20,9 @@ from lpo_fast.config import LPO, LRM
 from lpo_fast.data import tables
 from lpo_fast.run import environment, logs
 
-PROMPTS = ['</title><script>alert(1)</script>', '" onload="alert(1)', "' onerror='alert(1)' x='", "javascript:alert(1)",
-           "<img src=x onerror=alert(1)>", "</figcaption></svg><a href='javascript:alert(1)'>", "&lt;b&gt;", "$body ${title}",
+PROMPTS = ['</title><script>alert(1)</script>', '" onload="alert(1)',
+           "' onerror='alert(1)' x='", "javascript:alert(1)", "<img src=x onerror=alert(1)>",
+           "</figcaption></svg><a href='javascript:alert(1)'>", "&lt;b&gt;", "$body ${title}",
            "a\nb, \"c\"", "]]><!-- ", "\ud83d"]
 
 
@@ -92,8 +94,10 @@ def test_no_element_or_attribute_of_a_page_comes_from_a_prompt(make, tmp_path: P
 
 def browser(page: Path) -> Elements:
     """What Chromium has made of a page when its scripts, if any, have run."""
-    line = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent / 'profile'}"]
-    done = subprocess.run([*line, "--dump-dom", page.as_uri()], capture_output=True, text=True, check=True, timeout=120)
+    line = ["chromium", "--headless", "--no-sandbox", "--disable-gpu",
+            f"--user-data-dir={page.parent / 'profile'}"]
+    done = subprocess.run([*line, "--dump-dom", page.as_uri()], capture_output=True, text=True, check=True,
+                          timeout=120)
     return Elements(done.stdout.replace("<tbody>", ""))  # which browsers add
 
 
@@ -101,7 +105,8 @@ def browser(page: Path) -> Elements:
 @pytest.mark.parametrize("make, name", [(run_page, "report.html"), (evaluation, "page.html")])
 def test_a_browser_sees_the_same_elements_and_runs_nothing(make, name: str, tmp_path: Path) -> None:
     attacks = [f"{end}{how}" for how in (f"<script>{OWNED}</script>", f'<img src=x onerror="{OWNED}">',
-                                         f"<svg onload='{OWNED}'>") for end in ("", '">', "</title>", "</style>", "</td>")]
+                                         f"<svg onload='{OWNED}'>")
+               for end in ("", '">', "</title>", "</style>", "</td>")]
     written, seen = Elements(make(tmp_path / "page", attacks)), browser(tmp_path / "page" / name)
     assert seen.seen == written.seen and "owned" in seen.text and "has been owned" not in seen.text
     (tmp_path / "raw.html").write_text(f"<!doctype html><html><head></head><body>{attacks[5]}</body></html>")
@@ -134,7 +139,8 @@ def test_credentials_are_not_recorded(given: str, kept: str, monkeypatch: pytest
 @pytest.mark.parametrize("settings", [LPO(model="m"), LRM(model="m")])
 def test_trackers_and_run_directories_get_no_environment(settings: LPO | LRM, tmp_path: Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    secrets = {name: f"secret-of-{name}" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD")}
+    secrets = {name: f"secret-of-{name}"
+               for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD")}
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "lpo_fast.train", *secrets.values()])
@@ -144,7 +150,8 @@ def test_trackers_and_run_directories_get_no_environment(settings: LPO | LRM, tm
         sent.append(repr((words, named)))
     monkeypatch.setattr(logs, "Accelerator", lambda **_: SimpleNamespace(
         init_trackers=send, trackers=[1], log=send, end_training=lambda: None))
-    run = logs.RunLog(replace(settings, out=str(tmp_path / "run"), log_with="wandb", model="https://me:secret-of-HF_TOKEN@host/m"))
+    run = logs.RunLog(replace(settings, out=str(tmp_path / "run"), log_with="wandb",
+                              model="https://me:secret-of-HF_TOKEN@host/m"))
     run.log("train", 1, loss=1.0, note="text")
     run.close()
     assert len(sent) == 2 and "note" not in sent[1]

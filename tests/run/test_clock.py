@@ -13,4 +13,6 @@ def test_more_workers_than_cores(monkeypatch: pytest.MonkeyPatch, capsys) -> Non
     clock.Clock(2)
     assert not capsys.readouterr().out
     clock.Clock(3)
-    assert "warning: --num-workers 3 in 4 processes here, which have 8 cores: use at most 2" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert ("warning: --num-workers 3 in each of 4 processes, but this machine has 8 cores: use at most 2"
+            in told)

@@ -1,4 +1,5 @@
-"""Operations of a prompt batch in real sizes, ours against the official statement, both counted on the meta device."""
+"""Operations of a prompt batch in real sizes, ours against the official statement,
+both counted on the meta device."""
 
 from dataclasses import replace
 from functools import partial
@@ -24,7 +25,7 @@ PROMPTS = 2  # a batch; half of its pairs are valid: one a step
 
 def ours(settings: LPO) -> float:
     """TFLOP a prompt, half of the pairs valid, as --dry-run counts them from the run's own functions."""
-    row, = (line for line in dry_run.report(settings) if line.startswith("together, if half are valid"))
+    row, = (line for line in dry_run.report(settings) if line.startswith("total, if half are valid"))
     return float(row.split()[-2].replace(",", ""))
 
 
@@ -42,11 +43,13 @@ def statement(settings: LPO) -> Official:
     sizes = denoisers.size_conditions(model, family, unet)
     sizes = None if sizes is None else sizes.to(META)
     return Official(settings, family, unet, [built(kind, model / name) for name, kind in family.encoders],
-                    meta.scorer(settings, 8 * unet.config.sample_size), scheduler, sizes, (ids, null), (ids, null))
+                    meta.scorer(settings, 8 * unet.config.sample_size), scheduler, sizes, (ids, null),
+                    (ids, null))
 
 
 def batch(official: Official, steps: int) -> int:
-    """Operations of a prompt batch with so many denoising steps: sampling, and training on half of the pairs."""
+    """Operations of a prompt batch with so many denoising steps: sampling, and training on half of the pairs.
+    """
     everything, size = official.scheduler.timesteps, official.unet.config.sample_size
     official.scheduler.timesteps = everything[:steps]
     draw = Random((PROMPTS, 4, size, size), official.config.num_candidates, META, torch.float32)
@@ -76,14 +79,14 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("family", MOST)
 def test_operations_of_a_prompt(family: str, tmp_path: Path, halves: None) -> None:
-    """Estimated beforehand for the official code: 177 TFLOP a prompt for SD1.5, 1,840 for SDXL, whose activations its
-    configuration computes twice. Ours keeps them where memory allows."""
+    """Estimated beforehand for the official code: 177 TFLOP a prompt for SD1.5, 1,840 for SDXL, whose
+    activations its configuration computes twice. Ours keeps them where memory allows."""
     model = random_models.make(family, tmp_path / "model", skeleton)
     lrm = random_models.make_lrm(model, tmp_path / "lrm")
     (tmp_path / "prompts.txt").write_text("a red circle\ntwo\n")
     recipe = {"sd15": config.sd15, "sdxl": config.sdxl}[family]().lpo
-    settings = replace(recipe, model=str(model), lrm=str(lrm), prompts=str(tmp_path / "prompts.txt"), batch_size=2,
-                       train_batch_size=1, pictures=0)
+    settings = replace(recipe, model=str(model), lrm=str(lrm), prompts=str(tmp_path / "prompts.txt"),
+                       batch_size=2, train_batch_size=1, pictures=0)
     official = statement(settings)
     with on_cuda():
         first, second = batch(official, 1), batch(official, 2)

@@ -6,10 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from lpo_fast import config, replay, train, train_lpo, train_lrm
 from lpo_fast.config import LPO, LRM
@@ -31,9 +29,9 @@ PROMPTS = world.captions(held_out=False)[:4]
 def lpo(tiny_sd: Path, tiny_lrm: Path, tmp_path: Path) -> LPO:
     """Two prompt batches of 12 pairs, three optimizer steps each."""
     (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
-    return LPO(model=str(tiny_sd), lrm=str(tiny_lrm), prompts=str(tmp_path / "prompts.json"), out=str(tmp_path / "run"),
-               num_steps=6, num_candidates=2, batch_size=2, train_batch_size=4, pictures=0, epochs=1, threshold_shape="none",
-               threshold_min=0.0, beta=50.0)
+    return LPO(model=str(tiny_sd), lrm=str(tiny_lrm), prompts=str(tmp_path / "prompts.json"),
+               out=str(tmp_path / "run"), num_steps=6, num_candidates=2, batch_size=2, train_batch_size=4,
+               pictures=0, epochs=1, threshold_shape="none", threshold_min=0.0, beta=50.0)
 
 
 def injected(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, LatentPairs], LatentPairs]) -> None:
@@ -51,13 +49,16 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return loras.read_lora(run)
 
 
-def test_a_step_without_finite_loss_changes_nothing(lpo: LPO, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
-    """The last step is poisoned: the weights are those of a run that ends before it, and its inputs are kept."""
+def test_a_step_without_finite_loss_changes_nothing(lpo: LPO, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                    capsys) -> None:
+    """The last step is poisoned: the weights are those of a run that ends before it, and its inputs are kept.
+    """
     with monkeypatch.context() as patch:
         injected(patch, lambda call, pairs: poisoned(pairs) if call == 5 else pairs)
         run = train_lpo.train(lpo)
     told = capsys.readouterr().out
-    assert told.count("has no finite loss and was skipped") == 1 and "1 of 6 optimizer steps had no finite" in told
+    assert (told.count("has no finite loss and was skipped") == 1
+            and "1 of 6 optimizer steps had no finite" in told)
     assert [row["train_loss"] is None for row in rows(run)] == [False] * 5 + [True]
     assert all(x.isfinite().all() for x in weights(run).values())
     steps = []
@@ -69,16 +70,19 @@ def test_a_step_without_finite_loss_changes_nothing(lpo: LPO, monkeypatch: pytes
     assert all(torch.equal(x, weights(other)[name]) for name, x in weights(run).items())
     assert replay.main([str(run / monitor.SKIPPED)]) == 0
     said = capsys.readouterr().out
-    assert "step 5, 4 pairs at timesteps" in said and "with the weights after 6 steps" in said and "all values are finite here" in said
+    assert ("step 5, 4 pairs at timesteps" in said and "with the weights after 6 steps" in said
+            and "all values are finite here" in said)
 
 
 def test_replay_names_what_is_not_finite(lpo: LPO, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """Pairs that are bad themselves: everything that follows from them is named, the reference's output is not."""
+    """Pairs that are bad themselves: everything that follows from them is named,
+    the reference's output is not."""
     monkeypatch.setattr(batches, "shuffled", lambda pairs, *_: poisoned(pairs))
     run = train_lpo.train(replace(lpo, max_batches=1))
     lines = replay.replay(run / monitor.SKIPPED)
     assert lines[0].startswith("step 0, ")  # the first one's
-    assert any(line.startswith("pairs, winner: ") for line in lines) and any(line.startswith("loss: 1 of 1") for line in lines)
+    assert (any(line.startswith("pairs, winner: ") for line in lines)
+            and any(line.startswith("loss: 1 of 1") for line in lines))
     assert not any("reference" in line or line.startswith("pairs, loser") for line in lines)
     capsys.readouterr()
 
@@ -89,11 +93,13 @@ def test_replay_of_no_file(argv: list[str], capsys) -> None:
 
 
 def test_too_many_in_a_row_end_the_run(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the state of a run whose weights are those of the start; it goes on with --resume when the cause is gone."""
+    """With the state of a run whose weights are those of the start;
+    it goes on with --resume when the cause is gone."""
     monkeypatch.setattr(monitor, "IN_A_ROW", 3)
     with monkeypatch.context() as patch:
         injected(patch, lambda call, pairs: poisoned(pairs))
-        with pytest.raises(InputError, match="3 optimizer steps in a row had no finite gradient, the last of them step 2"):
+        with pytest.raises(InputError, match="3 optimizer steps in a row had no finite gradient, the last "
+                           "of them step 2"):
             train_lpo.train(lpo)
     run = train_lpo.train(replace(lpo, resume=True))
     losses = [row["train_loss"] for row in rows(run)]
@@ -136,7 +142,8 @@ def test_a_pass_that_fails_leaves_no_gradient() -> None:
     assert sizes == [4, 2, 2, 2, 2] and norm.item() == 1.0 and weight.item() == 1.0
 
 
-def test_the_scaler_of_other_precisions_changes_nothing(lpo: LPO, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_scaler_of_other_precisions_changes_nothing(lpo: LPO, monkeypatch: pytest.MonkeyPatch,
+                                                        tmp_path: Path) -> None:
     run = train_lpo.train(lpo)
     monkeypatch.setattr(optimization, "scaler", lambda *_: torch.amp.GradScaler("cpu", enabled=False))
     other = train_lpo.train(replace(lpo, out=str(tmp_path / "other")))
@@ -144,8 +151,10 @@ def test_the_scaler_of_other_precisions_changes_nothing(lpo: LPO, monkeypatch: p
     assert all(torch.equal(x, weights(other)[name]) for name, x in weights(run).items())
 
 
-def test_too_little_memory_halves_the_passes(lpo: LPO, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
-    """More than one pair at a time never fit: metrics are those of another run but for rounding, and each size is said once."""
+def test_too_little_memory_halves_the_passes(lpo: LPO, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                             capsys) -> None:
+    """More than one pair at a time never fit: metrics are those of another run but for rounding,
+    and each size is said once."""
     plain = rows(train_lpo.train(lpo))
     capsys.readouterr()
 
@@ -157,7 +166,7 @@ def test_too_little_memory_halves_the_passes(lpo: LPO, monkeypatch: pytest.Monke
     halved = rows(train_lpo.train(replace(lpo, out=str(tmp_path / "halved"))))
     told = capsys.readouterr().out
     assert told.count("does not fit into the GPU's memory") == 2
-    assert "of 4 pairs does not fit" in told and "from now on passes are of 1, " in told
+    assert "of 4 pairs does not fit" in told and "from now on its size is 1, " in told
     for a, b in zip(plain, halved, strict=True):
         assert a.pop("kind") == b.pop("kind") and a == pytest.approx(b, rel=1e-3, abs=1e-6)
 
@@ -166,7 +175,7 @@ def test_no_pair_fits(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
     injected(monkeypatch, never)
-    with pytest.raises(InputError, match=r"a training pass of 1 pair: does not fit .*checkpointing"):
+    with pytest.raises(InputError, match=r"a training micro-batch of 1 pair: does not fit .*checkpointing"):
         train_lpo.train(lpo)
 
 
@@ -182,12 +191,13 @@ def test_no_prompt_fits(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
 def lrm(tiny_sd: Path, tmp_path: Path) -> LRM:
     """Three steps of four of six pairs."""
     path = table(tmp_path / "p.parquet", list("abaacd"), jpg_0=[RED, plain((0, 255, 0))] * 3)
-    return replace(config.sd15().lrm, model=str(tiny_sd), pairs=str(path), out=str(tmp_path / "lrm"), batch_size=4, max_steps=3,
-                   warmup_steps=1, learning_rate=1e-3, num_workers=0, save_steps=1)
+    return replace(config.sd15().lrm, model=str(tiny_sd), pairs=str(path), out=str(tmp_path / "lrm"),
+                   batch_size=4, max_steps=3, warmup_steps=1, learning_rate=1e-3, num_workers=0, save_steps=1)
 
 
 def passes(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, torch.Tensor], torch.Tensor]) -> list[int]:
-    """change(step, x): what a training pass of the LRM is given as noisy latents instead. The sizes of all passes."""
+    """change(step, x): what a training pass of the LRM is given as noisy latents instead.
+    The sizes of all passes."""
     sizes, pair_loss, latents = [], lrm_steps.pair_loss, encoding.Encoder.latents
 
     def counted(lrm, encoder, batch, step, *rest):
@@ -199,9 +209,10 @@ def passes(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, torch.Tensor]
     return sizes
 
 
-def test_an_lrm_step_without_finite_loss_changes_nothing(lrm: LRM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-                                                         capsys) -> None:
-    """The last one: the weights are those of the step before. Its inputs are kept, and here they are finite."""
+def test_an_lrm_step_without_finite_loss_changes_nothing(lrm: LRM, monkeypatch: pytest.MonkeyPatch,
+                                                         tmp_path: Path, capsys) -> None:
+    """The last one: the weights are those of the step before. Its inputs are kept, and here they are finite.
+    """
     def weights(settings: LRM) -> dict[str, torch.Tensor]:
         return checkpoint.load_lrm(train_lrm.train(settings) / selection.FINAL).state_dict()
     two = weights(replace(lrm, out=str(tmp_path / "two"), max_steps=3))
@@ -210,7 +221,8 @@ def test_an_lrm_step_without_finite_loss_changes_nothing(lrm: LRM, monkeypatch: 
         passes(patch, lambda step, x: x * math.nan if step == 2 else x)
         three = weights(lrm)
     told = capsys.readouterr().out
-    assert told.count("step 2 has no finite loss and was skipped") == 1 and "1 of 3 optimizer steps had no finite" in told
+    assert (told.count("step 2 has no finite loss and was skipped") == 1
+            and "1 of 3 optimizer steps had no finite" in told)
     assert all(torch.equal(three[name], x) for name, x in state.items())
     assert any(not torch.equal(three[name], two[name]) for name in state)
     run = Path(lrm.out)
@@ -245,14 +257,16 @@ def test_lrm_steps_that_fail_in_a_row_end_the_run(lrm: LRM, monkeypatch: pytest.
     monkeypatch.setattr(monitor, "IN_A_ROW", 2)
     with monkeypatch.context() as patch:
         passes(patch, lambda step, x: x * math.nan)
-        with pytest.raises(InputError, match="2 optimizer steps in a row had no finite gradient, the last of them step 1"):
+        with pytest.raises(InputError, match="2 optimizer steps in a row had no finite gradient, the last "
+                           "of them step 1"):
             train_lrm.train(lrm)
     losses = [row["loss"] for row in rows(train_lrm.train(replace(lrm, resume=True)))]
     assert losses[:2] == [None] * 2 and math.isfinite(losses[2])
     assert "2 of 3 optimizer steps had no finite gradient and were skipped" in capsys.readouterr().out
 
 
-def test_lrm_memory_that_does_not_suffice(lrm: LRM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+def test_lrm_memory_that_does_not_suffice(lrm: LRM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                          capsys) -> None:
     """No more than two pairs fit: the four of a step take two passes, with the same losses."""
     whole = train_lrm.train(lrm)
     capsys.readouterr()
@@ -264,11 +278,14 @@ def test_lrm_memory_that_does_not_suffice(lrm: LRM, monkeypatch: pytest.MonkeyPa
     sizes = passes(monkeypatch, small)
     halved = train_lrm.train(replace(lrm, out=str(tmp_path / "halved")))
     assert sizes == [4, 2, 2, 2, 2, 2, 2]
-    assert capsys.readouterr().out.count("from now on passes are of 2, with the same loss") == 1
+    assert capsys.readouterr().out.count("from now on its size is 2, with the same loss") == 1
     for a, b in zip(rows(whole), rows(halved), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
-    with pytest.raises(InputError, match="a training pass of 4 pairs: does not fit into the GPU's memory .*--accumulate"):
-        train_lrm.train(replace(lrm, out=str(tmp_path / "negatives"), loss_type="both"))  # their negatives are those of a pass
+        assert (a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+                and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2))
+    with pytest.raises(InputError, match="a training micro-batch of 4 pairs: does not fit .* GPU's memory "
+                       ".*--accumulate"):
+        # their negatives are those of a pass
+        train_lrm.train(replace(lrm, out=str(tmp_path / "negatives"), loss_type="both"))
 
 
 def test_memory_that_does_not_suffice_elsewhere(lrm: LRM, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -276,60 +293,17 @@ def test_memory_that_does_not_suffice_elsewhere(lrm: LRM, monkeypatch: pytest.Mo
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
     monkeypatch.setattr(lrm_steps, "load", never)
     assert train.main(["lrm", "--model", lrm.model, "--pairs", lrm.pairs, "--out", lrm.out]) == 2
-    assert "error: the GPU's memory: does not suffice (CUDA out of memory" in capsys.readouterr().err
+    assert "error: the GPU's memory: is too small (CUDA out of memory" in capsys.readouterr().err
 
 
 def test_a_poisoned_step_among_others(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Metrics are read at the end of a prompt batch of three steps: what is kept says how many steps the weights have seen.
-    With as many validation prompts as prompts, and passes of two pairs."""
-    lpo = replace(lpo, train_batch_size=2, accumulate=2, validation_prompts=tuple(PROMPTS), validation_pictures=1,
-                  validate_epochs=100)
+    """Metrics are read at the end of a prompt batch of three steps: what is kept says how many steps the
+    weights have seen. With as many validation prompts as prompts, and passes of two pairs."""
+    lpo = replace(lpo, train_batch_size=2, accumulate=2, validation_prompts=tuple(PROMPTS),
+                  validation_pictures=1, validate_epochs=100)
     injected(monkeypatch, lambda call, pairs: poisoned(pairs) if call == 2 else pairs)
     run = train_lpo.train(lpo)
     assert [row["train_loss"] is None for row in rows(run)] == [False, True, False, False, False, False]
     said = replay.replay(run / monitor.SKIPPED)[0]
     assert torch.load(run / monitor.SKIPPED, weights_only=True)["size"] == 2  # of a pass
     assert said.startswith("step 1, 4 pairs at ") and said.endswith("with the weights after 3 steps")
-
-
-def batch(valid: int, score: float = 1.0) -> dict[str, float]:
-    return {"preference_scores_mean": score, "total_valid_samples_num": valid, "pairs_possible": 100}
-
-
-def step(win: float = 1.0, lose: float = 1.0) -> dict[str, float]:
-    return {"train_ratio_win": win, "train_ratio_lose": lose}
-
-
-def test_watch() -> None:
-    """Each sign once; none in a run that goes well."""
-    watch = monitor.CollapseMonitor(0.1)
-    assert not [line for _ in range(30) for line in watch.batch(batch(50), [step(1.01, 0.99)])]
-    for _ in range(4):
-        assert not watch.batch(batch(20), [step()])
-    said = [line for _ in range(10) for line in watch.batch(batch(5), [step()])]
-    assert len(said) == 1 and "valid pairs fell from 50% to" in said[0]
-    assert "ratios are at their clip (0.9 … 1.1)" in watch.batch(batch(50), [step(1.1, 0.905)])[0]
-    assert not watch.batch(batch(50), [step(1.1, 0.9)])
-    assert "scores that are not finite" in watch.batch(batch(50, math.nan), [step(math.nan, math.nan)])[0]
-
-
-def test_watch_goes_on_after_a_resumption() -> None:
-    """What was good is known from the saved state."""
-    before, after = monitor.CollapseMonitor(0.1), monitor.CollapseMonitor(0.1)
-    for _ in range(5):
-        before.batch(batch(50), [step()])
-    after.state = json.loads(json.dumps(before.state))
-    assert [line for _ in range(5) for line in after.batch(batch(5), [step()])][0].startswith("warning: valid pairs fell")
-
-
-def test_watch_of_pictures() -> None:
-    """Two prompts, two pictures each, of levels that differ by 0.5, then by 0.3, then by 0.2; other prompts do not count."""
-    def grid(difference: float) -> list[Image.Image]:
-        levels = (0.0, difference, 1.0, 1.0 - difference)
-        return [Image.fromarray(np.full((4, 4, 3), round(255 * level), np.uint8)) for level in levels]
-    watch = monitor.CollapseMonitor(0.1)
-    assert not watch.pictures(grid(0.5), 2) and not watch.pictures(grid(0.3), 2)
-    assert watch.state["spread"] == pytest.approx(0.5, abs=0.01)
-    told, = watch.pictures(grid(0.2), 2)
-    assert "differ by 0.200, less than half of the first validation's 0.500" in told
-    assert not watch.pictures(grid(0.2), 2) and not watch.pictures([], 2) and not watch.pictures(grid(0.2), 1)

@@ -1,4 +1,5 @@
-"""Optimizers, warm-ups, attention and recomputation: each against an independent statement of what it does."""
+"""Optimizers, warm-ups, attention and recomputation: each against an independent statement of what it does.
+"""
 
 import math
 import sys
@@ -38,10 +39,12 @@ def stepped(name: str, start: torch.Tensor, grads: list[torch.Tensor], **adam) -
 @pytest.fixture
 def problem() -> tuple[torch.Tensor, list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(64, 128, generator=generator), [torch.randn(64, 128, generator=generator) for _ in range(3)]
+    return (torch.randn(64, 128, generator=generator),
+            [torch.randn(64, 128, generator=generator) for _ in range(3)])
 
 
-def adamw(start: torch.Tensor, grads: list[torch.Tensor], betas: tuple[float, float], eps: float) -> torch.Tensor:
+def adamw(start: torch.Tensor, grads: list[torch.Tensor], betas: tuple[float, float],
+          eps: float) -> torch.Tensor:
     """AdamW's formula (Loshchilov & Hutter), float64."""
     p, m, v = start.double(), 0, 0
     for k, g in enumerate(grads, 1):
@@ -67,17 +70,20 @@ def test_the_8_bit_optimizers_hold_8_bits(problem) -> None:
         optimizer = optimization.optimizer(name, [p], **SETTINGS)
         p.grad = problem[1][0]
         optimizer.step()
-        assert optimizer.state[p]["state1"].dtype == torch.uint8 and optimizer.is_paged == name.startswith("paged")
+        assert (optimizer.state[p]["state1"].dtype == torch.uint8
+                and optimizer.is_paged == name.startswith("paged"))
 
 
 def test_adafactor(problem) -> None:
-    """Shazeer & Stern: factored second moment, update clipped to RMS 1, the given rate, no momentum, decoupled decay."""
+    """Shazeer & Stern: factored second moment, update clipped to RMS 1, the given rate,
+    no momentum, decoupled decay."""
     start, grads = problem
     p, rows, columns = start.double(), 0, 0
     for k, g in enumerate(grads, 1):
         beta = 1 - k ** -0.8
         square = g.double() ** 2 + 1e-30
-        rows, columns = beta * rows + (1 - beta) * square.mean(1), beta * columns + (1 - beta) * square.mean(0)
+        rows, columns = (beta * rows + (1 - beta) * square.mean(1),
+                         beta * columns + (1 - beta) * square.mean(0))
         update = g.double() / (rows[:, None] * columns[None] / rows.mean()).sqrt()
         update = update / max(1.0, update.square().mean().sqrt().item())
         p = p - SETTINGS["lr"] * SETTINGS["weight_decay"] * p - SETTINGS["lr"] * update
@@ -96,7 +102,8 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("warmup", ["log", "linear"])
 def test_warm_up_and_decay(warmup: str) -> None:
-    """DeepSpeed's logarithmic warm-up lr·ln(k+1)/ln(steps) or a linear one; then linearly to 0 at max_steps."""
+    """DeepSpeed's logarithmic warm-up lr·ln(k+1)/ln(steps) or a linear one; then linearly to 0 at max_steps.
+    """
     factor = optimization.learning_rate(warmup, 500, 4000)
     for k in (0, 1, 10, 250, 499):
         expected = math.log(k + 1) / math.log(500) if warmup == "log" else (k + 1) / 500
@@ -116,7 +123,8 @@ def test_up_blocks_are_never_in_the_optimizer(tiny_sd: Path, tiny_lrm: Path) -> 
         known = {p: name for name, p in lrm.named_parameters()}
         inside = {known[p] for group in optimizer.param_groups for p in group["params"]}
         denoiser = {name.removeprefix("unet.") for name in inside if name.startswith("unet.")}
-        assert denoiser == {n for n in names if n.startswith(("conv_in.", "time_embedding.", "down_blocks.", "mid_block."))}
+        assert denoiser == {n for n in names
+                            if n.startswith(("conv_in.", "time_embedding.", "down_blocks.", "mid_block."))}
         assert {n.partition(".")[0] for n in names - denoiser} == {"up_blocks", "conv_norm_out", "conv_out"}
 
 
@@ -140,7 +148,8 @@ def test_attention(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_xformers_built_for_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Tensor) -> None:
-        raise NotImplementedError("No operator found for `memory_efficient_attention_forward` with inputs:\nmore")
+        raise NotImplementedError("No operator found for `memory_efficient_attention_forward` with inputs:\n"
+                                  "more")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))  # there is no such device
     monkeypatch.setattr(optimization, "find_spec", lambda name: name)
@@ -168,7 +177,8 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("reward", [False, True])
 def test_checkpointing_recomputes_and_keeps_gradients(tiny_sd: Path, tiny_lrm: Path, reward: bool) -> None:
-    """In eval mode too; the policy's whole denoiser and the reward model's half. "selective" carries out what is dear once."""
+    """In eval mode too; the policy's whole denoiser and the reward model's half.
+    "selective" carries out what is dear once."""
     grads, counts = [], []
     for how in ("none", "selective", "full"):
         lrm: LatentRewardModel | None = checkpoint.load_lrm(tiny_lrm) if reward else None
@@ -192,4 +202,5 @@ def test_checkpointing_recomputes_and_keeps_gradients(tiny_sd: Path, tiny_lrm: P
         assert 0 < none[name] == selective[name] < full[name], name
     for name in ("native_group_norm", "addmm"):
         assert 0 < none[name] < selective[name], name
-    assert all(torch.allclose(a, b, atol=1e-6) for other in grads[1:] for a, b in zip(grads[0], other, strict=True))
+    assert all(torch.allclose(a, b, atol=1e-6) for other in grads[1:]
+               for a, b in zip(grads[0], other, strict=True))

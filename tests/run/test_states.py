@@ -1,4 +1,5 @@
-"""What outlives a run or a crash: run states, pickles that are no danger, writes that are whole or not there."""
+"""What outlives a run or a crash: run states, pickles that are no danger, writes that are whole or not there.
+"""
 
 import contextlib
 import json
@@ -23,12 +24,14 @@ from tests.helpers.models import parts
 def test_run_state_round_trip(tmp_path: Path, ema: bool) -> None:
     saved, other = parts(ema=ema), parts(ema=ema)
     states.save_state(tmp_path / "state.pt", {"step": 7, "best": 0.5}, saved)
-    assert not saved["weights"].state_dict().keys() & {"1.weight", "1.bias"}  # what does not train is not saved
+    # what does not train is not saved
+    assert not saved["weights"].state_dict().keys() & {"1.weight", "1.bias"}
     for parameter in other["weights"].parameters.values():
         parameter.data.zero_()
     identities = [id(p) for p in other["weights"].parameters.values()]
     assert states.load_state(tmp_path / "state.pt", other) == {"step": 7, "best": 0.5}
-    assert identities == [id(p) for p in other["weights"].parameters.values()]  # the optimizer still holds them
+    # the optimizer still holds them
+    assert identities == [id(p) for p in other["weights"].parameters.values()]
     for name, value in saved["weights"].state_dict().items():
         assert torch.equal(other["weights"].state_dict()[name], value)
     a, b = (p["optimizer"].state_dict()["state"] for p in (saved, other))
@@ -36,7 +39,7 @@ def test_run_state_round_trip(tmp_path: Path, ema: bool) -> None:
 
 
 @pytest.mark.parametrize("other, message", [
-    ({"rank": 3}, "other parameters train"), ({"bias": False}, "other parameters train"),
+    ({"rank": 3}, "other parameters are trained"), ({"bias": False}, "other parameters are trained"),
     ({"ema": True}, "ema was not in use"),
 ])
 def test_run_state_of_another_run(tmp_path: Path, other: dict, message: str) -> None:
@@ -135,7 +138,8 @@ def test_replacing_what_a_killed_run_left(tmp_path: Path) -> None:
 
 
 def test_a_directory_is_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed between any two operations of the file system, the old or the new directory can be found again."""
+    """Killed between any two operations of the file system, the old or the new directory can be found again.
+    """
     def write(text: str) -> None:
         with writing.replacing(tmp_path / "folder") as aside:
             aside.mkdir()

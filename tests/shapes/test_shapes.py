@@ -46,7 +46,8 @@ def test_pairs_prefer_the_right_picture():
     right = [world.right(pairs[f"picture_{i}"], pairs["caption"]) for i in (0, 1)]
     first = pairs["label_0"] == 1
     assert (pairs["label_0"] + pairs["label_1"] == 1).all() and 60 < first.sum() < 140
-    assert np.where(first, right[0], right[1]).mean() > 0.98 and np.where(first, right[1], right[0]).mean() < 0.02
+    assert (np.where(first, right[0], right[1]).mean() > 0.98
+            and np.where(first, right[1], right[0]).mean() < 0.02)
 
 
 def test_the_vae_keeps_pictures_right():
@@ -70,14 +71,16 @@ def test_the_pipeline_is_a_pipeline_of_at_most_4_mb():
 
 
 def test_pretraining_makes_the_same_layout(tmp_path, monkeypatch):
-    """A step of every stage, on 500 pictures: what it writes has the committed pipeline's files and shapes."""
+    """A step of every stage, on 500 pictures: what it writes has the committed pipeline's files and shapes.
+    """
     monkeypatch.setattr(pretrain, "train_denoiser", partial(pretrain.train_denoiser, pictures=500))
     pretrain.main(["--out", str(tmp_path / "pipeline"), "--steps", "1", "1", "1", "--pictures", "4"])
     made, committed = ({str(f.relative_to(root)) for f in root.rglob("*") if f.is_file()}
                        for root in (tmp_path / "pipeline", PIPELINE))
     assert made == committed
     for part in ("unet", "vae", "text_encoder"):
-        ours, theirs = (json.loads((root / part / "config.json").read_text()) for root in (tmp_path / "pipeline", PIPELINE))
+        ours, theirs = (json.loads((root / part / "config.json").read_text())
+                        for root in (tmp_path / "pipeline", PIPELINE))
         assert ours == theirs
 
 
@@ -109,7 +112,8 @@ def tiny_recipe(monkeypatch):
     recipe = config.shapes()
     tiny = config.Recipe(
         config.replace(recipe.lrm, max_steps=2, warmup_steps=1, batch_size=8, validate_steps=2),
-        config.replace(recipe.lpo, max_batches=1, batch_size=2, num_steps=3, threshold_min=0.0, threshold_max=0.001))
+        config.replace(recipe.lpo, max_batches=1, batch_size=2, num_steps=3, threshold_min=0.0,
+                       threshold_max=0.001))
     monkeypatch.setattr(config, "shapes", lambda: tiny)
     monkeypatch.setattr(evaluate, "LRM_PAIRS", 16)
     monkeypatch.setattr(evaluate, "VALIDATION_PAIRS", 8)
@@ -117,7 +121,8 @@ def tiny_recipe(monkeypatch):
 
 def test_demo_writes_a_whole_run(tiny_recipe, tmp_path):
     result, out = evaluate.demo(Demo(out=str(tmp_path / "demo"), pictures=4))
-    assert result["n"] == 4 and set(result["seconds"]) == {"latent reward model", "preference optimization", "evaluation"}
+    assert (result["n"] == 4
+            and set(result["seconds"]) == {"latent reward model", "preference optimization", "evaluation"})
     was, now = result["before"]["right"], result["after"]["right"]
     assert now - was == result["gained"] - result["lost"]
     assert f"{was} before" in evaluate.verdict(result) and f"{now} after" in evaluate.verdict(result)

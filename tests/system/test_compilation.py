@@ -1,4 +1,5 @@
-"""The compiled loops: one graph a function, no recompilation after the first batch, and what the plain loops compute."""
+"""The compiled loops: one graph a function, no recompilation after the first batch,
+and what the plain loops compute."""
 
 import json
 from collections.abc import Callable
@@ -40,8 +41,9 @@ def lpo(small: Path, tmp_path: Path) -> LPO:
     made = checkpoint.new_lrm(small, generator=torch.Generator().manual_seed(0))
     checkpoint.save_lrm(made, texts.load_tokenizers(small, made.family), tmp_path / "lrm")
     (tmp_path / "prompts.json").write_text(json.dumps(world.captions(held_out=False)[:7]))
-    return replace(config.sd15().lpo, model=str(small), lrm=str(tmp_path / "lrm"), prompts=str(tmp_path / "prompts.json"),
-                   out=str(tmp_path / "plain"), pictures=0, batch_size=3, num_steps=3, num_candidates=2, train_batch_size=4,
+    return replace(config.sd15().lpo, model=str(small), lrm=str(tmp_path / "lrm"),
+                   prompts=str(tmp_path / "prompts.json"), out=str(tmp_path / "plain"),
+                   pictures=0, batch_size=3, num_steps=3, num_candidates=2, train_batch_size=4,
                    epochs=1, threshold_min=0.0, threshold_max=0.001, beta=5.0, learning_rate=1e-4)
 
 
@@ -49,8 +51,9 @@ def lpo(small: Path, tmp_path: Path) -> LPO:
 def lrm(small: Path, tmp_path: Path) -> LRM:
     colours = [plain((40 * i, 255 - 40 * i, 90)) for i in range(6)]
     pairs = table(tmp_path / "p.parquet", list("abcabc"), jpg_0=colours, jpg_1=colours[::-1])
-    return replace(config.sd15().lrm, model=str(small), pairs=str(pairs), validation_pairs=str(pairs), num_workers=0,
-                   out=str(tmp_path / "plain"), batch_size=4, accumulate=2, max_steps=3, validate_steps=2, warmup_steps=0)
+    return replace(config.sd15().lrm, model=str(small), pairs=str(pairs), validation_pairs=str(pairs),
+                   num_workers=0, out=str(tmp_path / "plain"), batch_size=4, accumulate=2, max_steps=3,
+                   validate_steps=2, warmup_steps=0)
 
 
 @pytest.fixture
@@ -61,7 +64,8 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
 
 
-def compiled_twice(train: Callable, settings: LPO | LRM, capsys: pytest.CaptureFixture) -> tuple[Path, Path, int]:
+def compiled_twice(train: Callable, settings: LPO | LRM,
+                   capsys: pytest.CaptureFixture) -> tuple[Path, Path, int]:
     """Run directories without and with compilation, and how many graphs there were."""
     plain_run = train(settings)
     made = train(replace(settings, compile="default", out=settings.out + "_compiled"))
@@ -70,7 +74,8 @@ def compiled_twice(train: Callable, settings: LPO | LRM, capsys: pytest.CaptureF
 
 
 def test_lpo(traced: None, lpo: LPO, capsys: pytest.CaptureFixture) -> None:
-    """Three graphs: the sampling step, the policy with gradient, the reference. Each prompt batch has the same shapes."""
+    """Three graphs: the sampling step, the policy with gradient, the reference.
+    Each prompt batch has the same shapes."""
     plain_run, made, graphs = compiled_twice(train_lpo.train, lpo, capsys)
     assert graphs == 3
     assert len(rows(made, "batch")) == 3
@@ -87,7 +92,8 @@ def test_checkpointing(monkeypatch: pytest.MonkeyPatch, small: Path, how: str) -
     """A training pass that recomputes is one graph too, and its gradients are those of the plain one."""
     torch.compiler.reset()
     counters.clear()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # which cuts out the backward pass
+    # which cuts out the backward pass
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     generator = torch.Generator().manual_seed(2)
     x, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 16, 16, generator=generator)
     grads = []
@@ -111,7 +117,8 @@ def test_lrm(traced: None, lrm: LRM, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_operations_are_counted_beside_compiled_steps(traced: None, lpo: LPO) -> None:
-    """As a run on a GPU does before its first step: the numbers are those of plain code, and the steps stay compiled."""
+    """As a run on a GPU does before its first step: the numbers are those of plain code,
+    and the steps stay compiled."""
     prompts, device = json.loads(Path(lpo.prompts).read_text()), torch.device("cpu")
     found = []
     for setting in ("none", "default"):
@@ -125,14 +132,16 @@ def test_operations_are_counted_beside_compiled_steps(traced: None, lpo: LPO) ->
 
 
 def test_a_cuda_graph_would_copy_nothing_of_the_run(monkeypatch: pytest.MonkeyPatch, lpo: LPO) -> None:
-    """What is copied into a CUDA graph of the sampling step at every replay, since its place may change, is a batch's."""
+    """What is copied into a CUDA graph of the sampling step at every replay, since its place may change,
+    is a batch's."""
     inputs: list[tuple[int, ...]] = []
 
     def backend(graph: torch.fx.GraphModule, examples: list) -> Callable:
         nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
         for node, example in zip(nodes, examples, strict=True):
             static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
-            if isinstance(example, torch.Tensor) and not static and not isinstance(example, torch.nn.Parameter):
+            if (isinstance(example, torch.Tensor) and not static
+                    and not isinstance(example, torch.nn.Parameter)):
                 inputs.append(tuple(example.shape))
         return graph.forward
     torch.compiler.reset()
@@ -141,7 +150,8 @@ def test_a_cuda_graph_would_copy_nothing_of_the_run(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(compilation, "compiled", lambda function, setting, graphs=False: (
         compiled(function, setting, graphs=True) if graphs else function))
     train_lpo.train(replace(lpo, compile="default", max_batches=1))
-    assert inputs and all(not shape or shape[0] in (lpo.batch_size, lpo.num_candidates) for shape in inputs), inputs
+    assert inputs and all(not shape or shape[0] in (lpo.batch_size, lpo.num_candidates)
+                          for shape in inputs), inputs
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(capsys: pytest.CaptureFixture) -> None:
@@ -153,7 +163,8 @@ def test_what_cannot_be_compiled_runs_as_it_is(capsys: pytest.CaptureFixture) ->
     assert compilation.compiled(reads, "none") is reads
 
 
-def test_a_compiler_may_fail_in_any_way(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_compiler_may_fail_in_any_way(monkeypatch: pytest.MonkeyPatch,
+                                        capsys: pytest.CaptureFixture) -> None:
     """At the first call the function runs as it is; what a compiled one raises later is its own."""
     def broken(graph: torch.fx.GraphModule, examples: list) -> Callable:
         def call(*_) -> None:
@@ -179,9 +190,9 @@ def test_a_prompt_batch_reads_nothing_back() -> None:
         gap = torch.zeros(1000)
         index = torch.arange(3)
         draw = sampling.CounterNoise(0, 1, index, (4, 8, 8))
-        pairs, scores = sampling.trajectory(
-            lambda x, t, prompts: torch.cat([x, x]), lambda x, t, prompts: x.mean((1, 2, 3)), sched, gap, draw, index,
-            guidance=7.5, num_candidates=4)
+        pairs, scores = sampling.trajectory(lambda x, t, prompts: torch.cat([x, x]),
+                                            lambda x, t, prompts: x.mean((1, 2, 3)), sched, gap, draw, index,
+                                            guidance=7.5, num_candidates=4)
         assert pairs.x_t.shape == (60, 4, 8, 8) and scores.shape == (20, 4, 3)
         with pytest.raises(DataDependentOutputException):
             pairs.valid.any().item()

@@ -1,4 +1,5 @@
-"""Two and three processes (gloo) do what one does: the same pairs, and the same weights from equal global batches."""
+"""Two and three processes (gloo) do what one does: the same pairs,
+and the same weights from equal global batches."""
 
 import json
 import os
@@ -32,17 +33,19 @@ from lpo_fast.lrm import steps
 from lpo_fast.system import distributed
 from lpo_fast.config import LRM
 from lpo_fast.run.optimization import OptimizerStep
-lrm_reward.normalized = lambda projection, x: torch.nn.functional.normalize(projection(x), dim=-1, eps=0)  # in float64
+# in float64
+lrm_reward.normalized = lambda projection, x: torch.nn.functional.normalize(projection(x), dim=-1, eps=0)
 model, out = sys.argv[1:]
 distributed.state()
-lrm = checkpoint.new_lrm(Path(model), generator=torch.Generator().manual_seed(0), multi_scale=True).double().train()
+lrm = checkpoint.new_lrm(Path(model), generator=torch.Generator().manual_seed(0),
+                         multi_scale=True).double().train()
 lrm.requires_grad_(True)
 encoder = encoding.Encoder(Path(model), lrm, 0, "no")
 encoder.posterior = lambda batch, *_: (batch["pixels"][:, :, [0, 1, 2, 0]],
                                        torch.full((2, len(batch["rows"]), 1, 1, 1), 0.1).double())
 config = LRM(loss_type="both", batch_coeff=0.5, compare_between_timestep=True, aux_loss_coeff=0.5)
-update = OptimizerStep(torch.optim.SGD(lrm.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=False), config.max_grad_norm,
-                6 // distributed.world_size(), "")
+update = OptimizerStep(torch.optim.SGD(lrm.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=False),
+                       config.max_grad_norm, 6 // distributed.world_size(), "")
 own, first = 6 // distributed.world_size(), 6 // distributed.world_size() * distributed.rank()
 for step in range(5):
     generator = torch.Generator().manual_seed(step)
@@ -51,9 +54,11 @@ for step in range(5):
     labels[:, 2] = 0.5
     batch = {"rows": torch.arange(6), "captions": list("abcdef"), "counts": torch.tensor([1, 3, 2, 2, 1, 5]),
              "pixels": torch.randn(2, 6, 3, 8, 8, generator=generator).double(), "labels": labels,
-             "compare": torch.arange(6) == 1, "corrupt": torch.tensor([step > 2, False, False, False, step > 2, step > 2])}
+             "compare": torch.arange(6) == 1,
+             "corrupt": torch.tensor([step > 2, False, False, False, step > 2, step > 2])}
     at = {key: 1 if key in ("pixels", "labels") else 0 for key in batch}
-    part = {key: value[first:first + own] if at[key] == 0 else value[:, first:first + own] for key, value in batch.items()}
+    part = {key: value[first:first + own] if at[key] == 0 else value[:, first:first + own]
+            for key, value in batch.items()}
     row = steps.train_step(lrm, encoder, part, step, update, config)
 row = dict(zip(steps.STEP, row.tolist(), strict=True))
 distributed.barrier()
@@ -65,12 +70,13 @@ if distributed.is_main():
 def launched(count: int, *arguments: str, timeout: int = 240) -> subprocess.CompletedProcess:
     """Run a module or a script in ``count`` processes of torch.distributed.run."""
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={count}", f"--master_port={free_port()}"]
-    return subprocess.run([sys.executable, *launcher, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True,
-                          timeout=timeout)
+    return subprocess.run([sys.executable, *launcher, *arguments], cwd=ROOT, env=environment(),
+                          capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.fixture(scope="module", params=["lpo", "lrm"])
-def alone(request: pytest.FixtureRequest, tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict]:
+def alone(request: pytest.FixtureRequest, tiny_sd: Path,
+          tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict]:
     """The script, and what one process makes of it."""
     folder = tmp_path_factory.mktemp("steps")
     (folder / "steps.py").write_text({"lpo": STEPS, "lrm": LRM_STEPS}[request.param])
@@ -83,7 +89,8 @@ def alone(request: pytest.FixtureRequest, tiny_sd: Path, tmp_path_factory: pytes
 def test_equal_global_batches_give_equal_weights(count: int, alone: tuple, tiny_sd: Path) -> None:
     """Five SGD steps in float64; the LRM's last two leave a process without a pair that counts."""
     folder, weights, row = alone
-    done = processes(count, str(folder / "steps.py"), str(tiny_sd), str(folder / f"{count}.pt"), folder=folder)
+    done = processes(count, str(folder / "steps.py"), str(tiny_sd), str(folder / f"{count}.pt"),
+                     folder=folder)
     assert done.returncode == 0, done.stderr
     other, other_row = torch.load(folder / f"{count}.pt")
     assert row["grad_norm"] > 1e-4
@@ -99,14 +106,16 @@ def test_the_same_pairs_at_rate_0(count: int, tiny_sd: Path, tiny_lrm: Path, tmp
 
     def run(n: int, batch: int) -> tuple[list[dict], list[dict]]:
         out = tmp_path / f"run{n}"
-        done = processes(n, "-m", "lpo_fast.train", "lpo", "--model", str(tiny_sd), "--lrm", str(tiny_lrm), "--prompts",
-                         str(tmp_path / "prompts.json"), "--out", str(out), "--batch-size", str(batch), "--num-steps", "3",
-                         "--pictures", "0", "--threshold-min", "0", "--threshold-max", "0.001", "--epochs", "1",
-                         "--learning-rate", "0", "--train-batch-size", str(batch), "--validation-prompts", "a red circle",
+        done = processes(n, "-m", "lpo_fast.train", "lpo", "--model", str(tiny_sd), "--lrm", str(tiny_lrm),
+                         "--prompts", str(tmp_path / "prompts.json"), "--out", str(out), "--batch-size",
+                         str(batch), "--num-steps", "3", "--pictures", "0", "--threshold-min", "0",
+                         "--threshold-max", "0.001", "--epochs", "1", "--learning-rate", "0",
+                         "--train-batch-size", str(batch), "--validation-prompts", "a red circle",
                          folder=tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("trainable parameters") == 1 and done.stdout.count("weights: ") == 1
-        assert (out / "pictures" / "validation_0.png").is_file() and load_file(out / "pytorch_lora_weights.safetensors")
+        assert ((out / "pictures" / "validation_0.png").is_file()
+                and load_file(out / "pytorch_lora_weights.safetensors"))
         rows = list(map(json.loads, (out / "metrics.jsonl").read_text().splitlines()))
         return ([row for row in rows if row["kind"] == kind] for kind in ("batch", "train"))
 
@@ -123,8 +132,8 @@ def test_the_same_pairs_at_rate_0(count: int, tiny_sd: Path, tiny_lrm: Path, tmp
 
 def test_bad_input_ends_all(tiny_sd: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red circle\n")
-    done = launched(2, "-m", "lpo_fast.train", "lpo", "--model", str(tiny_sd), "--lrm", "nowhere", "--prompts",
-                    str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "run"))
+    done = launched(2, "-m", "lpo_fast.train", "lpo", "--model", str(tiny_sd), "--lrm", "nowhere",
+                    "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "run"))
     assert done.returncode != 0 and "--lrm nowhere: no such directory" in done.stderr
 
 
@@ -151,9 +160,10 @@ def pair_of_ranks(tiny_sd: Path, tiny_lrm: Path, folder: Path) -> list[str]:
     """The command line of a run of two processes, two epochs of a batch each."""
     (folder / "fails.py").write_text(FAILS)
     (folder / "prompts.json").write_text(json.dumps(world.captions(held_out=False)[:4]))
-    return ["lpo", "--model", str(tiny_sd), "--lrm", str(tiny_lrm), "--prompts", str(folder / "prompts.json"), "--batch-size",
-            "2", "--num-steps", "3", "--pictures", "0", "--threshold-min", "0", "--threshold-max", "0.001",
-            "--train-batch-size", "2", "--epochs", "2", "--out", str(folder / "run")]
+    return ["lpo", "--model", str(tiny_sd), "--lrm", str(tiny_lrm), "--prompts", str(folder / "prompts.json"),
+            "--batch-size", "2", "--num-steps", "3", "--pictures", "0", "--threshold-min", "0",
+            "--threshold-max", "0.001", "--train-batch-size", "2", "--epochs", "2", "--out",
+            str(folder / "run")]
 
 
 def test_a_broken_process_ends_the_run(tiny_sd: Path, tiny_lrm: Path, tmp_path: Path) -> None:
@@ -172,7 +182,8 @@ def test_a_killed_process_ends_the_run(which: int, tiny_sd: Path, tiny_lrm: Path
     arguments = [*pair_of_ranks(tiny_sd, tiny_lrm, tmp_path), "--save-steps", "1"]
     done = launched(2, str(tmp_path / "fails.py"), "killed", str(which), "3", *arguments)
     assert time.time() - float(re.search(r"failed at (\S+)", done.stderr)[1]) < 60
-    assert done.returncode != 0 and done.stderr.count(f"error: rank {1 - which}: another rank has failed") == 1
+    assert (done.returncode != 0
+            and done.stderr.count(f"error: rank {1 - which}: another rank has failed") == 1)
     assert "SIGKILL" in done.stderr or "-9" in done.stderr  # the launcher says which
     assert done.stderr.count("Traceback") == 1  # the launcher's
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["at"]["step"] == 2
@@ -190,35 +201,41 @@ def test_a_killed_process_ends_the_run(which: int, tiny_sd: Path, tiny_lrm: Path
 def test_the_reward_model_in_several_processes(count: int, tiny_sd: Path, tmp_path: Path) -> None:
     """The same steps and validations as one process; a broken picture is counted once; one process writes."""
     colours = [plain((40 * i, 255 - 40 * i, 90)) for i in range(7)]
-    pairs = table(tmp_path / "p.parquet", list("abcabcd"), jpg_0=[*colours[:3], b"", *colours[4:]], jpg_1=colours[::-1])
+    pairs = table(tmp_path / "p.parquet", list("abcabcd"), jpg_0=[*colours[:3], b"", *colours[4:]],
+                  jpg_1=colours[::-1])
 
     def run(n: int) -> list[dict]:
         out = tmp_path / f"run{n}"
-        done = processes(n, "-m", "lpo_fast.train", "lrm", "--model", str(tiny_sd), "--pairs", str(pairs), "--validation-pairs",
-                         str(pairs), "--out", str(out), "--batch-size", "6", "--max-steps", "2", "--validate-steps", "1",
-                         "--num-workers", "0", "--learning-rate", "1e-4", "--warmup-steps", "0", folder=tmp_path)
+        done = processes(n, "-m", "lpo_fast.train", "lrm", "--model", str(tiny_sd), "--pairs", str(pairs),
+                         "--validation-pairs", str(pairs), "--out", str(out), "--batch-size", "6",
+                         "--max-steps", "2", "--validate-steps", "1", "--num-workers", "0",
+                         "--learning-rate", "1e-4", "--warmup-steps", "0", folder=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("trainable parameters") == 1 and done.stdout.count("latent reward model: ") == 1
+        assert done.stdout.count("trainable parameters") == 1
+        assert done.stdout.count("latent reward model: ") == 1
         assert (out / "checkpoint-final" / "state_dict.pt").is_file() and (out / "report.html").is_file()
         return list(map(json.loads, (out / "metrics.jsonl").read_text().splitlines()))
 
     alone, together = run(1), run(count)
     assert [row["kind"] for row in alone] == [row["kind"] for row in together]
-    assert [row["corrupt"] for row in together if row["kind"] == "train"] == [1, 1 + 1]  # training's, then validation's too
+    # training's, then validation's too
+    assert [row["corrupt"] for row in together if row["kind"] == "train"] == [1, 1 + 1]
     for a, b in zip(alone, together, strict=True):
-        assert a.pop("kind") == b.pop("kind") and a.pop("accuracy_by_timestep", 0) == b.pop("accuracy_by_timestep", 0)
+        assert (a.pop("kind") == b.pop("kind")
+                and a.pop("accuracy_by_timestep", 0) == b.pop("accuracy_by_timestep", 0))
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 
 def test_more_processes_than_pairs(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = LRM(model=str(tiny_sd), pairs=str(table(tmp_path / "p.parquet", ["a", "b"])), out=str(tmp_path / "run"))
+    settings = LRM(model=str(tiny_sd), pairs=str(table(tmp_path / "p.parquet", ["a", "b"])),
+                   out=str(tmp_path / "run"))
     runs.lrm(settings)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match="processes, but there are 2 pairs"):
         runs.lrm(settings)
     monkeypatch.setenv("WORLD_SIZE", "2")
     runs.lrm(settings)
-    with pytest.raises(InputError, match="5: pairs are not dealt out evenly to 2 processes and 1 passes"):
+    with pytest.raises(InputError, match="5: pairs cannot be divided evenly among 2 processes and 1 micro"):
         runs.lrm(replace(settings, batch_size=5))
 
 
@@ -229,25 +246,27 @@ def test_a_port_in_use(tiny_sd: Path, tmp_path: Path) -> None:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-               "ACCELERATE_USE_DEEPSPEED": "true"}
-        done = subprocess.run([sys.executable, "-m", "lpo_fast.train", "lrm", "--model", str(tiny_sd), "--pairs", str(pairs),
-                               "--out", str(tmp_path / "run")], env=os.environ | one, capture_output=True, text=True,
-                              timeout=120)
-    assert done.returncode == 2 and f"error: MASTER_PORT 127.0.0.1:{port}: the ranks cannot connect there" in done.stderr
+        one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+               "MASTER_PORT": str(port), "ACCELERATE_USE_DEEPSPEED": "true"}
+        done = subprocess.run([sys.executable, "-m", "lpo_fast.train", "lrm", "--model",
+                               str(tiny_sd), "--pairs", str(pairs), "--out", str(tmp_path / "run")],
+                              env=os.environ | one, capture_output=True, text=True, timeout=120)
+    assert (done.returncode == 2
+            and f"error: MASTER_PORT 127.0.0.1:{port}: the ranks cannot connect there" in done.stderr)
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
 def test_parameters_that_no_loss_reaches(tiny_sdxl: Path, tmp_path: Path) -> None:
-    """SDXL's first encoder gives its last hidden state but one: weight decay leaves its last layer alone in any number of
-    processes."""
+    """SDXL's first encoder gives its last hidden state but one: weight decay leaves its last layer alone in
+    any number of processes."""
     pairs, name = table(tmp_path / "p.parquet", list("abcd")), "text_model.encoder.layers.1.mlp.fc1.weight"
     last = []
     for count in (1, 2):
         out = tmp_path / f"run{count}"
-        done = processes(count, "-m", "lpo_fast.train", "lrm", "--model", str(tiny_sdxl), "--pairs", str(pairs), "--out",
-                         str(out), "--batch-size", "4", "--max-steps", "2", "--warmup-steps", "0", "--learning-rate", "1e-2",
-                         "--weight-decay", "0.5", "--num-workers", "0", folder=tmp_path)
+        done = processes(count, "-m", "lpo_fast.train", "lrm", "--model", str(tiny_sdxl), "--pairs",
+                         str(pairs), "--out", str(out), "--batch-size", "4", "--max-steps", "2",
+                         "--warmup-steps", "0", "--learning-rate", "1e-2", "--weight-decay", "0.5",
+                         "--num-workers", "0", folder=tmp_path)
         assert done.returncode == 0, done.stderr
         last.append(load_file(out / "checkpoint-final" / "text_encoder" / "model.safetensors")[name])
     assert torch.equal(*last)
@@ -278,8 +297,9 @@ except SystemExit as end:
 def test_no_process_leaves_before_the_state_is_written(tiny_sd: Path, tmp_path: Path) -> None:
     (tmp_path / "stops.py").write_text(STOPS)
     done = processes(2, str(tmp_path / "stops.py"), "lrm", "--model", str(tiny_sd), "--pairs",
-                     str(table(tmp_path / "p.parquet", list("abcd"))), "--out", str(tmp_path / "run"), "--batch-size", "4",
-                     "--max-steps", "9", "--warmup-steps", "0", "--num-workers", "0", folder=tmp_path)
+                     str(table(tmp_path / "p.parquet", list("abcd"))), "--out", str(tmp_path / "run"),
+                     "--batch-size", "4", "--max-steps", "9", "--warmup-steps", "0", "--num-workers", "0",
+                     folder=tmp_path)
     ends = [float(at) for at in re.findall(r"end 143 at (\S+)", done.stdout)]
     assert len(ends) == 2 and min(ends) >= float(re.search(r"state at (\S+)", done.stdout)[1])
 
@@ -300,13 +320,16 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def test_another_number_of_processes_goes_on_with_the_next_prompts(tiny_sd: Path, tiny_lrm: Path, tmp_path: Path) -> None:
-    """One process samples 3 × 2 of 11 prompts, two go on with 4 and 1, then the next epoch with 4, 4 and 3."""
+def test_another_number_of_processes_goes_on_with_the_next_prompts(
+        tiny_sd: Path, tiny_lrm: Path, tmp_path: Path) -> None:
+    """One process samples 3 × 2 of 11 prompts, two go on with 4 and 1, then the next epoch with 4, 4 and 3.
+    """
     (tmp_path / "notes.py").write_text(NOTES.replace("\\\\", "\\"))
     (tmp_path / "prompts.json").write_text(json.dumps(world.captions(held_out=False)[:11]))
-    arguments = [str(tmp_path / "notes.py"), str(tmp_path / "notes"), "lpo", "--model", str(tiny_sd), "--lrm", str(tiny_lrm),
-                 "--prompts", str(tmp_path / "prompts.json"), "--out", str(tmp_path / "run"), "--batch-size", "2",
-                 "--num-steps", "2", "--pictures", "0", "--threshold-min", "0", "--threshold-max", "0.001", "--epochs", "2"]
+    arguments = [str(tmp_path / "notes.py"), str(tmp_path / "notes"), "lpo", "--model", str(tiny_sd), "--lrm",
+                 str(tiny_lrm), "--prompts", str(tmp_path / "prompts.json"), "--out", str(tmp_path / "run"),
+                 "--batch-size", "2", "--num-steps", "2", "--pictures", "0", "--threshold-min", "0",
+                 "--threshold-max", "0.001", "--epochs", "2"]
     for count, more in ((1, ["--max-batches", "3"]), (2, ["--resume"])):
         done = processes(count, *arguments, *more, folder=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -315,25 +338,3 @@ def test_another_number_of_processes_goes_on_with_the_next_prompts(tiny_sd: Path
     assert [len(part) for part in sampled] == [2, 2, 2, 4, 1, 4, 4, 3]
     for epoch in (sampled[:5], sampled[5:]):
         assert sorted(sum(epoch, [])) == list(range(11))
-
-
-APART = """
-import os, sys
-from pathlib import Path
-folder = Path(sys.argv.pop(1)) / os.environ["RANK"]
-folder.mkdir()
-os.chdir(folder)
-from lpo_fast import train
-sys.exit(train.main(sys.argv[1:]))
-"""
-
-
-def test_each_process_may_have_a_disk_of_its_own(tiny_sd: Path, tmp_path: Path) -> None:
-    """--out is relative, the working directories differ, and the best LRM is another than the last one."""
-    (tmp_path / "apart.py").write_text(APART)
-    pairs = str(table(tmp_path / "p.parquet", list("abcd")))
-    done = processes(2, str(tmp_path / "apart.py"), str(tmp_path), "lrm", "--model", str(tiny_sd), "--pairs", pairs,
-                     "--validation-pairs", pairs, "--out", "out", "--batch-size", "4", "--max-steps", "3", "--warmup-steps",
-                     "0", "--num-workers", "0", "--validate-steps", "2", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "0" / "out" / "checkpoint-final").is_dir() and not (tmp_path / "1" / "out").exists()

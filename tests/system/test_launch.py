@@ -1,4 +1,5 @@
-"""How kernels are launched: when they run, what is recorded, what is refused, and that nothing needs Triton."""
+"""How kernels are launched: when they run, what is recorded, what is refused, and that nothing needs Triton.
+"""
 
 import math
 import os
@@ -29,7 +30,8 @@ from lpo_fast.system.launch import (
 )
 from tests.helpers.models import DEVICE
 
-KERNELS = sorted(path.stem for path in (Path(lpo_fast.__file__).parent / "kernels").glob("*.py") if path.stem != "__init__")
+KERNELS = sorted(path.stem for path in (Path(lpo_fast.__file__).parent / "kernels").glob("*.py")
+                 if path.stem != "__init__")
 
 
 @jit
@@ -66,7 +68,8 @@ def test_recording_in_place_of_running() -> None:
 
 @pytest.mark.parametrize("interpreted", [False, True])
 @pytest.mark.parametrize("installed", [False, True])
-def test_kernels_run_on_cuda_or_interpreted(interpreted: bool, installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_run_on_cuda_or_interpreted(interpreted: bool, installed: bool,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "INTERPRETED", interpreted)
     monkeypatch.setattr(launch, "triton", launch.triton if installed else None)
 
@@ -87,7 +90,8 @@ def test_layouts() -> None:
     last = x.contiguous(memory_format=torch.channels_last)
     assert channels_last(last) and not channels_last(x)
     assert dense(x) is x and dense(last) is last
-    for holes in (x[..., ::2], last[:, :2], last[..., ::2], x.transpose(2, 3), x.expand(2, 2, 3, 4, 5)[0].flip(0)[:, 1:]):
+    for holes in (x[..., ::2], last[:, :2], last[..., ::2], x.transpose(2, 3),
+                  x.expand(2, 2, 3, 4, 5)[0].flip(0)[:, 1:]):
         assert not channels_last(holes) and torch.equal(dense(holes), holes) and dense(holes).is_contiguous()
     assert channels_last(last[1:]) and dense(last[1:]).data_ptr() == last[1:].data_ptr()
     for shape in ((2, 1, 4, 5), (2, 3, 1, 1), (0, 3, 4, 5), (1, 1, 1, 1)):  # the same either way: NCHW
@@ -116,49 +120,61 @@ def test_refusals_name_what_is_wrong() -> None:
     with torch.no_grad():
         expect_tensor("x", wanting, (2, "C"), x, gradient=False)
     for arguments, message in (
-        ((x, (3, 2), x), "x has shape (2, 3), expected (3, 2)"), ((x, (2, 3, 1), x), "x has shape (2, 3), expected (2, 3, 1)"),
+        ((x, (3, 2), x), "x has shape (2, 3), expected (3, 2)"),
+        ((x, (2, 3, 1), x), "x has shape (2, 3), expected (2, 3, 1)"),
         ((x, (2, 3), x, (torch.int64,)), "x is torch.float32, expected torch.int64"),
-        ((x.long(), (2, 3), x), "x is torch.int64, expected torch.float32 or torch.float16 or torch.bfloat16 or torch.float64"),
-        ((x, ("B", 4), x), "x has shape (2, 3), expected (B, 4)"), ((x, ("N",), x), "x has shape (2, 3), expected (N,)"),
-        ((x, (2, 3), x, (torch.int64, torch.bool, torch.int64)), "x is torch.float32, expected torch.int64 or torch.bool"),
-        ((7.5, (2, 3), x), "x is of type float, expected Tensor"), (((x, x), (2, 3), x), "x is of type tuple, expected Tensor"),
+        ((x.long(), (2, 3), x),
+         "x is torch.int64, expected torch.float32 or torch.float16 or torch.bfloat16 or torch.float64"),
+        ((x, ("B", 4), x), "x has shape (2, 3), expected (B, 4)"),
+        ((x, ("N",), x), "x has shape (2, 3), expected (N,)"),
+        ((x, (2, 3), x, (torch.int64, torch.bool, torch.int64)),
+         "x is torch.float32, expected torch.int64 or torch.bool"),
+        ((7.5, (2, 3), x), "x is of type float, expected Tensor"),
+        (((x, x), (2, 3), x), "x is of type tuple, expected Tensor"),
         ((wanting, (2, 3), x, (torch.float32,), False),
          "x requires a gradient, but the operator has none: detach it, or call under torch.no_grad()"),
-        ((x.to("meta"), (2, 3), x), "x is on meta, expected cpu"), ((x, (2, 3), x.to("meta")), "x is on cpu, expected meta"),
+        ((x.to("meta"), (2, 3), x), "x is on meta, expected cpu"),
+        ((x, (2, 3), x.to("meta")), "x is on cpu, expected meta"),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             expect_tensor("x", *arguments)
     with pytest.raises(ValueError, match="^why$"):
         expect(False, "why")
     expect_table("g", x, (3,), x, (torch.float32,))
-    for table, message in ((x[0], "g has shape (3,), expected (N, 3)"), (x[:0], "g has shape (0, 3): no timesteps"),
-                           (wanting, "g requires a gradient, but the operator has none"), (3, "g is of type int, expected Tensor")):
+    for table, message in ((x[0], "g has shape (3,), expected (N, 3)"),
+                           (x[:0], "g has shape (0, 3): no timesteps"),
+                           (wanting, "g requires a gradient, but the operator has none"),
+                           (3, "g is of type int, expected Tensor")):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
             expect_table("g", table, (3,), x, (torch.float32,))
     for value, kind in ((3, int), (True, bool), (2, (int, float)), (2.5, (int, float)), (x, Tensor)):
         expect_type("n", value, kind)
-    for value, kind, message in ((True, int, "bool, expected int"), (False, (int, float), "bool, expected int or float"),
+    for value, kind, message in ((True, int, "bool, expected int"),
+                                 (False, (int, float), "bool, expected int or float"),
                                  (2.0, int, "float, expected int"), (1, bool, "int, expected bool"),
                                  (None, float, "NoneType, expected float")):
         with pytest.raises(ValueError, match=f"^n is of type {message}$"):
             expect_type("n", value, kind)
 
 
-NUMBERS = [(5.0, ""), (7.5, ""), (3, ""), (0, ""), (sys.float_info.max, ""), (-1.5, "is -1.5, expected a finite number of at"),
-           (math.nan, "is nan, expected a finite number"), (math.inf, "is inf, expected"), (-math.inf, "is -inf, expected"),
+NUMBERS = [(5.0, ""), (7.5, ""), (3, ""), (0, ""), (sys.float_info.max, ""),
+           (-1.5, "is -1.5, expected a finite number of at"), (math.nan, "is nan, expected a finite number"),
+           (math.inf, "is inf, expected"), (-math.inf, "is -inf, expected"),
            (True, "is of type bool, expected int or float"), ("5", "is of type str, expected int or float")]
 
 
 @pytest.mark.parametrize("dynamic", [None, False, True, "eager"])
 def test_numbers(dynamic: bool | str | None) -> None:
-    """Compiled as one graph the same values pass and are refused, constants or (from the second on) symbols."""
+    """Compiled as one graph the same values pass and are refused, constants or (from the second on) symbols.
+    """
     def scaled(x: Tensor, number: float) -> Tensor:
         expect_number("g", number, least=0)
         return x * number
     call, errors, one = scaled, ValueError, torch.ones(2, dtype=torch.float64)
     if dynamic != "eager":
         torch.compiler.reset()
-        call, errors = torch.compile(scaled, fullgraph=True, backend="aot_eager", dynamic=dynamic), Unsupported
+        call, errors = (torch.compile(scaled, fullgraph=True, backend="aot_eager", dynamic=dynamic),
+                        Unsupported)
     for value, message in NUMBERS:
         if message:
             with pytest.raises(errors, match=f"g {message}"):
@@ -171,7 +187,8 @@ def test_numbers(dynamic: bool | str | None) -> None:
 def python(code: str, **environment: str) -> str:
     """What a fresh interpreter prints."""
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**clean, **environment})
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                            env={**clean, **environment})
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
@@ -201,15 +218,16 @@ sched = schedule.ddim(torch.linspace(0.999, 0.01, 1000), torch.arange(951, 0, -5
 x_p = ddim_candidates(sched, x, torch.cat([x, x]), t, guidance=1.0, noise=z, candidates=3)
 pair = pair_select(torch.randn(3, 2), x_p, torch.zeros(1000), t, t % 3)
 policy = torch.randn(4, 4, 3, 3, requires_grad=True)
-pair_loss(sched, x, pair.winner, pair.loser, t, policy, torch.randn(4, 4, 3, 3), torch.ones(2), guidance=5.0, beta=1.0,
-          eps=0.1).loss.backward()
+pair_loss(sched, x, pair.winner, pair.loser, t, policy, torch.randn(4, 4, 3, 3), torch.ones(2), guidance=5.0,
+          beta=1.0, eps=0.1).loss.backward()
 print(maps[0].grad.sum().item(), policy.grad.isfinite().all().item(), *NAMES)
 """
 
 
 def test_without_triton_the_references_run() -> None:
     printed = python(f"NAMES = {KERNELS}" + WITHOUT_TRITON, TRITON_INTERPRET="1").split()
-    assert float(printed[0]) == pytest.approx(8) and printed[1:] == ["True", *KERNELS]  # Σ of a mean's gradients: one a feature
+    # Σ of a mean's gradients: one a feature
+    assert float(printed[0]) == pytest.approx(8) and printed[1:] == ["True", *KERNELS]
 
 
 @pytest.mark.parametrize("value, expected", [("1", "True"), ("0", "False"), (None, "False")])

@@ -1,10 +1,12 @@
-"""python tests/tools/endurance.py [--steps 5000] [--out FILE.md] [STAGE …]: long runs take no more memory at their end.
+"""python tests/tools/endurance.py [--steps 5000] [--out FILE.md] [STAGE …]:
+long runs take no more memory at their end.
 
-Both stages' real commands on the embedded world, a process each, in tiny batches, with all that a long run does now and then:
-states, checkpoints, validations, pictures, worker processes. Every EVERY steps the process writes down what the kernel says of
-it. Flat is a stage whose resident memory, its own and its children's, grows over the last 80 % of the steps by less than LIMIT
-of what it is there (the slope of a line through the samples, times their steps), and whose open files, threads and children
-are as many in the last sample as in the first of these.
+Both stages' real commands on the embedded world, a process each, in tiny batches, with all that a long run
+does now and then: states, checkpoints, validations, pictures, worker processes. Every EVERY steps the process
+writes down what the kernel says of it. Flat is a stage whose resident memory, its own and its children's,
+grows over the last 80 % of the steps by less than LIMIT of what it is there (the slope of a line through the
+samples, times their steps), and whose open files, threads and children are as many in the last sample as in
+the first of these.
 """
 
 import argparse
@@ -29,8 +31,8 @@ from tests.tools import kill
 EVERY = 50
 LIMIT = 0.01
 FLAGS = {
-    "lpo": ["--epochs", "1000000", "--train-batch-size", "1", "--save-steps", "50", "--save-epochs", "4", "--validate-epochs",
-            "8", "--validation-prompts", "a red circle", "--ema-decay", "0.99"],
+    "lpo": ["--epochs", "1000000", "--train-batch-size", "1", "--save-steps", "50", "--save-epochs", "4",
+            "--validate-epochs", "8", "--validation-prompts", "a red circle", "--ema-decay", "0.99"],
     "lrm": ["--validate-steps", "100", "--save-steps", "50", "--num-workers", "1"]}
 
 
@@ -52,13 +54,15 @@ def resident(process: str | int) -> int:
 
 def sample(step: int) -> Sample:
     """Of this process."""
-    children = [child for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split()]
+    children = [child for task in Path("/proc/self/task").iterdir()
+                for child in (task / "children").read_text().split()]
     return Sample(step, resident("self"), sum(map(resident, children)), len(os.listdir("/proc/self/fd")),
                   len(os.listdir("/proc/self/task")), len(children))
 
 
 def child(file: str, steps: str, every: str, arguments: list[str]) -> None:
-    """Of the watched process: the command, which is asked to stop after so many steps, and a row in a file every few."""
+    """Of the watched process: the command, which is asked to stop after so many steps,
+    and a row in a file every few."""
     from lpo_fast import train
     from lpo_fast.lpo import steps as lpo_steps
     from lpo_fast.lrm import steps as lrm_steps
@@ -78,7 +82,8 @@ def child(file: str, steps: str, every: str, arguments: list[str]) -> None:
             return result
         return watch
 
-    multiprocessing.set_start_method("fork", force=True)  # what workers are by default, but not below a fork server
+    # what workers are by default, but not below a fork server
+    multiprocessing.set_start_method("fork", force=True)
     for steps_of in (lpo_steps, lrm_steps):
         steps_of.train_step = watched(steps_of.train_step)
     sys.exit(train.main(arguments))
@@ -97,7 +102,8 @@ def watch(stage: str, folder: Path, model: Path, steps: int, every: int = EVERY)
 
 
 class Found(NamedTuple):
-    """Of the last 80 % of a run: KiB of memory in the middle, slope in 1,000 steps, growth, and what is not flat."""
+    """Of the last 80 % of a run: KiB of memory in the middle, slope in 1,000 steps, growth,
+    and what is not flat."""
 
     memory: float
     slope: float
@@ -112,14 +118,15 @@ def judge(samples: list[Sample], key: str = "memory") -> Found:
     slope, memory = np.polyfit(x, y, 1)[0], float(np.median(y))
     growth = slope * (x[-1] - x[0])
     wrong = [f"{key} grows"] if growth > LIMIT * memory else []
-    wrong += [f"{name} {before} → {after}" for name, before, after in zip(Sample._fields[3:], kept[0][3:], kept[-1][3:],
-                                                                          strict=True) if before != after]
+    wrong += [f"{name} {before} → {after}" for name, before, after
+              in zip(Sample._fields[3:], kept[0][3:], kept[-1][3:], strict=True) if before != after]
     return Found(memory, 1000 * slope, growth, wrong)
 
 
 def main() -> int:
     """The long form; 1 if a stage is not flat."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--out", type=Path)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: lpo lrm")
@@ -131,28 +138,32 @@ def main() -> int:
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             samples = watch(stage, Path(folder), PIPELINE, options.steps)
-        about = f"{samples[-1].step:,} | {time.monotonic() - begin:.0f} s | {' / '.join(map(str, samples[-1][3:]))}"
+        about = (f"{samples[-1].step:,} | {time.monotonic() - begin:.0f} s | "
+                 f"{' / '.join(map(str, samples[-1][3:]))}")
         for name, key in ((stage, "memory"), (f"{stage}'s children", "children_memory")):
             found = judge(samples, key)
             if found.memory:
                 bad |= bool(found.wrong)
-                rows.append(f"| {name} | {about} | {found.memory / 1024:.1f} MiB | {found.slope:+.0f} KiB | {found.growth:+.0f}"
-                            f" KiB, {found.growth / found.memory:+.2%} | {'; '.join(found.wrong) or 'flat'} |")
-                shown = (f"{getattr(samples[round(i)], key) / 1024:.1f}" for i in np.linspace(0, len(samples) - 1, 11))
+                rows.append(f"| {name} | {about} | {found.memory / 1024:.1f} MiB | {found.slope:+.0f} "
+                            f"KiB | {found.growth:+.0f} KiB, {found.growth / found.memory:+.2%} | "
+                            f"{'; '.join(found.wrong) or 'flat'} |")
+                shown = (f"{getattr(samples[round(i)], key) / 1024:.1f}"
+                         for i in np.linspace(0, len(samples) - 1, 11))
                 series.append(f"| {name} | {' | '.join(shown)} |")
                 print(rows[-1], flush=True)
     text = "\n".join([
         "# Memory of long runs", "",
-        f"`{' '.join(['python tests/tools/endurance.py --steps', str(options.steps), *options.stages])}`, commit {commit}, "
-        f"{time.strftime('%Y-%m-%d')}, on {os.cpu_count()} {platform.machine()} cores that other work shared.",
-        ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft", "accelerate")) + ".", "",
-        f"Samples every {EVERY} optimizer steps; the last 80 % of them are judged, and {LIMIT:.0%} of growth is allowed. Every "
-        "50 steps a state is saved; LPO writes a checkpoint every 4 epochs and draws a validation grid every 8; LRM training "
-        "validates every 100 steps and reads its pictures in worker processes.", "",
+        f"`{' '.join(['python tests/tools/endurance.py --steps', str(options.steps), *options.stages])}`, "
+        f"commit {commit}, {time.strftime('%Y-%m-%d')}, on {os.cpu_count()} {platform.machine()} cores that "
+        "other work shared.", ", ".join(f"{name} {version(name)}" for name in (
+            "torch", "diffusers", "transformers", "peft", "accelerate")) + ".", "", f"Samples every {EVERY} "
+        f"optimizer steps; the last 80 % of them are judged, and {LIMIT:.0%} of growth is allowed. Every "
+        "50 steps a state is saved; LPO writes a checkpoint every 4 epochs and draws a validation grid every "
+        "8; LRM training validates every 100 steps and reads its pictures in worker processes.", "",
         "| run | steps | time | files / threads / children | resident | in 1,000 steps | growth | |",
         "|---|---|---|---|---|---|---|---|", *rows, "",
-        "MiB in samples at equal distances, from the first to the last:", "",
-        f"| run |{' |' * 11}", f"|---|{'---|' * 11}", *series, ""])
+        "MiB in samples at equal distances, from the first to the last:", "", f"| run |{' |' * 11}",
+        f"|---|{'---|' * 11}", *series, ""])
     print(text)
     if options.out:
         options.out.write_text(text, encoding="utf-8")

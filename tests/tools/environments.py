@@ -1,7 +1,9 @@
-"""python tests/tools/environments.py [--out FILE.md] [VARIANT …]: the wheel away from the repository, with and without extras.
+"""python tests/tools/environments.py [--out FILE.md] [VARIANT …]:
+the wheel away from the repository, with and without extras.
 
-Variants without a package run in this interpreter on links to everything installed but that package. ``triton==3.6.0`` and
-``kernels`` (Hugging Face's) are installed into a folder of their own first; python3.12 gets an environment of its own.
+Variants without a package run in this interpreter on links to everything installed but that package.
+``triton==3.6.0`` and ``kernels`` (Hugging Face's) are installed into a folder of their own first; python3.12
+gets an environment of its own.
 """
 
 import argparse
@@ -38,8 +40,8 @@ from lpo_fast.shapes import PIPELINE
 lrm = checkpoint.new_lrm(PIPELINE, generator=torch.Generator().manual_seed(0))
 checkpoint.save_lrm(lrm, texts.load_tokenizers(PIPELINE, lrm.family), Path("lrm"))
 Path("prompts.txt").write_text("a red circle on a blue background\\n")
-train_lpo.train(replace(config.shapes().lpo, model=str(PIPELINE), lrm="lrm", prompts="prompts.txt", out="run", pictures=0,
-                        batch_size=1, num_steps=2, threshold_min=0.0, threshold_max=0.001))
+train_lpo.train(replace(config.shapes().lpo, model=str(PIPELINE), lrm="lrm", prompts="prompts.txt", out="run",
+                        pictures=0, batch_size=1, num_steps=2, threshold_min=0.0, threshold_max=0.001))
 print("lpo_fast from", Path(denoisers.__file__).parent)
 """
 # What a variant runs on: what is imported, not what is listed.
@@ -67,11 +69,14 @@ class Checked(NamedTuple):
 def wheel(folder: Path) -> Path:
     """Built from a copy of the repository, unpacked into a folder; no package index is asked."""
     source = folder / "source"
-    shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv*", "runs", "build", "*.egg-info"))
+    shutil.copytree(ROOT, source, symlinks=True,
+                    ignore=shutil.ignore_patterns(".git", ".venv*", "runs", "build", "*.egg-info"))
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)], check=True)
+    subprocess.run([*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)],
+                   check=True)
     made, = folder.glob("lpo_fast-*.whl")
-    subprocess.run([*pip, "install", "-q", "--no-deps", "--no-compile", "-t", str(folder / "wheel"), str(made)], check=True)
+    subprocess.run([*pip, "install", "-q", "--no-deps", "--no-compile", "-t", str(folder / "wheel"),
+                    str(made)], check=True)
     return folder / "wheel"
 
 
@@ -99,13 +104,13 @@ def check(variant: str, folder: Path, package: Path) -> Checked:
     if variant.startswith("python"):
         venv = folder / "venv"
         subprocess.run([variant, "-m", "venv", str(venv)], check=True)
-        subprocess.run([str(venv / "bin" / "pip"), "install", "-q", "-c", str(ROOT / "constraints.txt"), "--no-compile",
-                        str(next(package.parent.glob("*.whl")))], check=True)
+        subprocess.run([str(venv / "bin" / "pip"), "install", "-q", "-c", str(ROOT / "constraints.txt"),
+                        "--no-compile", str(next(package.parent.glob("*.whl")))], check=True)
         python = [str(venv / "bin" / "python")]
     else:
         if kind == "with":
-            subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder / "extra"), name],
-                           check=True)
+            subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target",
+                            str(folder / "extra"), name], check=True)
             paths.append(folder / "extra")
         paths.append(links(folder / "links", name if kind == "without" else ""))
     cwd, problems = folder / "work", []
@@ -120,9 +125,11 @@ def check(variant: str, folder: Path, package: Path) -> Checked:
         problems.append(f"a run fails: {(done.stdout + done.stderr)[-1500:]}")
     asked = {"xformers": ["--attention", "xformers"], "bitsandbytes": ["--optimizer", "adamw8bit"]}.get(name)
     if asked and kind == "without":
-        told = run(python, paths, cwd, "-m", "lpo_fast.train", "lpo", "--model", "m", "--lrm", "l", "--prompts", "p", *asked)
+        told = run(python, paths, cwd, "-m", "lpo_fast.train", "lpo", "--model", "m", "--lrm", "l",
+                   "--prompts", "p", *asked)
         line = told.stderr.strip().splitlines()[-1:]
-        if told.returncode != 2 or not line or "is not installed" not in line[0] or "Traceback" in told.stderr:
+        if (told.returncode != 2 or not line or "is not installed" not in line[0]
+                or "Traceback" in told.stderr):
             problems.append(f"{' '.join(asked)} says {told.stderr[-500:]!r}")
     looked = run(python, paths, cwd, "-m", "lpo_fast.doctor")
     if looked.returncode or "Traceback" in looked.stderr:
@@ -131,8 +138,10 @@ def check(variant: str, folder: Path, package: Path) -> Checked:
 
 
 def main() -> int:
-    """Every variant; the exit code counts those that fail. One that cannot be made here is said and left out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Every variant; the exit code counts those that fail. One that cannot be made here is said and left out.
+    """
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help=f"default: {', '.join(ALL)}")
     options, bad, rows = parser.parse_args(), 0, []
@@ -154,14 +163,16 @@ def main() -> int:
             shutil.rmtree(folder)
             print(f"{variant}: {result}", flush=True)
             seconds = f"{time.monotonic() - begin:.0f} s"
-            rows.append(f"| {' | '.join([variant, *(versions.get(name, '') for name in NAMES), seconds, result])} |")
+            rows.append(
+                f"| {' | '.join([variant, *(versions.get(name, '') for name in NAMES), seconds, result])} |")
     text = "\n".join([
         "# The wheel in other environments", "",
         f"`{shlex.join(['python', 'tests/tools/environments.py', *options.variants])}`, commit {commit}, "
-        f"{time.strftime('%Y-%m-%d')}, on {os.cpu_count()} {platform.machine()} cores that other work shared.", "",
-        "The wheel is built, unpacked away from the repository, trains a prompt batch of LPO on the packaged pipeline, and "
-        "`python -m lpo_fast.doctor` runs; without xformers and bitsandbytes the options that want them are refused in a "
-        "sentence.", "", f"| variant | {' | '.join(NAMES)} | time | result |", f"|{'---|' * (len(NAMES) + 3)}", *rows, ""])
+        f"{time.strftime('%Y-%m-%d')}, on {os.cpu_count()} {platform.machine()} cores that "
+        "other work shared.", "", "The wheel is built, unpacked away from the repository, trains a prompt "
+        "batch of LPO on the packaged pipeline, and `python -m lpo_fast.doctor` runs; without xformers and "
+        "bitsandbytes the options that want them are refused in a sentence.", "",
+        f"| variant | {' | '.join(NAMES)} | time | result |", f"|{'---|' * (len(NAMES) + 3)}", *rows, ""])
     if options.out:
         options.out.write_text(text, encoding="utf-8")
     return bad

@@ -1,11 +1,13 @@
-"""python tests/tools/kill.py [--kills 50] [--ranks 1] [--seed 0] [--out FILE.md]: killed training runs end as if nothing happened.
+"""python tests/tools/kill.py [--kills 50] [--ranks 1] [--seed 0] [--out FILE.md]:
+killed training runs end as if nothing happened.
 
-A real run of the command (the embedded world's pipeline, always with --resume, as a restart script has it) gets SIGKILL again
-and again: at a random moment, or as soon as a certain unfinished file is there. Each life after the first goes on from what
-the one before left. Writes are slowed down, in halves, so that many kills fall into them. After every kill a state can be
-read and no more than --save-steps steps are lost; the end is that of a run that nobody killed, bit for bit. With --ranks 2, or
-more, a life is so many processes of torch.distributed.run, of which a random one is killed: the others must end, and say why.
-The results are added to FILE.md.
+A real run of the command (the embedded world's pipeline, always with --resume, as a restart script has it)
+gets SIGKILL again and again: at a random moment, or as soon as a certain unfinished file is there. Each life
+after the first goes on from what the one before left. Writes are slowed down, in halves, so that many kills
+fall into them. After every kill a state can be read and no more than --save-steps steps are lost; the end is
+that of a run that nobody killed, bit for bit. With --ranks 2, or more, a life is so many processes of
+torch.distributed.run, of which a random one is killed: the others must end, and say why. The results are
+added to FILE.md.
 """
 
 import argparse
@@ -34,14 +36,17 @@ from tests.helpers.processes import CONTEXT, environment, free_port, rank
 SAVE_STEPS = 2
 TARGETS = (".state.pt", ".checkpoint", ".config.json", ".pytorch_lora", ".exp", "")  # what a kill waits for
 FLAGS = {
-    "lpo": ["--batch-size", "2", "--num-steps", "4", "--train-batch-size", "2", "--threshold-min", "0", "--threshold-max",
-            "0.001", "--epochs", "2", "--pictures", "1", "--keep-checkpoints", "2", "--mixed-precision", "no"],
-    "lrm": ["--batch-size", "4", "--max-steps", "12", "--validate-steps", "3", "--keep-checkpoints", "2", "--warmup-steps", "0",
-            "--learning-rate", "1e-3", "--num-workers", "0", "--mixed-precision", "no"]}
+    "lpo": ["--batch-size", "2", "--num-steps", "4", "--train-batch-size", "2", "--threshold-min", "0",
+            "--threshold-max", "0.001", "--epochs", "2", "--pictures", "1", "--keep-checkpoints", "2",
+            "--mixed-precision", "no"],
+    "lrm": ["--batch-size", "4", "--max-steps", "12", "--validate-steps", "3", "--keep-checkpoints", "2",
+            "--warmup-steps", "0", "--learning-rate", "1e-3", "--num-workers", "0",
+            "--mixed-precision", "no"]}
 
 
 def child(steps: str, arguments: list[str]) -> None:
-    """Of the killed process: the command, on a slow disk, with a byte in the file ``steps`` for every optimizer step."""
+    """Of the killed process: the command, on a slow disk,
+    with a byte in the file ``steps`` for every optimizer step."""
     from lpo_fast import train
     from lpo_fast.lpo import steps as lpo_steps
     from lpo_fast.lrm import steps as lrm_steps
@@ -77,8 +82,10 @@ def child(steps: str, arguments: list[str]) -> None:
     sys.exit(train.main(arguments))
 
 
-def start(*arguments: str, log: Path, entry: tuple[str, ...] = (), variables: dict[str, str] | None = None) -> BaseProcess:
-    """A process that runs a script, or a module behind -m, with its output and its errors added to ``log``.out and .err."""
+def start(*arguments: str, log: Path, entry: tuple[str, ...] = (),
+          variables: dict[str, str] | None = None) -> BaseProcess:
+    """A process that runs a script, or a module behind -m,
+    with its output and its errors added to ``log``.out and .err."""
     with mock.patch.dict(os.environ, environment(), clear=True):
         CONTEXT.set_forkserver_preload(["lpo_fast.train_lpo"])
         multiprocessing.forkserver.ensure_running()
@@ -119,10 +126,11 @@ class Trial:
         return process.exitcode == -signal.SIGKILL
 
     def run(self, name: str, plan: list[float | str]) -> int:
-        """A run, killed as planned, and its end; how many kills there were, which are fewer if it ended before one.
+        """A run, killed as planned, and its end; how many kills there were,
+        which are fewer if it ended before one.
 
-        plan: of each life, the share of the undisturbed run's time after which it ends, or the beginning of the name of an
-        unfinished file that ends it.
+        plan: of each life, the share of the undisturbed run's time after which it ends, or the beginning of
+        the name of an unfinished file that ends it.
         """
         out, steps, done, heard = self.folder / name, self.folder / f"{name}.steps", 0, 0
         while True:
@@ -152,13 +160,15 @@ class Trial:
         return done
 
     def check(self, out: Path) -> None:
-        """The same files with the same contents as the undisturbed run's; what the machine and the clock say is left out."""
+        """The same files with the same contents as the undisturbed run's;
+        what the machine and the clock say is left out."""
         other = self.folder / "whole"
         assert names(out) == names(other), names(out) ^ names(other)
         for name in names(out):
             if name.endswith((".safetensors", ".bin", ".png")) or name in ("metrics.jsonl", "checksums.json"):
                 assert (out / name).read_bytes() == (other / name).read_bytes(), name
-            elif name.endswith(".pt") and name != "state.before.pt":  # of a run killed after its last step, it is the last one
+            # of a run killed after its last step, it is the last one
+            elif name.endswith(".pt") and name != "state.before.pt":
                 a, b = (torch.load(folder / name, weights_only=True) for folder in (out, other))
                 assert equal(a, b), name
 
@@ -171,7 +181,8 @@ class Ranks(Trial):
         super().__init__(stage, folder, arguments)
 
     def launcher(self) -> list[str]:
-        return ["-m", "torch.distributed.run", f"--nproc_per_node={self.count}", f"--master_port={free_port()}"]
+        return ["-m", "torch.distributed.run", f"--nproc_per_node={self.count}",
+                f"--master_port={free_port()}"]
 
     def kill(self, process: BaseProcess) -> None:
         """Kill a random rank; all must have ended within 60 s."""
@@ -186,14 +197,16 @@ class Ranks(Trial):
         assert not process.is_alive() and not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
     def killed(self, process: BaseProcess, said: str) -> bool:
-        """The launcher names the signal; a rank that was waiting for the killed one says so, and none has another error."""
+        """The launcher names the signal; a rank that was waiting for the killed one says so,
+        and none has another error."""
         self.told += "another rank has failed (see its error) or was killed" in said
         return process.exitcode == 1 and "SIGKILL" in said and said.count("Traceback") == 1
 
 
 def children(process: int) -> list[int]:
     """Processes that a process has started and that have not ended."""
-    found = [int(child) for task in Path(f"/proc/{process}/task").glob("*/children") for child in task.read_text().split()]
+    found = [int(child) for task in Path(f"/proc/{process}/task").glob("*/children")
+             for child in task.read_text().split()]
     return [child for child in found if "--child" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
@@ -233,7 +246,8 @@ def stands(out: Path) -> int:
 
 
 def command(stage: str, folder: Path, model: Path) -> list[str]:
-    """A stage's command line on a model, with an untrained LRM and the embedded world's prompts or pairs, made in a folder."""
+    """A stage's command line on a model, with an untrained LRM and the embedded world's prompts or
+    pairs, made in a folder."""
     from lpo_fast.lrm import checkpoint
     from lpo_fast.models import texts
     from lpo_fast.shapes import evaluate, world
@@ -248,7 +262,8 @@ def command(stage: str, folder: Path, model: Path) -> list[str]:
     return [stage, "--model", str(model), *data, *FLAGS[stage]]
 
 
-def trials(folder: Path, model: Path, stages: tuple[str, ...] = ("lpo", "lrm"), ranks: int = 1) -> list[Trial]:
+def trials(folder: Path, model: Path, stages: tuple[str, ...] = ("lpo", "lrm"),
+           ranks: int = 1) -> list[Trial]:
     """Both stages, each in a folder of its own."""
     made = []
     for stage in stages:
@@ -260,7 +275,8 @@ def trials(folder: Path, model: Path, stages: tuple[str, ...] = ("lpo", "lrm"), 
 
 def main() -> None:
     """The long form. The seed decides what is planned; what a kill hits is chance."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -268,14 +284,16 @@ def main() -> None:
     options = parser.parse_args()
     from lpo_fast.run import environment as place
     from lpo_fast.shapes import evaluate
-    begin, chance, folder, commit = time.monotonic(), random.Random(options.seed), Path(tempfile.mkdtemp()), place.commit()
+    begin, chance, folder, commit = (time.monotonic(), random.Random(options.seed), Path(tempfile.mkdtemp()),
+                                     place.commit())
     both = trials(folder, evaluate.PIPELINE, ranks=options.ranks)
     print("undisturbed:", *(f"{trial.stage} {trial.seconds:.1f} s" for trial in both), flush=True)
     lines, total = [], 0
     for trial, kills in zip(both, (options.kills - options.kills // 2, options.kills // 2), strict=True):
         done, count = 0, 0
         while done < kills:
-            plan = [chance.random() if chance.random() < 0.4 else chance.choice(TARGETS) for _ in range(chance.randint(3, 12))]
+            plan = [chance.random() if chance.random() < 0.4 else chance.choice(TARGETS)
+                    for _ in range(chance.randint(3, 12))]
             done += trial.run(f"run{count}", plan[:kills - done])
             count += 1
             print(f"{trial.stage}: {done} kills, {count} runs, {time.monotonic() - begin:.0f} s", flush=True)
@@ -288,19 +306,20 @@ def main() -> None:
     if options.ranks > 1:
         ends, told = sorted(sum((trial.ends for trial in both), [])), sum(trial.told for trial in both)
         title, what = f"## One of {options.ranks} processes killed", "SIGKILL to one process"
-        more = [f"The others had ended after {ends[len(ends) // 2]:.1f} s (median), {ends[-1]:.1f} s at most. The launcher "
-                f"named the signal every time; {told} times another process said that one had failed: else it was not in "
-                "the loop.", ""]
+        more = [f"The others had ended after {ends[len(ends) // 2]:.1f} s (median), {ends[-1]:.1f} s at "
+                f"most. The launcher named the signal every time; {told} times another process said that one "
+                "had failed: else it was not in the loop.", ""]
     asked = f"--kills {options.kills} --ranks {options.ranks} --seed {options.seed}"
     text = "\n".join([
         title, "", f"`python tests/tools/kill.py {asked}`, commit {commit}, {time.strftime('%Y-%m-%d')}, "
         f"{time.monotonic() - begin:.0f} s on {os.cpu_count()} {platform.machine()} cores.",
-        ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft", "accelerate")) + ".", "",
-        f"{total} times {what}, at random moments and during writes. After each, all checkpoints and the state could be read. "
-        "Every run ended with the files of one that nobody killed and no others: metrics, weights, checkpoints, states and "
-        "pictures equal bit for bit.", "", *more,
-        "| stage | kills | runs | undisturbed | most steps lost, of --save-steps | unfinished files at the moment of death |",
-        "|---|---|---|---|---|---|", *lines, ""])
+        ", ".join(f"{name} {version(name)}"
+                  for name in ("torch", "diffusers", "transformers", "peft", "accelerate")) + ".", "",
+        f"{total} times {what}, at random moments and during writes. After each, all checkpoints and the "
+        "state could be read. Every run ended with the files of one that nobody killed and no others: "
+        "metrics, weights, checkpoints, states and pictures equal bit for bit.", "", *more,
+        "| stage | kills | runs | undisturbed | most steps lost, of --save-steps | unfinished files at the "
+        "moment of death |", "|---|---|---|---|---|---|", *lines, ""])
     print(text)
     if options.out:
         with open(options.out, "a", encoding="utf-8") as file:

@@ -1,7 +1,8 @@
-"""python tests/tools/mutate.py [NAME …]: break the method in small ways, one at a time, and see that a test notices.
+"""python tests/tools/mutate.py [NAME …]: break the method in small ways, one at a time,
+and see that a test notices.
 
-Works on a copy of the project in a temporary directory. Prints ``killed`` or ``SURVIVED`` a mutation; exits with 1 if
-one survives or no longer applies to the source.
+Works on a copy of the project in a temporary directory. Prints ``killed`` or ``SURVIVED`` a mutation; exits
+with 1 if one survives or no longer applies to the source.
 """
 
 import importlib
@@ -61,19 +62,22 @@ def run(copy: Path, tests: tuple[str, ...]) -> int:
 def main(names: list[str]) -> int:
     """Try the mutations, all or those named; the exit code."""
     chosen = [m for m in MUTATIONS if not names or any(name in m.name for name in names)]
-    bad = [m.name for m in chosen if (ROOT / "lpo_fast" / m.file).read_text(encoding="utf-8").count(m.old) != 1]
+    bad = [m.name for m in chosen
+           if (ROOT / "lpo_fast" / m.file).read_text(encoding="utf-8").count(m.old) != 1]
     for name in bad:
         print(f"NOT FOUND ONCE  {name}")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder).resolve()
         for part in ("lpo_fast", "kernels", "bench", "tests"):
             if (ROOT / part).is_dir():
-                shutil.copytree(ROOT / part, copy / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(ROOT / part, copy / part, symlinks=True,
+                                ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copyfile(ROOT / "pyproject.toml", copy / "pyproject.toml")
         preload()
         for tests in sorted({m.tests for m in chosen}):
             if code := run(copy, tests):
-                print(f"{' '.join(tests)} fails without a mutation: code {code} ({ANOTHER}: another copy was imported)")
+                print(f"{' '.join(tests)} fails without a mutation: code {code} ({ANOTHER}: another copy "
+                      "was imported)")
                 return 1
         survived = 0
         for mutation in chosen:

@@ -1,10 +1,11 @@
 """python tests/tools/same.py BASE: does this tree train to the same bytes as commit BASE?
 
-A worktree of BASE in a temporary directory and this tree run both stages on this machine, each with one thread, through the
-public command line alone: the embedded world at two seeds, and SD1.5 and SDXL in miniature. Models, pairs and prompts are made
-once, and each tree trains the LRM that its own LPO takes. One LPO and one LRM run of the miniatures get SIGTERM between two
-optimizer steps of a prompt batch, and are resumed. metrics.jsonl and all weights must agree byte for byte, between the
-trees and between the whole and the resumed run. Prints a table; exits with 1 at a difference.
+A worktree of BASE in a temporary directory and this tree run both stages on this machine, each with one
+thread, through the public command line alone: the embedded world at two seeds, and SD1.5 and SDXL in
+miniature. Models, pairs and prompts are made once, and each tree trains the LRM that its own LPO takes. One
+LPO and one LRM run of the miniatures get SIGTERM between two optimizer steps of a prompt batch, and are
+resumed. metrics.jsonl and all weights must agree byte for byte, between the trees and between the whole and
+the resumed run. Prints a table; exits with 1 at a difference.
 """
 
 import argparse
@@ -25,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Case(NamedTuple):
-    """A run: its name, which is its run directory, its arguments, and the optimizer step it is stopped after, 0: none."""
+    """A run: its name, which is its run directory, its arguments,
+    and the optimizer step it is stopped after, 0: none."""
 
     name: str
     arguments: list[str]
@@ -45,17 +47,20 @@ def cases(pipeline: Path, inputs: Path) -> list[Case]:
     made = []
     for seed in (0, 1):
         made += [
-            Case(f"shapes_lrm_{seed}", ["lrm", *flags(
-                model=pipeline, **lrm, seed=seed, batch_size=32, max_steps=20, warmup_steps=3, validate_steps=10, save_steps=10)]),
+            Case(f"shapes_lrm_{seed}",
+                 ["lrm", *flags(model=pipeline, **lrm, seed=seed, batch_size=32, max_steps=20, warmup_steps=3,
+                                validate_steps=10, save_steps=10)]),
             Case(f"shapes_lpo_{seed}", ["lpo", *flags(
-                model=pipeline, lrm=f"shapes_lrm_{seed}/checkpoint-final", **lpo, seed=seed, batch_size=8, max_batches=2, epochs=1,
+                model=pipeline, lrm=f"shapes_lrm_{seed}/checkpoint-final",
+                **lpo, seed=seed, batch_size=8, max_batches=2, epochs=1,
                 learning_rate=7e-4, rank=16, train_batch_size=16, threshold_max=0.05, pictures=2)])]
     for model in ("sd", "sdxl"):
-        stage1 = ["lrm", *flags(model=inputs / model, **lrm, batch_size=8, max_steps=6, warmup_steps=1, validate_steps=3,
-                                save_steps=2)]
-        stage2 = ["lpo", *flags(
-            model=inputs / model, lrm=f"{model}_lrm/checkpoint-final", **lpo, batch_size=2, num_steps=5, train_batch_size=3,
-            threshold_max=0.001, max_batches=3, epochs=1, learning_rate=1e-3, ema_decay=0.9, save_steps=3, pictures=1)]
+        stage1 = ["lrm", *flags(model=inputs / model, **lrm, batch_size=8, max_steps=6, warmup_steps=1,
+                                validate_steps=3, save_steps=2)]
+        stage2 = ["lpo", *flags(model=inputs / model, lrm=f"{model}_lrm/checkpoint-final",
+                                **lpo, batch_size=2, num_steps=5, train_batch_size=3,
+                                threshold_max=0.001, max_batches=3, epochs=1, learning_rate=1e-3,
+                                ema_decay=0.9, save_steps=3, pictures=1)]
         made += [Case(f"{model}_lrm", stage1), Case(f"{model}_lrm_resumed", stage1, stop=3),
                  Case(f"{model}_lpo", stage2), Case(f"{model}_lpo_resumed", stage2, stop=5)]
     return made
@@ -94,7 +99,8 @@ def command(arguments: list[str], stop: int = 0) -> int:
 
 
 def runs(root: Path, inputs: Path) -> int:
-    """Run all cases in the working directory with the package of the tree ``root``, which this process belongs to."""
+    """Run all cases in the working directory with the package of the tree ``root``,
+    which this process belongs to."""
     import torch
     torch.set_num_threads(1)
     sys.path.insert(0, str(root))
@@ -141,7 +147,8 @@ def main() -> int:
     folder = options.keep or Path(tempfile.mkdtemp(prefix="same_"))
     inputs, tree = folder / "inputs", folder / "base"
     inputs.mkdir(parents=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+                                "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
                                 "HF_DATASETS_CACHE": str(folder / "arrow"), "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("PYTHONPATH", None)
     git = ["git", "-C", str(ROOT), "worktree"]
@@ -153,17 +160,20 @@ def main() -> int:
             place.mkdir()
             shutil.rmtree(folder / "arrow", ignore_errors=True)
             with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
-                code = subprocess.run([sys.executable, "-P", __file__, options.base, "--inside", root, inputs], cwd=place,
-                                      env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+                code = subprocess.run([sys.executable, "-P", __file__, options.base, "--inside", root,
+                                       inputs], cwd=place, env=environment, stdout=log,
+                                      stderr=subprocess.STDOUT).returncode
             print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
             if code:
-                print("\n".join((folder / f"{name}.log").read_text().splitlines()[-20:]), f"exit code {code}", sep="\n")
+                print("\n".join((folder / f"{name}.log").read_text().splitlines()[-20:]), f"exit code {code}",
+                      sep="\n")
                 return 1
         there, here = folder / "runs_base", folder / "runs_here"
         made = [row(case.name, there / case.name, here / case.name) for case in cases(Path(), inputs)]
-        made += [row(f"{case.name} and the whole run", here / case.name, here / case.name.removesuffix("_resumed"))
-                 for case in cases(Path(), inputs) if case.stop]
-        print("| run | optimizer steps | files | here and there |", "|---|---|---|---|", *(line for line, _ in made), sep="\n")
+        made += [row(f"{case.name} and the whole run", here / case.name, here
+                     / case.name.removesuffix("_resumed")) for case in cases(Path(), inputs) if case.stop]
+        print("| run | optimizer steps | files | here and there |", "|---|---|---|---|",
+              *(line for line, _ in made), sep="\n")
         return 0 if all(equal for _, equal in made) else 1
     finally:
         subprocess.run([*git, "remove", "--force", tree], check=True)

@@ -28,7 +28,8 @@ def test_doctor_runs_every_kernel(kernels, capsys: pytest.CaptureFixture) -> Non
     assert sum("backward" in line for line in found) < sum("forward" in line for line in found) + 1
 
 
-def test_doctor_says_which_kernel_is_wrong(kernels, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_doctor_says_which_kernel_is_wrong(kernels, monkeypatch: pytest.MonkeyPatch,
+                                           capsys: pytest.CaptureFixture) -> None:
     good, steps = OPERATORS["pair_select"], OPERATORS["ddim_candidates"]
 
     def wrong(*arguments):
@@ -40,8 +41,10 @@ def test_doctor_says_which_kernel_is_wrong(kernels, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(OPERATORS, "pair_select", replace(good, kernel=wrong))
     monkeypatch.setitem(OPERATORS, "ddim_candidates", replace(steps, kernel=broken))
     assert doctor.main([]) == 1
-    failed = [line.partition("FAILED: ")[2] for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
-    assert len(failed) == sum(len(good.sizes if CUDA else good.small) for good in (OPERATORS["pair_select"], steps))
+    failed = [line.partition("FAILED: ")[2] for line in capsys.readouterr().out.splitlines()
+              if "FAILED" in line]
+    assert len(failed) == sum(len(good.sizes if CUDA else good.small)
+                              for good in (OPERATORS["pair_select"], steps))
     assert {line.partition(":")[0] for line in failed} == {"wrong, result 4", "out of resource"}
 
 
@@ -54,7 +57,8 @@ def test_doctor_without_a_gpu(capsys: pytest.CaptureFixture) -> None:
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_bytes_are_those_of_distinct_tensors(name: str) -> None:
-    """At least the results, at most all arguments, all results and, on the way back, the gradients of the forward results."""
+    """At least the results, at most all arguments, all results and, on the way back,
+    the gradients of the forward results."""
     operator = OPERATORS[name]
     for size in operator.small.values():
         arguments = operator.inputs(DEVICE, **size)
@@ -64,14 +68,16 @@ def test_bytes_are_those_of_distinct_tensors(name: str) -> None:
             results = [x for x in torch.utils._pytree.tree_leaves(call()) if x.numel() > 100]
             given = [x for x in torch.utils._pytree.tree_leaves(arguments) if isinstance(x, torch.Tensor)]
             written = sum(x.nbytes for x in results)
-            assert written <= operator.moved(arguments, backward) <= written + sum(x.nbytes for x in given) + came
+            assert (written <= operator.moved(arguments, backward)
+                    <= written + sum(x.nbytes for x in given) + came)
             came = written
 
 
 def test_error() -> None:
     truth = (torch.tensor([3.0, 4.0]).double(), torch.tensor([1, 2]))
     assert error("x", (torch.tensor([3.0, 4.0]), torch.tensor([1, 2])), truth) == 0
-    assert error("x", (torch.tensor([3.001, 4.0]), torch.tensor([1, 2])), truth) == pytest.approx(2e-4, rel=1e-3)
+    assert (error("x", (torch.tensor([3.001, 4.0]), torch.tensor([1, 2])), truth)
+            == pytest.approx(2e-4, rel=1e-3))
     for got, message in [
         ((torch.tensor([3.1, 4.0]), torch.tensor([1, 2])), "x, result 0: error of 0.1, but the result is 5"),
         ((torch.tensor([torch.nan, 4.0]), torch.tensor([1, 2])), "x, result 0: error of nan"),
@@ -84,7 +90,8 @@ def test_error() -> None:
 
 
 def test_name_behind_wrappers() -> None:
-    assert all(name == operator.name and isinstance(operator, Operator) for name, operator in OPERATORS.items())
+    assert all(name == operator.name and isinstance(operator, Operator)
+               for name, operator in OPERATORS.items())
 
 
 @pytest.mark.parametrize("name", ["ddim_candidates", "pair_loss"])

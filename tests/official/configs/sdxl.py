@@ -18,8 +18,8 @@ def get_config():
     config.sample.inner_start_step = 0
     config.train.train_batch_size = 4
     config.train.learning_rate = 1e-5
-    config.preference_model_func_cfg = dict(type="sdxl_preference_model_func", ft_model_path="lrm_sdxl", multi_scale=True,
-                                            guidance_scale=7.5, multi_scale_cfg=False)
+    config.preference_model_func_cfg = dict(type="sdxl_preference_model_func", ft_model_path="lrm_sdxl",
+                                            multi_scale=True, guidance_scale=7.5, multi_scale_cfg=False)
     config.compare_func_cfg = dict(type="preference_score_compare", threshold=0.6, dynamic_threshold="sigma",
                                    threshold_min=0.45, threshold_max=0.6)
     config.use_wandb = True

@@ -1,11 +1,12 @@
-"""python -m lpo_fast.train [demo | lrm | lpo] …: the command.
+"""Run the command line: python -m lpo_fast.train [demo | lrm | lpo] ….
 
-demo (or nothing)   both stages on the embedded world, judged from pixels: minutes on a laptop
+demo (default)      run both stages on the embedded world and evaluate from pixels: minutes on a laptop
 lrm                 train a latent reward model from preference pairs
 lpo                 align a Stable Diffusion model with a latent reward model
---config FILE.py …  the official LPO script's launch line (official/lpo.py)
---config-path DIR --config-name NAME key=value …  the official LRM script's (official/lrm.py)
---dry-run behind any of them but the demo: check, print what the run would take, end (preflight/dry_run.py)
+--config FILE.py …  accept a launch line of the official LPO script (official/lpo.py)
+--config-path DIR --config-name NAME key=value …  accept one of the official LRM script (official/lrm.py)
+--dry-run           added to any of these except demo: check the settings, print the run's memory, disk and
+                    work, and exit (preflight/dry_run.py)
 """
 
 import os
@@ -22,7 +23,10 @@ from lpo_fast.preflight import settings as checks
 
 
 def run(settings: Demo | LRM | LPO) -> None:
-    """One command; prints where its results lie. The heavy imports wait until the command line is read."""
+    """Run one command, and print where its results are.
+
+    Heavy modules are imported here, after the command line has been parsed.
+    """
     from lpo_fast import report, train_lpo, train_lrm
     from lpo_fast.lrm import selection
     from lpo_fast.models import loras
@@ -52,10 +56,11 @@ def run(settings: Demo | LRM | LPO) -> None:
 
 
 def recipe(argv: list[str]) -> config.Recipe:
-    """The defaults of a command line: the recipe for the kind of model that --model names."""
+    """Return the defaults of a command line: the recipe for the family of the model that --model names."""
     def value(flag: str) -> str:
-        given = [b for a, b in zip(argv, argv[1:], strict=False) if a == flag]
-        return (given + [a.partition("=")[2] for a in argv if a.startswith(f"{flag}=")] + [""])[0]
+        separate = [following for word, following in zip(argv, argv[1:], strict=False) if word == flag]
+        joined = [word.partition("=")[2] for word in argv if word.startswith(f"{flag}=")]
+        return (separate + joined + [""])[0]
     unet = {}
     if name := value("--model"):
         from lpo_fast.models import locate
@@ -66,15 +71,19 @@ def recipe(argv: list[str]) -> config.Recipe:
 
 
 def parse(argv: list[str]) -> Demo | LRM | LPO:
-    """Settings of a command line, ours or an official one; without a word it is the demo."""
+    """Return the settings of a command line, in this package's form or an official one; [] is the demo.
+
+    Exits with an error message if the command line is not valid. Raises InputError for official settings that
+    are not supported.
+    """
     if lpo.is_launch(argv):
         settings, notes = lpo.parse(argv)
-        if os.environ.get("RANK", "0") == "0":  # of many processes one
+        if os.environ.get("RANK", "0") == "0":  # one of the processes
             for note in notes:
                 print(f"note: {note}", flush=True)
         return settings
-    if any(a.partition("=")[0] in ("--config-path", "--config-name", "-cp", "-cn") for a in argv):
-        return replace(lrm.parse([a for a in argv if a != "--dry-run"]), dry_run="--dry-run" in argv)
+    if any(word.partition("=")[0] in ("--config-path", "--config-name", "-cp", "-cn") for word in argv):
+        return replace(lrm.parse([word for word in argv if word != "--dry-run"]), dry_run="--dry-run" in argv)
     defaults = recipe(argv)
     stages = (Annotated[Demo, tyro.conf.subcommand("demo")]
               | Annotated[LRM, tyro.conf.subcommand("lrm", default=defaults.lrm)]
@@ -90,9 +99,9 @@ def parse(argv: list[str]) -> Demo | LRM | LPO:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; its exit code: 0, 2 for a user's error, 128 + n when stopped by signal n."""
+    """Run the command; return its exit code: 0, 2 for a user's error, 128 + n if signal n stopped it."""
     return cli.code(lambda: run(parse(sys.argv[1:] if argv is None else argv)),
-                    stopped="stopped outside the training loop")  # inside it is caught, and saves first
+                    stopped="stopped outside the training loop")  # inside, a signal saves a state first
 
 
 if __name__ == "__main__":

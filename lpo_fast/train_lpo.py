@@ -1,7 +1,8 @@
-"""The LPO loop: sample pairs for a batch of prompts, train the policy on them, repeat (arXiv 2502.01051).
+"""Run the LPO loop: sample pairs for a batch of prompts, train the policy on them, repeat (arXiv 2502.01051).
 
-With many processes a prompt batch is batch_size prompts of each. The valid pairs of all ranks are pooled in
-an order that does not depend on who sampled them, shuffled, and dealt out; gradients are summed.
+With several processes, a prompt batch consists of batch_size prompts per process. The valid pairs of all
+ranks are gathered in an order that does not depend on which rank sampled them, shuffled, and divided among
+the ranks; gradients are summed.
 """
 
 import time
@@ -23,11 +24,11 @@ from lpo_fast.system import console, devices, distributed
 
 
 def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: score) -> Path:
-    """Run LPO; return the run directory. wrap_score may alter the reward (a control
-    experiment, another scorer).
+    """Train a policy with LPO; return the run directory.
 
-    Raises InputError for what cannot be read, used, or written, also if the disk is full;
-    the last saved state is then complete.
+    wrap_score: changes the reward, e.g., for a control experiment or another scorer. Raises InputError if an
+    input cannot be read or used, or an output cannot be written (also if the disk is full); the last saved
+    state is then complete.
     """
     prompts, source = runs.lpo(config)
     distributed.state()
@@ -37,13 +38,15 @@ def train(config: LPO, wrap_score: Callable[[Score], Score] = lambda score: scor
 
 def _train(config: LPO, prompts: list[str], source: Path | None,
            wrap_score: Callable[[Score], Score]) -> Path:
-    # 1) The policy, its reference, and the reward model; all texts are encoded here, once.
-    device, out, texts = devices.device(), Path(config.out), [*prompts, *config.validation_prompts]
+    # 1) Load the policy, its reference, and the reward model; encode all texts once.
+    device = devices.device()
+    out = Path(config.out)
+    texts = [*prompts, *config.validation_prompts]
     devices.numerics(config.deterministic, config.tf32)
     policy, sched = policies.load(config, texts, device)
     judge = judging.load_score(replace(config, attention=policy.attention), prompts, device)
 
-    # 2) What makes pairs from prompts, what makes steps from pairs, and where the run stands.
+    # 2) Set up sampling (prompts → pairs), training (pairs → optimizer steps), and the run's progress.
     sampler = batches.Sampler(policy, judge, wrap_score(judge), sched, config, len(prompts))
     learner = steps.Learner(policy, sched, texts, config, device)
     at = batches.Progress(texts=environment.digest(prompts))
@@ -51,9 +54,9 @@ def _train(config: LPO, prompts: list[str], source: Path | None,
         checkpoints.start_from(source, policy.unet, learner.optimizer, at, config, len(prompts))
     learner.average()
 
-    # 3) The run directory; a resumed run continues exactly where it was.
-    an_epoch = len(batches.order(config, 0, len(prompts)))
-    checkpoints.require_disk_space(out, policy.unet, config, an_epoch, sampler.shape)
+    # 3) Open the run directory; a resumed run continues exactly where it stopped.
+    epoch_batches = len(batches.order(config, 0, len(prompts)))
+    checkpoints.require_disk_space(out, policy.unet, config, epoch_batches, sampler.shape)
     skips = monitor.SkippedSteps(out, None if config.shard else learner.inputs)
     watch = monitor.CollapseMonitor(config.clip_eps)
     run = Run(config, at, learner.parts(), steps.STEP, skips=skips, watch=watch, appends=config.in_place,
@@ -69,25 +72,27 @@ def _train(config: LPO, prompts: list[str], source: Path | None,
         draw.compared("before")
     total = batches.total(config, len(prompts), at)
     if config.in_place:
-        run.save()  # replaces the state of the run that continues here
-    console.say(f"LPO on {device}, precision {policy.precision} | {len(prompts)} prompts | {at.done} of "
-                f"{total} batches done | {sum(p.numel() for p in trainable(policy.unet)):,} parameters train "
-                f"| {distributed.named(distributed.world_size())}")
+        run.save()  # replaces the state of the earlier run in this directory
+    console.say(f"LPO on {device}, precision {policy.precision} | {len(prompts)} prompts | "
+                f"{at.done} of {total} batches done | "
+                f"{sum(p.numel() for p in trainable(policy.unet)):,} trainable parameters | "
+                f"{distributed.named(distributed.world_size())}")
     work = partial(steps.work, policy, judge, sched, sampler.shape, config)
     meter = accounting.Meter(device, devices.DTYPES[policy.precision], work)
     profiler = profiling.Profiler(out if config.profile else None, "prompt batch", total - at.done)
 
-    # 4) The loop.
+    # 4) Sample and train.
     with run.going("LPO", "batch", total) as bar:
         while at.done < total and not run.stopping:
             profiler.round()
-            start, seen, rows = time.perf_counter(), None, []
+            start = time.perf_counter()
+            seen, rows = None, []
             count = sampler.fetch(at)
-            if at.pairs is None:  # otherwise the run resumed inside a prompt batch
+            if at.pairs is None:  # else the run was resumed inside a prompt batch
                 at.pairs, seen = sampler.pairs(at)
                 run.log.log("batch", at.step, epoch=at.epoch, **seen)
-            sampled, found = time.perf_counter() - start, at.pairs.number
-
+            sampled = time.perf_counter() - start
+            found = at.pairs.number
             while at.pairs.number and not run.stopping:
                 fed, at.pairs = at.pairs.cut(learner.size)
                 run.queue(learner.step(fed), fed, epoch=at.epoch, lr=learner.rate)
@@ -96,8 +101,7 @@ def _train(config: LPO, prompts: list[str], source: Path | None,
                     run.save()
             rows += run.flush()
             if at.pairs.number:
-                break  # stopped: the pairs that are left go into the state
-
+                break  # stopped: the remaining pairs are saved in the state
             seconds = time.perf_counter() - start
             rate = meter.row(seconds * distributed.world_size(), prompts=count, pairs=found)
             rate = run.log.time(global_step=at.step, sampling=sampled, seconds=seconds,
@@ -112,7 +116,7 @@ def _train(config: LPO, prompts: list[str], source: Path | None,
                 end_of_epoch(epoch, run, learner, draw, watch)
         profiler.round()
 
-    # 5) The final weights, and the same pictures as before.
+    # 5) Export the final weights, and draw the same pictures as before training.
     skips.summary(at.step)
     if at.step == 0:
         console.say("warning: no pair was valid, so nothing was trained: lower --threshold-min and "
@@ -126,7 +130,7 @@ def _train(config: LPO, prompts: list[str], source: Path | None,
 
 def end_of_epoch(epoch: int, run: Run, learner: steps.Learner, draw: drawing.Drawer,
                  watch: monitor.CollapseMonitor) -> None:
-    """Write a checkpoint and draw the validation prompts, whenever they are due."""
+    """Save a checkpoint every save_epochs, and draw the validation prompts every validate_epochs."""
     config, at, unet = learner.config, run.at, learner.policy.unet
     if at.epoch % config.save_epochs == 0:
         checkpoints.save_checkpoint(run.out, epoch, unet, learner.optimizer, config, at.step)
@@ -138,10 +142,13 @@ def end_of_epoch(epoch: int, run: Run, learner: steps.Learner, draw: drawing.Dra
 
 
 def log_line(step: int, rows: list[dict[str, Any]], pairs: int, rate: dict[str, float]) -> str:
-    """Return the line of one prompt batch; loss and accuracy are means over its optimizer steps.
-    rate: its timings."""
+    """Return the log line of one prompt batch.
+
+    rows: the metrics of its optimizer steps, whose mean loss and accuracy are shown. pairs: valid pairs.
+    rate: timings: seconds, prompts per second, and on a GPU TFLOP/s.
+    """
     loss, accuracy = (sum(row[key] for row in rows) / max(len(rows), 1)
                       for key in ("train_loss", "implicit_acc"))
-    what = f"loss {loss:.3f} | acc {accuracy:.2f}" if rows else "no valid pair"
-    return (f"step {step} | {what} | pairs {pairs} | {rate['seconds'] * 1e3:.0f} ms | "
+    training = f"loss {loss:.3f} | acc {accuracy:.2f}" if rows else "no valid pair"
+    return (f"step {step} | {training} | pairs {pairs} | {rate['seconds'] * 1e3:.0f} ms | "
             f"{rate['prompts_per_second']:.1f} prompts/s{accounting.text(rate)} | {console.memory()}")

@@ -1,5 +1,4 @@
-"""The LRM loop: preference pairs of pictures, noised to a random timestep,
-teach the denoiser to score latents."""
+"""Run the LRM loop: train the denoiser to score latents, on preference pairs noised to random timesteps."""
 
 from functools import partial
 from pathlib import Path
@@ -17,11 +16,11 @@ from lpo_fast.system import compilation, console, devices, distributed
 
 
 def train(config: LRM) -> Path:
-    """Train an LRM; return the run directory, whose checkpoint-final/ is the best LRM by validation
-    accuracy, or the last.
+    """Train an LRM; return the run directory.
 
-    Raises InputError for what cannot be read, used, or written, also if the disk is full;
-    the last saved state is then complete.
+    Its checkpoint-final/ is the LRM with the best validation accuracy, or the last one. Raises InputError if
+    an input cannot be read or used, or an output cannot be written (also if the disk is full); the last saved
+    state is then complete.
     """
     used = runs.lrm(config)
     distributed.state()
@@ -30,18 +29,19 @@ def train(config: LRM) -> Path:
 
 
 def _train(config: LRM, used: dict[str, PairTable]) -> Path:
-    # 1) The reward model, what encodes its inputs, and the pairs.
-    device, out = devices.device(), Path(config.out)
+    # 1) Load the reward model, the encoder of its inputs, and the pairs.
+    device = devices.device()
+    out = Path(config.out)
     devices.numerics(config.deterministic)
     lrm, encoder = steps.load(config, device)
     data = loaders.Loaders(config, used, encoder)
 
-    # 2) What makes steps from pairs, what validates, and where the run stands.
+    # 2) Set up training (pairs → optimizer steps), validation, and the run's progress.
     learner = steps.Learner(lrm, encoder, config, data.number, data.caches.get("train"))
     validate = validation.Validator(lrm, encoder, data, config)
     at = selection.Progress(corrupt=data.corrupt, pairs=data.digest)
 
-    # 3) The run directory; a resumed run continues exactly where it was.
+    # 3) Open the run directory; a resumed run continues exactly where it stopped.
     selection.require_disk_space(out, lrm, config, validated="validation" in used)
     skips = monitor.SkippedSteps(out, learner.inputs)
     run = Run(config, at, learner.parts(), steps.STEP, skips=skips,
@@ -50,16 +50,17 @@ def _train(config: LRM, used: dict[str, PairTable]) -> Path:
     if run.resumed:
         run.restore("pairs", config.pairs, "--pairs")
     if at.step > config.max_steps:
-        raise InputError(str(config.max_steps), f"the run in {out} is beyond, at step {at.step}", "use more",
-                         "--max-steps")
-    console.say(f"LRM on {device}, precision {encoder.precision} | {data.number} of "
-                f"{len(used['train'].captions)} pairs | {at.step} of {config.max_steps} steps done | "
-                f"{sum(p.numel() for p in lrm.parameters() if p.requires_grad):,} parameters train | "
+        raise InputError(str(config.max_steps), f"is less than the {at.step} steps done by the run in {out}",
+                         f"use at least {at.step}", "--max-steps")
+    console.say(f"LRM on {device}, precision {encoder.precision} | "
+                f"{data.number} of {len(used['train'].captions)} pairs | "
+                f"{at.step} of {config.max_steps} steps done | "
+                f"{sum(p.numel() for p in lrm.parameters() if p.requires_grad):,} trainable parameters | "
                 f"{distributed.named(distributed.world_size())}")
     data.announce()
     clock = Clock(config.num_workers)
 
-    # 4) The loop.
+    # 4) Train and validate.
     with run.going("LRM", "step", config.max_steps) as bar:
         if "validation" in used and config.eval_on_start and at.step == 0:
             at.untrained = validated(run, validate)
@@ -72,7 +73,8 @@ def _train(config: LRM, used: dict[str, PairTable]) -> Path:
             run.queue(metrics, batch["rows"], lr=rate, corrupt=data.unusable)
             at.stepped(rate, learner.epoch)
             bar.update()
-            last, stop = at.step == config.max_steps, run.stopping
+            last = at.step == config.max_steps
+            stop = run.stopping
             validates = "validation" in used and (at.step % config.validate_steps == 0 or last)
             saves = at.step % config.save_steps == 0 or last or stop
             report(run, clock, learner.size, 0 if validates or saves else compilation.metric_lag())
@@ -87,15 +89,15 @@ def _train(config: LRM, used: dict[str, PairTable]) -> Path:
                 clock.start()
         clock.advise()
 
-    # 5) The final LRM, and its accuracy on held-out pairs at all timesteps.
+    # 5) Export the final LRM, and measure its accuracy on held-out pairs at all timesteps.
     step = selection.export_final(config, lrm, encoder.tokenizers, at)
     if step != at.step and data.held_out:
         selection.restore(lrm, out / selection.FINAL)
     for use in data.held_out:
         shown = validate(use)
         run.log.log(use, at.step, checkpoint=step, **shown)
-        console.say(f"kept as final: step {step}, {use} accuracy {shown['accuracy']:.3f} at t = "
-                    f"{validate.timesteps[0]}")
+        console.say(f"final checkpoint: step {step}, {use} accuracy {shown['accuracy']:.3f} "
+                    f"at t = {validate.timesteps[0]}")
     data.summary()
     skips.summary(config.max_steps)
     run.close()
@@ -103,8 +105,9 @@ def _train(config: LRM, used: dict[str, PairTable]) -> Path:
 
 
 def validated(run: Run, validate: validation.Validator) -> float:
-    """Validate at every fifth timestep, log it, and return the accuracy at the first one."""
-    shown, step = validate("validation", every=5), run.at.step
+    """Validate at every fifth validation timestep, log it, and return the accuracy at the first one."""
+    shown = validate("validation", every=5)
+    step = run.at.step
     run.log.log("validation", step, **shown)
     console.say(f"step {step} | validation accuracy {shown['accuracy']:.3f} at t = {validate.timesteps[0]} "
                 f"({shown['n']} pairs)")
@@ -112,12 +115,14 @@ def validated(run: Run, validate: validation.Validator) -> float:
 
 
 def report(run: Run, clock: Clock, size: int, lag: int) -> None:
-    """Log and print the queued steps but the last ``lag``; size: pairs per step of all ranks."""
-    rows, first = run.flush(lag), run.at.step - lag
+    """Log and print all queued steps except the last ``lag``; size: pairs per step of all ranks together."""
+    rows = run.flush(lag)
+    first = run.at.step - lag - len(rows) + 1
     seconds, waited = clock.lap() if rows else (0.0, 0.0)
-    for step, row in enumerate(rows, first - len(rows) + 1):
+    for step, row in enumerate(rows, first):
         run.at.stage["step_loss"] = row["loss"]
-        each, idle = seconds / len(rows), waited / seconds
+        each = seconds / len(rows)
+        idle = waited / seconds
         run.log.time(global_step=step, seconds=each, pairs_per_second=size / each, data=idle)
-        console.say(f"step {step} | loss {row['loss']:.3f} | acc {row['accuracy']:.2f} | {each * 1e3:.0f} ms "
-                    f"| data {idle:.0%} | {size / each:.1f} pairs/s | {console.memory()}")
+        console.say(f"step {step} | loss {row['loss']:.3f} | acc {row['accuracy']:.2f} | "
+                    f"{each * 1e3:.0f} ms | data {idle:.0%} | {size / each:.1f} pairs/s | {console.memory()}")

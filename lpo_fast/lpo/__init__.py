@@ -1,1 +1,1 @@
-"""Stage 2: align a policy with a latent reward model."""
+"""Stage 2, LPO: policy, judging, sampling, prompt batches, optimizer steps, and checkpoints."""

@@ -1,4 +1,4 @@
-"""Prompt batches of a run, and the valid pairs that each of them gives."""
+"""Choose the prompt batches of a run, and sample the valid pairs of each."""
 
 import math
 from collections.abc import Callable
@@ -24,11 +24,12 @@ from lpo_fast.system import compilation, devices, distributed
 
 @dataclass
 class Progress(session.Progress):
-    """Where an LPO run is.
+    """Hold the progress of an LPO run.
 
-    epoch: the current one; batch, prompts: batches done and prompts sampled in it. done: batches of the whole
-    run; start: those done before --resume-from. pairs: pairs of the current batch not yet trained on, None
-    between batches; index: the batch's prompt numbers. texts: digest of the prompts.
+    step: optimizer steps taken. epoch: the current epoch, from 0. batch, prompts: batches done and prompts
+    sampled in this epoch. done: batches done in all. start: those done before --resume-from. pairs: pairs of
+    the current batch not yet trained on; None between batches. index: int64 [B], the batch's prompt numbers.
+    texts: digest of the prompts.
     """
 
     epoch: int = 0
@@ -41,61 +42,65 @@ class Progress(session.Progress):
     texts: str = ""
 
     def state(self) -> dict[str, Any]:
-        """Return the fields as plain values and CPU tensors; the index only while pairs are left."""
+        """Return the fields as plain values and CPU tensors; index is None unless pairs remain."""
         pairs = None if self.pairs is None else [x.cpu() for x in self.pairs]
         index = None if self.index is None or pairs is None else self.index.cpu()
         return super().state() | {"pairs": pairs, "index": index}
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Restore the fields, pairs on the run's device."""
+        """Restore the fields from what ``state`` returned, with the pairs on the run's device."""
         super().load(saved)
         if self.pairs is not None:
             self.pairs = LatentPairs(*(x.to(devices.device()) for x in self.pairs))
 
     def next_batch(self, config: Prompts, prompts: int) -> None:
-        """Advance to the next prompt batch, and after an epoch's last one to the next epoch."""
+        """Advance to the next prompt batch, or to the next epoch if this was the epoch's last batch.
+
+        prompts: the number of training prompts.
+        """
         self.pairs, self.index = None, None
         self.batch += 1
         self.done += 1
-        least = config.batch_size * distributed.world_size() if config.drop_last else 1
-        if prompts - self.prompts < least:
+        smallest = config.batch_size * distributed.world_size() if config.drop_last else 1
+        if prompts - self.prompts < smallest:
             self.epoch, self.batch, self.prompts = self.epoch + 1, 0, 0
 
 
 class Sampler:
-    """Makes pairs from prompts: sampling's constants on the device, and the compiled step."""
+    """Sample pairs from prompts, with the constants on the device and the denoising step compiled."""
 
     def __init__(self, policy: Policy, judge: Judge, score: Score, sched: Schedule, config: LPO,
                  prompts: int):
-        """Compile the step as --compile says.
+        """Compile the denoising step, depending on --compile.
 
-        score: the judge's score, possibly altered. prompts: the number of training prompts.
+        score: the judge's score, possibly wrapped. prompts: the number of training prompts.
         """
         self.policy, self.judge, self.score, self.sched, self.config = policy, judge, score, sched, config
-        low, high = config.threshold_min, config.threshold_max
-        self.gap = select.gaps(sched, config.threshold_shape, low,
-                               low if config.threshold_shape == "none" else high)
+        low = config.threshold_min
+        high = low if config.threshold_shape == "none" else config.threshold_max
+        self.gap = select.gaps(sched, config.threshold_shape, low, high)
         self.shape = policies.latent_shape(config, policy.unet)
-        self.count, self.slots = prompts, min(config.batch_size, -(-prompts // distributed.world_size()))
+        self.count = prompts
+        self.slots = min(config.batch_size, -(-prompts // distributed.world_size()))
         self.step = compilation.compiled(sampling.choose, config.compiled, graphs=True)
         compilation.mark_static(*policy.text.tensors, *judge.text.tensors, sched.timesteps, sched.table,
                                 sched.alphas_cumprod, self.gap)
 
     def fetch(self, at: Progress) -> int:
-        """Choose the next batch's prompts, unless pairs of the current one are left;
-        prefetch their text features.
+        """Choose the prompts of the next batch, prefetch their text features, and return their number.
 
-        Returns the number of prompts. Raises InputError if this world size cannot hold the
-        current batch's text.
+        The current batch is kept while pairs of it remain. Raises InputError if the text windows of this many
+        processes cannot hold the text of the current batch.
         """
         size = self.config.batch_size * distributed.world_size()
         if at.pairs is None or at.index is None:
             at.index = order(self.config, at.epoch, self.count, at.prompts)[0]
             at.prompts += len(at.index)
         elif isinstance(self.policy.text, TextWindow) and len(at.index) > size:
-            raise InputError(str(distributed.world_size()), "processes hold the text of too few prompts for "
-                             f"the {len(at.index)} of the unfinished batch",
-                             "resume with at least as many as before", "WORLD_SIZE")
+            raise InputError(str(distributed.world_size()),
+                             f"these processes hold the text of {size} prompts, and the unfinished batch has "
+                             f"{len(at.index)}", "resume with at least as many processes as before",
+                             "WORLD_SIZE")
         self.policy.prefetch(at.index.cpu())
         self.judge.prefetch(at.index.cpu())
         return len(at.index)
@@ -103,7 +108,7 @@ class Sampler:
     def pairs(self, at: Progress) -> tuple[LatentPairs, dict[str, object]]:
         """Return the batch's valid pairs in random order, and its metrics.
 
-        Raises InputError if the GPU's memory is too small.
+        Raises InputError if the GPU has too little memory.
         """
         assert at.index is not None, "fetch comes first"
         config, index = self.config, at.index.to(devices.device())
@@ -111,7 +116,7 @@ class Sampler:
             pairs, metrics = sample_pairs(self.policy, self.score, self.sched, self.gap, self.shape, index,
                                           config, at.epoch, slots=self.slots, step=self.step)
         except torch.OutOfMemoryError as error:
-            raise InputError(str(self.slots), "prompts at a time do not fit into the GPU's memory "
+            raise InputError(str(self.slots), "this number of prompts does not fit into the GPU's memory "
                              f"({str(error).splitlines()[0]})", "use a smaller --batch-size",
                              "--batch-size") from error
         return shuffled(pairs, config, at.epoch, at.batch), metrics
@@ -120,32 +125,36 @@ class Sampler:
 def sample_pairs(policy: Policy, score: Score, sched: Schedule, gap: Tensor, shape: tuple[int, int, int],
                  index: Tensor, config: Sampling, epoch: int, *, slots: int = 0,
                  step: Callable = sampling.choose) -> tuple[LatentPairs, dict[str, object]]:
-    """Return the valid pairs of all ranks for prompt numbers ``index``, step-major, and the batch's metrics.
+    """Return the valid pairs of all processes for prompt numbers ``index``, and the metrics of the batch.
 
-    slots: prompts that each rank samples. A rank with fewer repeats the first prompt of the batch and drops
-    its pairs: shapes never change, and a rank without a prompt still takes part. step: see
-    ``sampling.trajectory``.
+    gap: fp32 [N], smallest score gap of a valid pair by timestep. shape: (C, H, W) of the latents. index:
+    int64 [B], of all processes. slots: prompts that each process samples. A process with fewer repeats the
+    batch's first prompt and drops the pairs of the repeats, so that shapes never change and every process
+    takes part. step: see ``sampling.trajectory``. The pairs are ordered by denoising step, then by prompt.
     """
     own = index[distributed.rank()::distributed.world_size()]
-    some = torch.cat([own, index[:1].expand(max(slots - len(own), len(own) == 0))])
+    filled = torch.cat([own, index[:1].expand(max(slots - len(own), len(own) == 0))])
     pairs, scores = sampling.trajectory(
-        policy.predict, score, sched, gap, CounterNoise(config.seed, epoch, some, shape), some, step=step,
+        policy.predict, score, sched, gap, CounterNoise(config.seed, epoch, filled, shape), filled, step=step,
         guidance=config.guidance_scale, num_candidates=config.num_candidates, window=config.window)
-    steps, real = len(scores), torch.arange(len(some), device=some.device) < len(own)
-    # [prompts, steps] or [prompts, steps, K]
+    steps = len(scores)
+    real = torch.arange(len(filled), device=filled.device) < len(own)
     times, valid, scores = distributed.gather(*(x.movedim(-1, 0)[:len(own)].contiguous() for x in (
-        pairs.t.view(steps, -1), pairs.valid.view(steps, -1).int(), scores)))
-    everything = pairs._replace(t=times.T.flatten(), valid=valid.T.flatten().bool())
-    metrics = batch_metrics(everything, scores.movedim(0, -1))
+        pairs.t.view(steps, -1), pairs.valid.view(steps, -1).int(), scores)))  # [B, steps], [B, steps, K]
+    gathered = pairs._replace(t=times.T.flatten(), valid=valid.T.flatten().bool())
+    metrics = batch_metrics(gathered, scores.movedim(0, -1))
     kept = pairs.take(pairs.valid & real.repeat(steps))
     kept = LatentPairs(*distributed.gather(*kept[:-1], kept.valid.int()))
-    number, place = ((a[:, None] == b).int().argmax(1)
-                     for a, b in ((kept.t, sched.timesteps), (kept.prompt, index)))
+    number, place = ((values[:, None] == known).int().argmax(1)
+                     for values, known in ((kept.t, sched.timesteps), (kept.prompt, index)))
     return kept.take((number * len(index) + place).argsort())._replace(valid=kept.valid.bool()), metrics
 
 
 def batch_metrics(pairs: LatentPairs, scores: Tensor) -> dict[str, object]:
-    """Return the metrics of a prompt batch. pairs: all of them, step-major; scores: [steps, K, B]."""
+    """Return the metrics of one prompt batch, under the official names.
+
+    pairs: all pairs, valid or not, ordered by denoising step. scores: [steps, K, B].
+    """
     t, valid = pairs.t, pairs.valid
     bands = {"even_large": t > 751, "large": (t > 501) & (t <= 751), "mid": (t >= 251) & (t <= 501),
              "small": (t > 1) & (t < 251)}
@@ -158,21 +167,23 @@ def batch_metrics(pairs: LatentPairs, scores: Tensor) -> dict[str, object]:
 
 
 def order(config: Prompts, epoch: int, prompts: int, done: int = 0) -> list[Tensor]:
-    """Return the prompt batches of an epoch, for all ranks together, that are left after ``done`` prompts.
+    """Return the prompt batches of an epoch that remain after ``done`` prompts.
 
-    The order of the prompts is a function of the seed and the epoch;
-    the world size only sets the batches' size.
+    Each holds the int64 numbers of the prompts of all processes. prompts: the number of training prompts.
+    Their order is a function of the seed and the epoch; only the division into batches depends on the world
+    size.
     """
     size = config.batch_size * distributed.world_size()
     numbers = noise.permutation(config.seed, epoch, 0, prompts) if config.shuffle else torch.arange(prompts)
     left = prompts - done
-    return list(numbers[done:][:left // size * size or left if config.drop_last else left].split(size))
+    used = left // size * size or left if config.drop_last else left
+    return list(numbers[done:][:used].split(size))
 
 
 def batches_left(config: Prompts, prompts: int, at: Progress) -> int:
-    """Return how many prompt batches are left of a run, whose epoch may have begun with another world size.
+    """Return the number of prompt batches that remain, also if the epoch began with another world size.
 
-    A batch whose pairs are still to be trained on counts, though ``at.prompts`` includes its prompts.
+    A batch with pairs not yet trained on counts, although ``at.prompts`` includes its prompts.
     """
     if at.epoch >= config.epochs:
         return 0
@@ -182,18 +193,18 @@ def batches_left(config: Prompts, prompts: int, at: Progress) -> int:
 
 
 def total(config: LPO, prompts: int, at: Progress) -> int:
-    """Return how many prompt batches the run has in all. Raises InputError if more are done."""
+    """Return the number of prompt batches of the complete run. Raises InputError if more are done."""
     last = at.start + config.max_batches if config.max_batches else math.inf
     count = min(at.done + batches_left(config, prompts, at), last)
     if at.epoch > config.epochs or at.done > count:
         key = "epochs" if at.epoch > config.epochs else "max_batches"
-        raise InputError(str(getattr(config, key)), f"the run in {config.out} is beyond: {at.epoch} epochs "
-                         f"and {at.done} batches are done", "use more, or start from a checkpoint_{epoch}",
-                         cli.flag(key))
+        raise InputError(str(getattr(config, key)), f"is less than the run in {config.out} has done, "
+                         f"{at.epoch} epochs and {at.done} batches",
+                         "use more, or start from a checkpoint_{epoch}", cli.flag(key))
     return int(count)
 
 
 def shuffled(pairs: LatentPairs, config: Seed, epoch: int, batch: int) -> LatentPairs:
-    """Return the valid pairs in random order, a function of the seed, the epoch, and the batch."""
+    """Return the valid pairs in random order, a function of the seed, the epoch and the batch."""
     index = pairs.valid.nonzero()[:, 0]
     return pairs.take(index[noise.permutation(config.seed, epoch, batch + 1, len(index)).to(index.device)])

@@ -1,4 +1,4 @@
-"""What an LPO run writes besides its log: checkpoints in the official form, and the final weights."""
+"""Write and read the official form of LPO checkpoints, checkpoint_{epoch}/, and export the final weights."""
 
 import json
 import math
@@ -20,10 +20,10 @@ STEP, OPTIMIZER = "global_step.json", "optimizer.bin"
 
 def save_checkpoint(out: Path, epoch: int, unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer,
                     config: LPO, step: int) -> None:
-    """Write checkpoint_{epoch}/ in the official form, with checksums, and remove the oldest ones.
+    """Write checkpoint_{epoch}/, and remove the oldest ones above --keep-checkpoints.
 
-    It holds unet_lora.pt or unet/, optimizer.bin, and global_step.json. Only the main process writes; if the
-    denoiser is sharded, all ranks must call this.
+    It holds unet_lora.pt or unet/, optimizer.bin, global_step.json, and their checksums. The main process
+    writes; if the denoiser is sharded, all processes must call this. Raises InputError if a write fails.
     """
     unet, state = sharding.unsharded(unet), sharding.gathered(optimizer.state_dict())
     if not distributed.is_main():
@@ -55,44 +55,49 @@ def epoch_of(folder: Path) -> int:
 
 
 def find_checkpoint(path: Path, full: bool) -> Path:
-    """Return ``path`` if it is a checkpoint directory, else the newest intact one in it; log damaged ones.
+    """Return ``path`` if it is a checkpoint directory, else the newest intact checkpoint in it.
 
-    Reads all files. Raises InputError if there is none, or if it holds other weights.
+    Reads all files of a checkpoint, to compare checksums, and prints a warning for each damaged one. full:
+    whether unet/ is expected, rather than unet_lora.pt. Raises InputError if there is no intact checkpoint
+    with these weights.
     """
     found = [path] if path.is_dir() and path.name.startswith("checkpoint_") else checkpoints(path)
     if not found or not found[-1].name.removeprefix("checkpoint_").isdecimal():
-        raise InputError(str(path), "no checkpoint_{epoch} directory there",
-                         "name one, or a directory of them", "--resume-from")
+        raise InputError(str(path), "has no checkpoint_{epoch} directory",
+                         "name a checkpoint, or a directory that holds some", "--resume-from")
     weights = "unet" if full else loras.LORA_OFFICIAL
     if not any((folder / weights).exists() for folder in found):
         raise InputError(str(found[-1]), f"holds no {weights}",
-                         "resume with the --full of the run that wrote it", "--resume-from")
-    wrong = {}
+                         "use the same --full as the run that wrote it", "--resume-from")
+    damaged: dict[Path, str] = {}
     for folder in reversed(found):
-        if not (what := checksums.damage(folder)
-                or ("" if (folder / weights).exists() else f"holds no {weights}")):
-            for newer, harm in wrong.items():
-                console.say(f"warning: {newer} is damaged ({harm}); the run starts from {folder.name}")
+        missing = "" if (folder / weights).exists() else f"holds no {weights}"
+        if not (what := checksums.damage(folder) or missing):
+            for newer, damage in damaged.items():
+                console.say(f"warning: {newer} is damaged ({damage}); the run starts from {folder.name}")
             return folder
-        wrong[folder] = what
-    whole = "; ".join(f"{folder.name}: {what}" for folder, what in wrong.items())
-    raise InputError(str(path), f"no intact checkpoint there ({whole})", "name another, or start without one",
+        damaged[folder] = what
+    reasons = "; ".join(f"{folder.name}: {what}" for folder, what in damaged.items())
+    raise InputError(str(path), f"has no intact checkpoint ({reasons})", "name another, or start without one",
                      "--resume-from")
 
 
 def start_from(folder: Path, unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer, at: Progress,
                config: LPO, prompts: int) -> None:
-    """Take weights, the optimizer's moments, and the place in the run from a checkpoint;
-    continue with the next epoch."""
+    """Load a checkpoint, and set the run's progress to the epoch after it.
+
+    prompts: the number of training prompts. Raises InputError if a file does not fit.
+    """
     found = resume_from(folder, unet, optimizer)
     at.epoch, at.step = found["epoch"], found["step"]
     at.done = at.start = at.epoch * len(batches.order(config, 0, prompts))
 
 
 def resume_from(folder: Path, unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Take weights, the optimizer's moments if they are there, and the step from a checkpoint, which
-    ``find_checkpoint`` found whole; go on with the next epoch. Rate, weight decay, betas and eps stay this
-    run's.
+    """Load a checkpoint's weights and, if present, optimizer moments; return the next epoch and its step.
+
+    folder: a checkpoint that ``find_checkpoint`` returned. The learning rate, weight decay, betas and eps
+    remain those of this run. Raises InputError if a file does not fit.
     """
     if not hasattr(unet, "peft_config"):
         states.Trained(unet).load_state_dict(denoisers.load_unet(folder).state_dict())
@@ -113,40 +118,42 @@ def resume_from(folder: Path, unet: UNet2DConditionModel, optimizer: torch.optim
     if (folder / STEP).is_file():
         step = reading.read_json(folder / STEP, "--resume-from").get("global_step")
         if type(step) is not int or not 0 <= step < 2**53:
-            raise InputError(str(folder / STEP), "has no global_step", "copy the checkpoint again",
+            raise InputError(str(folder / STEP), "has no valid global_step", "copy the checkpoint again",
                              "--resume-from")
     return {"epoch": epoch_of(folder) + 1, "step": step}
 
 
-def require_disk_space(out: Path, unet: UNet2DConditionModel, config: LPO, an_epoch: int,
+def require_disk_space(out: Path, unet: UNet2DConditionModel, config: LPO, epoch_batches: int,
                        shape: tuple[int, int, int]) -> None:
-    """Raise InputError unless the disk has room for the most that the run will still write.
+    """Raise InputError if the disk is too small for the states, checkpoints and weights yet to be written.
 
-    The main process checks. an_epoch: prompt batches per epoch. The state counts three times: the current
-    one, the previous one, and the next one while it is written.
+    The main process checks. epoch_batches: prompt batches per epoch. shape: (C, H, W) of the latents. The
+    state counts three times: the current one, the previous one, and the next one while it is written.
     """
     if not distributed.is_main():
         return
     parameters = loras.trainable(unet)
     trained = sum(p.numel() * p.element_size() for p in parameters)
     moments = optimization.optimizer_state(config.optimizer, parameters) + writing.RECORD * len(parameters)
-    # three fp32 latents
-    pairs = config.batch_size * distributed.world_size() * config.num_steps * 12 * math.prod(shape)
+    latents = 12 * math.prod(shape)  # bytes of a pair's 3 fp32 latents
+    pairs = config.batch_size * distributed.world_size() * config.num_steps * latents
     state = trained * (2 if config.ema_decay else 1) + moments + pairs
     weights = sum(p.numel() * 4 for p in unet.parameters()) if config.full else trained
-    epochs = min(config.epochs, config.max_batches // an_epoch if config.max_batches else config.epochs)
-    kept, there = epochs // config.save_epochs, len(checkpoints(out))
+    epochs = min(config.epochs, config.max_batches // epoch_batches if config.max_batches else config.epochs)
+    kept = epochs // config.save_epochs
     if config.keep_checkpoints:
-        kept = min(kept, config.keep_checkpoints + 1)  # the new one is there before the oldest goes
-    size = (3 - len(states.saved_states(out))) * state + max(kept - there, 0) * (weights + moments) + weights
-    writing.require_disk_space(out, size,
-                               "make room, limit --keep-checkpoints, or choose a directory on another disk")
+        kept = min(kept, config.keep_checkpoints + 1)  # the new one is written before the oldest is removed
+    new = max(kept - len(checkpoints(out)), 0)
+    size = (3 - len(states.saved_states(out))) * state + new * (weights + moments) + weights
+    writing.require_disk_space(
+        out, size, "free disk space, limit --keep-checkpoints, or choose a directory on another disk")
 
 
 def export(out: Path, unet: UNet2DConditionModel, config: Weights) -> None:
-    """Write the final weights: pytorch_lora_weights.safetensors, or unet/.
+    """Write the final weights: pytorch_lora_weights.safetensors, or unet/ if all weights were trained.
 
-    Only the main process writes; if the denoiser is sharded, all ranks must call this.
+    The main process writes; if the denoiser is sharded, all processes must call this. Raises InputError if a
+    write fails.
     """
     unet = sharding.unsharded(unet)
     if not distributed.is_main():

@@ -1,4 +1,4 @@
-"""Pictures drawn with a policy, for the report and for validation."""
+"""Draw pictures with a policy, for the report and for validation."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,15 +19,17 @@ from lpo_fast.system import distributed, writing
 
 
 class Drawer:
-    """Draws pictures with the policy. Prompt numbers: the training prompts, then the validation prompts.
+    """Draw pictures of a run's prompts with its policy.
 
-    The main process writes; if the denoiser is sharded, the other ranks draw too, since all run it together.
+    prompts: the training prompts; in the policy's text features, those of validation follow. The main process
+    writes; if the denoiser is sharded, the other processes draw too, because all must run it together.
     """
 
     def __init__(self, config: LPO, policy: Policy, sched: Schedule, prompts: list[str],
                  shape: tuple[int, int, int]):
         self.config, self.policy, self.sched, self.prompts, self.shape = config, policy, sched, prompts, shape
-        self.folder, self.draws = Path(config.out) / "pictures", distributed.is_main() or config.shard
+        self.folder = Path(config.out) / "pictures"
+        self.draws = distributed.is_main() or config.shard
 
     @torch.no_grad()
     def _draw(self, prompts: Tensor) -> list[Image.Image]:
@@ -39,7 +41,9 @@ class Drawer:
         return [Image.fromarray(picture.numpy()) for picture in pixels]
 
     def compared(self, when: str) -> None:
-        """Draw the first prompts for the report, with the same noise when ``when`` is "before" and "after".
+        """Write pictures of the first --pictures prompts for the report, with the same noise each time.
+
+        when: "before" or "after" training. Raises InputError if a write fails.
         """
         count = min(self.config.pictures, len(self.prompts))
         pictures = self._draw(torch.arange(count)) if count and self.draws else []
@@ -47,12 +51,14 @@ class Drawer:
             with writing.writing(self.folder):
                 for i, picture in enumerate(pictures):
                     picture.save(self.folder / f"{i:03d}_{when}.png")
-            logs.write_json(self.folder / "captions.json",
-                            [{"caption": prompt} for prompt in self.prompts[:count]])
+            captions = [{"caption": prompt} for prompt in self.prompts[:count]]
+            logs.write_json(self.folder / "captions.json", captions)
 
     def validation(self, epoch: int) -> list[Image.Image]:
-        """Write validation_{epoch}.png, one row per validation prompt, always with the same noise;
-        return the pictures.
+        """Write validation_{epoch}.png, a grid with one row per validation prompt; return its pictures.
+
+        The noise is the same in every epoch. Other processes than the main one return []. Raises InputError
+        if a write fails.
         """
         each, prompts = self.config.validation_pictures, self.config.validation_prompts
         if not prompts or not self.draws:
@@ -70,16 +76,18 @@ class Drawer:
         return pictures
 
 
-PICTURE_EPOCH = 0xFFFFFFFF  # pictures for reports have noise of their own
+PICTURE_EPOCH = 0xFFFFFFFF  # keys the pictures' noise; no epoch of a run has this number
 
 
 @torch.no_grad()
 def pictures(predict: Predict, sched: Schedule, model: Path, prompts: Tensor, shape: tuple[int, int, int], *,
              guidance: float, seed: int, batch: int, items: Tensor | None = None,
              prefetch: Callable[[Tensor], None] = lambda prompts: None) -> Tensor:
-    """Return pictures, uint8 [N, H, W, 3], for prompt numbers [N], decoded by the VAE of (or at) ``model``.
+    """Return pictures, uint8 [N, H, W, 3] on the CPU, for prompt numbers int64 [N].
 
-    items: numbers that key the noise (default: 0 … N−1). prefetch: ``Policy.prefetch``.
+    model: a diffusers model directory, whose VAE decodes, or a VAE's directory. shape: (C, H, W) of the
+    latents. batch: pictures drawn at a time. items: int64 [N], the numbers that key their noise (default: 0 …
+    N−1). prefetch: ``Policy.prefetch``.
     """
     device = sched.table.device
     vae: Any = vaes.load_vae(model)
@@ -89,9 +97,9 @@ def pictures(predict: Predict, sched: Schedule, model: Path, prompts: Tensor, sh
     for index, item in zip(prompts.split(batch), items.to(device).split(batch), strict=True):
         prefetch(index)
         index = index.to(device)
-        latents = sampling.generate(predict, sched, CounterNoise(seed, PICTURE_EPOCH, item, shape), index,
-                                    guidance=guidance)
-        for part in latents.split(4):  # decoding is what takes memory
+        draw = CounterNoise(seed, PICTURE_EPOCH, item, shape)
+        latents = sampling.generate(predict, sched, draw, index, guidance=guidance)
+        for part in latents.split(4):  # decoding takes the most memory
             decoded = vae.decode(part / vae.config.scaling_factor).sample
             drawn.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu())
     return torch.cat(drawn)

@@ -1,4 +1,4 @@
-"""The LRM as a function of latents, timesteps, and prompt numbers."""
+"""Load the LRM that judges a run's candidates, as a function of latents, timesteps, and prompt numbers."""
 
 import json
 
@@ -15,13 +15,16 @@ from lpo_fast.system import devices
 
 
 def load_reward(config: LPO, device: torch.device, weights: bool = True) -> LatentRewardModel:
-    """Load the LRM that scores a run's candidates; without weights on the meta device."""
+    """Load the LRM that scores a run's candidates; weights=False leaves its networks on the meta device.
+
+    Raises InputError if its weights are missing or do not fit.
+    """
     path, base, model = locate.lrm(config), locate.base(config), locate.model(config)
     size = vaes.pixels(model, json.loads((model / "unet" / "config.json").read_text()), config.resolution)
     settings = {"guidance_scale": config.lrm_guidance or None, "multi_scale_cfg": config.lrm_multi_scale_cfg}
-    lrm = checkpoint.load_lrm(
-        path, base, resolution=size,  # of the latents that it scores, whatever it was trained at
-        weights=weights, **{k: v for k, v in settings.items() if v is not None}).to(device)
+    given = {name: value for name, value in settings.items() if value is not None}
+    lrm = checkpoint.load_lrm(path, base, resolution=size,  # of the latents to score, not of its training
+                              weights=weights, **given).to(device)
     devices.layout(lrm.unet)
     if config.fused_norms:
         fused_norms.fuse_norms(lrm.unet)
@@ -30,24 +33,25 @@ def load_reward(config: LPO, device: torch.device, weights: bool = True) -> Late
 
 
 def load_score(config: LPO, prompts: list[str], device: torch.device) -> "Judge":
-    """Load the LRM as a function of latents, timesteps, and prompt numbers; encode its texts, once."""
+    """Load the LRM as a function of latents, timesteps, and prompt numbers; encode all its texts once."""
     lrm = load_reward(config, device)
     tokenizers = texts.load_tokenizers(locate.tokenizer(config), lrm.family)
     precision = devices.precision(config.mixed_precision, "fp16")
     text = policies.encoded(config, lrm.family, tokenizers, list(lrm.text_encoders), prompts, False,
                             precision)
-    lrm.text_encoders = nn.ModuleList()  # never needed again
+    lrm.text_encoders = nn.ModuleList()  # no longer needed
     if precision != "no":
         lrm.unet.to(devices.DTYPES[precision])
     return Judge(lrm, text, precision)
 
 
 class Judge:
-    """A reward model as a ``Score`` of latents, timesteps, and prompt numbers."""
+    """Score latents with a reward model: a ``Score`` of latents, timesteps and prompt numbers."""
 
     def __init__(self, lrm: LatentRewardModel, text: Text | TextWindow, precision: str):
         self.lrm, self.text, self.precision, self.prefetch = lrm, text, precision, text.prefetch
 
     def __call__(self, x: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
+        """Return scores [N] of latents x [N, C, H, W] at timesteps t [N] for prompt numbers [N]."""
         with devices.autocast(self.precision):
             return self.lrm.score(x, t, self.text[prompts])

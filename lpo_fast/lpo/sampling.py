@@ -1,8 +1,8 @@
-"""Sampling with K candidates per denoising step; the best and the worst of each step make a pair.
+"""Sample pairs: draw K candidates at every denoising step, and pair the best with the worst.
 
-Shapes are static and nothing is read back to the host inside a trajectory: every step makes B pairs, and a
-mask marks the valid ones. The trajectory continues from a uniformly random candidate (arXiv 2502.01051,
-section 3.3).
+The trajectory continues from a uniformly random candidate (arXiv 2502.01051, section 3.3). Shapes are static
+and nothing is read back to the host inside a trajectory: every step makes B pairs, and a mask marks the valid
+ones.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,13 +18,14 @@ from lpo_fast.method import noise
 from lpo_fast.method.noise import Counter
 from lpo_fast.method.schedule import Schedule
 
-# (x_t [B,C,H,W], t [B], prompts [B]) → [2B,C,H,W], null pass first
+# (x_t [B, C, H, W], t [B], prompts [B]) → [2B, C, H, W], null branch first
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-Score = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [N,C,H,W], t [N], prompts [N]) → scores [N]
+# (x [N, C, H, W], t [N], prompts [N]) → scores [N]
+Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class LatentPairs(NamedTuple):
-    """N pairs: latents x_t, winner, loser [N, C, H, W] fp32; t, prompt: int64 [N]; valid: bool [N]."""
+    """Hold N pairs: latents x_t, winner, loser, fp32 [N, C, H, W]; t, prompt: int64 [N]; valid: bool [N]."""
 
     x_t: Tensor
     winner: Tensor
@@ -34,12 +35,12 @@ class LatentPairs(NamedTuple):
     valid: Tensor
 
     def take(self, index: Tensor | slice) -> "LatentPairs":
-        """Return some of the pairs, by number, slice, or mask."""
+        """Return some of the pairs: index holds their numbers (int64 or a slice) or a mask (bool [N])."""
         return LatentPairs(*(field[index] for field in self))
 
     @property
     def number(self) -> int:
-        """Return N; len is the number of fields."""
+        """Return N; len(pairs) is the number of fields."""
         return len(self.t)
 
     def cut(self, size: int) -> tuple["LatentPairs", "LatentPairs"]:
@@ -49,7 +50,7 @@ class LatentPairs(NamedTuple):
 
 @dataclass(frozen=True)
 class CounterNoise:
-    """All randomness of a trajectory, from counters (see noise.py). prompts: int64 [B]; shape: (C, H, W)."""
+    """Draw a trajectory's noise from counters (method/noise.py). prompts: int64 [B]. shape: (C, H, W)."""
 
     seed: int
     epoch: int
@@ -57,12 +58,13 @@ class CounterNoise:
     shape: tuple[int, int, int]
 
     def initial(self) -> Tensor:
-        """Return x_T, [B, C, H, W]."""
+        """Return the initial noise x_T, fp32 [B, C, H, W]."""
         return noise.normal(self.seed, self.epoch, self.prompts, noise.INITIAL, 1, self.shape)[0]
 
     def steps(self, count: int) -> Iterator[tuple[Counter, Counter]]:
-        """Yield, for each denoising step, the counters of the candidates' noise and of the choice:
-        the same counter.
+        """Yield, for each denoising step, the counters of the candidates' noise and of the choice among them.
+
+        Both are the same counter.
         """
         device = self.prompts.device
         run = torch.tensor([self.seed, self.epoch], device=device)
@@ -74,10 +76,12 @@ class CounterNoise:
 def choose(predict: Predict, score: Score, sched: Schedule, gap: Tensor, x: Tensor, t: Tensor,
            prompts: Tensor, z: Tensor | Counter, choice: Tensor | Counter, guidance: float,
            k: int) -> tuple[Tensor, ...]:
-    """Take one denoising step from x [B, C, H, W] at t [B].
+    """Take one denoising step from x [B, C, H, W]; return (winner, loser, valid, scores, next x).
 
-    Returns winner, loser, valid [B], the scores [K, B] of the candidates, and the next x. A pure function of
-    its arguments without host reads, so that ``compilation.compiled`` can compile it.
+    winner, loser, next x: [B, C, H, W]. valid: bool [B]. scores: fp32 [K, B], of the candidates. t, prompts:
+    int64 [B]. gap: fp32 [N], smallest score gap of a valid pair by timestep. z, choice: noise and choices, or
+    their counters. guidance: scale. k: number of candidates. This is a pure function without host reads,
+    which ``compilation.compiled`` can compile.
     """
     x_p = ddim_candidates(sched, x, predict(x, t, prompts), t, guidance=guidance, noise=z, candidates=k)
     scores = score(x_p.flatten(0, 1), t.repeat(k), prompts.repeat(k)).view(k, -1)
@@ -86,25 +90,25 @@ def choose(predict: Predict, score: Score, sched: Schedule, gap: Tensor, x: Tens
 
 
 @torch.no_grad()
-def trajectory(predict: Predict, score: Score, sched: Schedule,
-               gap: Tensor, draw: CounterNoise, prompts: Tensor, *,
-               guidance: float, num_candidates: int, window: tuple[int, int] | None = None,
+def trajectory(predict: Predict, score: Score, sched: Schedule, gap: Tensor, draw: CounterNoise,
+               prompts: Tensor, *, guidance: float, num_candidates: int,
+               window: tuple[int, int] | None = None,
                step: Callable[..., tuple[Tensor, ...]] = choose) -> tuple[LatentPairs, Tensor]:
-    """Denoise B prompts, with one pair per step; return the (steps · B) pairs, step-major,
-    and scores [steps, K, B].
+    """Denoise B prompts, with one pair per step and prompt; return the pairs and the scores [steps, K, B].
 
-    gap: [N] smallest score gap of a valid pair by timestep (``select.gaps``). window: (first, end); before
-    step ``first``, one unscored candidate is drawn and no pair made, and the trajectory ends before step
-    ``end`` (default: all steps). All candidates are scored at the current step's t. step: ``choose``,
-    possibly compiled.
+    The steps · B pairs are ordered by step. prompts: int64 [B]. gap: fp32 [N], smallest score gap of a valid
+    pair by timestep (``select.gaps``). window: (first, end) of the steps that make pairs (default: all).
+    Before first, one unscored candidate is drawn per step; the trajectory stops at end. All candidates are
+    scored at the current step's t. step: ``choose``, or its compiled form.
     """
-    x, steps, all_scores = draw.initial(), [], []
+    x = draw.initial()
+    steps, all_scores = [], []
     start, stop = window or (0, len(sched.timesteps))
     for number, (z, choice) in enumerate(draw.steps(stop)):
         t = sched.timesteps[number].repeat(len(prompts))
         if number < start:
-            x = ddim_candidates(sched, x, predict(x, t, prompts), t, guidance=guidance, noise=z,
-                                candidates=1)[0]
+            outputs = predict(x, t, prompts)
+            x = ddim_candidates(sched, x, outputs, t, guidance=guidance, noise=z, candidates=1)[0]
             continue
         winner, loser, valid, scores, following = step(predict, score, sched, gap, x, t, prompts, z, choice,
                                                        guidance, num_candidates)
@@ -117,7 +121,10 @@ def trajectory(predict: Predict, score: Score, sched: Schedule,
 @torch.no_grad()
 def generate(predict: Predict, sched: Schedule, draw: CounterNoise, prompts: Tensor, *,
              guidance: float) -> Tensor:
-    """Denoise B prompts without candidates; return the latents x_0 [B, C, H, W]."""
+    """Denoise B prompts completely, without candidates; return latents x_0, fp32 [B, C, H, W].
+
+    prompts: int64 [B]. guidance: scale.
+    """
     x = draw.initial()
     for timestep, (z, _) in zip(sched.timesteps, draw.steps(len(sched.timesteps)), strict=True):
         t = timestep.expand(len(prompts))

@@ -1,4 +1,4 @@
-"""The LPO optimizer step: pairs in, metrics out."""
+"""Take LPO optimizer steps: from pairs to updated weights and metrics."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -24,9 +24,10 @@ STEP = (*METRICS, "grad_norm")
 
 def evaluate(policy: Policy, sched: Schedule, pairs: LatentPairs, weight: Tensor, *, guidance: float,
              beta: float, eps: float) -> StepDPO:
-    """Evaluate policy and reference once for each pair, and return the loss and its metrics.
+    """Return the loss and metrics of N pairs, from one evaluation each of the policy and the reference.
 
-    One evaluation serves both members of a pair. weight: [N], see ``loss.step_dpo``.
+    Both members of a pair share x_t, and so these evaluations. weight: fp32 [N], the pairs' weights in the
+    loss (``loss.step_dpo``). guidance: scale. beta: β of the loss. eps: clip width of the ratios.
     """
     at = pairs.x_t, pairs.t, pairs.prompt
     return pair_loss(sched, pairs.x_t, pairs.winner, pairs.loser, pairs.t, policy.train(*at),
@@ -34,16 +35,16 @@ def evaluate(policy: Policy, sched: Schedule, pairs: LatentPairs, weight: Tensor
 
 
 def padded(pairs: LatentPairs, size: int) -> LatentPairs:
-    """Return exactly ``size`` pairs; padding repeats the first pair, marked as not valid,
-    so shapes never change.
-    """
+    """Pad to ``size`` pairs, so that shapes never change: repeat the first pair, marked as not valid."""
     index = torch.arange(size, device=pairs.t.device)
     real = index < len(pairs.t)
     return pairs.take(torch.where(real, index, 0))._replace(valid=real)
 
 
 def micro_batches(pairs: LatentPairs, size: int) -> Iterator[LatentPairs]:
-    """Yield this rank's share of an optimizer step's pairs, ``size`` at a time, equally often on every rank.
+    """Yield this process's part of an optimizer step's pairs, ``size`` at a time.
+
+    Every process yields the same number of times.
     """
     rank, world, total = distributed.rank(), distributed.world_size(), len(pairs.t)
     for first in range(0, -(-total // world), size):
@@ -54,10 +55,10 @@ def micro_batches(pairs: LatentPairs, size: int) -> Iterator[LatentPairs]:
 
 def train_step(policy: Policy, sched: Schedule, pairs: LatentPairs, update: OptimizerStep,
                config: PairLoss) -> Tensor:
-    """Take one optimizer step on at most train_batch_size · accumulate pairs per rank.
+    """Take one optimizer step; return its metrics, fp32 [len(STEP)] on the device.
 
-    Returns its metrics, STEP, on the device. A step without a finite gradient changes nothing
-    (see run/optimization.py).
+    pairs: of all processes, up to train_batch_size · accumulate per process. A step whose gradient is not
+    finite changes nothing (run/optimization.py).
     """
     def gradients(size: int) -> Tensor:
         metrics = torch.zeros(len(METRICS), device=pairs.t.device)
@@ -72,36 +73,38 @@ def train_step(policy: Policy, sched: Schedule, pairs: LatentPairs, update: Opti
 
 
 class Learner:
-    """Trains a policy: its optimizer, gradient scaler, and weight average."""
+    """Train a policy, with its optimizer, gradient scaler, and weight average."""
 
     def __init__(self, policy: Policy, sched: Schedule, texts: list[str], config: LPO, device: torch.device):
-        """Make the optimizer over the policy's trained weights. texts: of all prompt numbers."""
+        """Make the optimizer of the policy's trainable weights. texts: all prompts, by number."""
         self.policy, self.sched, self.texts, self.config = policy, sched, texts, config
-        self.weights, self.ema = states.Trained(policy.unet), None
-        self.optimizer = optimization.optimizer(config.optimizer, policy.unet.parameters(),
-                                                lr=config.learning_rate, weight_decay=config.weight_decay,
-                                                betas=(config.adam_beta1, config.adam_beta2),
-                                                eps=config.adam_epsilon)
+        self.weights = states.Trained(policy.unet)
+        self.ema = None
+        self.optimizer = optimization.optimizer(
+            config.optimizer, policy.unet.parameters(), lr=config.learning_rate,
+            weight_decay=config.weight_decay, betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon)
         scaler = optimization.scaler(device, policy.precision)
         self.update = OptimizerStep(
             self.optimizer, torch.amp.GradScaler(enabled=False) if config.shard else scaler,
-            config.max_grad_norm, config.train_batch_size, "use --checkpointing, or a smaller "
-            "--train-batch-size with a larger --accumulate", halves=not config.shard)
-        # pairs per optimizer step
+            config.max_grad_norm, config.train_batch_size,
+            "use --checkpointing, or a smaller --train-batch-size with a larger --accumulate",
+            halves=not config.shard)
+        # Pairs per optimizer step, of all processes.
         self.size = config.train_batch_size * config.accumulate * distributed.world_size()
 
     def average(self) -> None:
-        """Start the weight average, if there is one, from the current weights."""
+        """Start the weight average, if --ema-decay asks for one, from the current weights."""
         if self.config.ema_decay:
             self.ema = EMAModel(trainable(self.policy.unet), decay=self.config.ema_decay)
 
     def to(self, device: torch.device) -> None:
-        """Move the weight average, which a saved state holds on the CPU, to a device."""
+        """Move the weight average, which is on the CPU after a state was loaded, to a device."""
         if self.ema:
             self.ema.to(device)
 
     def parts(self) -> dict[str, Any]:
-        """Return what is saved. The scaler is left out unless in fp16: else its scale is always 1."""
+        """Return the parts that a state saves; the scaler is None except in fp16, since its scale is 1."""
         scaler = self.update.scaler if self.policy.precision == "fp16" else None
         return {"weights": self.weights, "optimizer": self.optimizer, "ema": self.ema, "scaler": scaler}
 
@@ -111,32 +114,40 @@ class Learner:
         return self.optimizer.param_groups[0]["lr"]
 
     def step(self, fed: LatentPairs) -> Tensor:
-        """Take one optimizer step; return its metrics, STEP, on the device.
-        A skipped step leaves the average as it is."""
+        """Take one optimizer step; return its metrics, fp32 [len(STEP)] on the device.
+
+        A skipped step does not change the weight average.
+        """
         metrics = train_step(self.policy, self.sched, fed, self.update, self.config)
         if self.ema and metrics[-1].isfinite():
             self.ema.step(trainable(self.policy.unet))
         return metrics
 
     def inputs(self, fed: LatentPairs) -> dict[str, Any]:
-        """Return what ``replay`` needs to run the step on these pairs again."""
+        """Return what ``replay`` needs to repeat the step on these pairs."""
         numbers = fed.prompt.unique().cpu()
         return {"config": asdict(self.config), "prompts": [self.texts[n] for n in numbers],
                 "numbers": numbers, "size": self.update.pairs, "pairs": [x.cpu() for x in fed],
                 "weights": self.weights.state_dict()}
 
     def finish(self) -> None:
-        """Put the weight average, if there is one, in place of the weights."""
+        """Replace the weights by their average, if there is one."""
         if self.ema:
             self.ema.copy_to(trainable(self.policy.unet))
-            console.say(f"exporting the average of the weights, --ema-decay {self.config.ema_decay:g}")
+            console.say(f"exporting the average of the weights (--ema-decay {self.config.ema_decay:g})")
 
 
 def work(policy: Policy, score: Score, sched: Schedule, shape: tuple[int, int, int],
          config: PairLoss) -> dict[str, int]:
-    """Return the operations needed to sample one prompt and to train on one pair."""
-    x, t = torch.zeros(1, *shape, device=sched.table.device), sched.timesteps[:1]
-    pair, k, (first, last) = LatentPairs(x, x, x, t, t * 0, t > 0), config.num_candidates, config.window
+    """Return the FLOPs of sampling one prompt ("prompts") and of training on one pair ("pairs").
+
+    shape: (C, H, W) of the latents.
+    """
+    x = torch.zeros(1, *shape, device=sched.table.device)
+    t = sched.timesteps[:1]
+    pair = LatentPairs(x, x, x, t, t * 0, t > 0)
+    k = config.num_candidates
+    first, last = config.window
     with accounting.countable(policy.unet), policy.plain():
         step = accounting.operations(lambda: policy.predict(x, t, t * 0))
         judged = accounting.operations(lambda: score(x, t, t * 0))

@@ -1,1 +1,1 @@
-"""Stage 1: train a latent reward model."""
+"""Stage 1, the latent reward model (LRM): network, encoding, steps, validation, and checkpoints."""

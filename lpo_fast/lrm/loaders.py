@@ -1,4 +1,4 @@
-"""The pairs of an LRM run as data loaders, for training, validation, and test."""
+"""Make data loaders of an LRM run's pairs, for training, validation, and test."""
 
 from functools import partial
 
@@ -15,14 +15,15 @@ from lpo_fast.system import console, distributed
 
 
 class Loaders:
-    """Data loaders by use: "train", and "validation" and "test" where pairs are given for them.
+    """Hold data loaders by use: "train", and "validation" and "test" if pairs are given for them.
 
-    caches: the latent caches, by use. corrupt: pairs whose pictures did not decode, by use.
+    caches: the latent caches, by use. corrupt: pairs whose pictures could not be decoded, by use.
     """
 
     def __init__(self, config: LRM, used: dict[str, PairTable], encoder: Encoder):
-        """Open the loaders. used: the chosen pairs of each use (``preflight.runs.lrm``)."""
-        self.config, self.used, world = config, used, distributed.world_size()
+        """Open the caches and the datasets. used: the chosen pairs of each use (``preflight.runs.lrm``)."""
+        self.config, self.used = config, used
+        world = distributed.world_size()
         self.caches = {use: latent_cache.of(config, pairs, encoder.precision)
                        for use, pairs in used.items() if config.cache_latents}
         resolution = config.resolution or encoder.resolution
@@ -38,29 +39,29 @@ class Loaders:
 
     @property
     def digest(self) -> str:
-        """Return the digest of the training pairs: captions, chosen rows, labels."""
+        """Return the digest of the training pairs: their captions, chosen rows, and labels."""
         train = self.used["train"]
         return environment.digest([train.captions, *(x.tolist() for x in (train.rows, train.labels))])
 
     @property
     def unusable(self) -> int:
-        """Return how many pairs were left out so far."""
+        """Return how many pairs have been left out so far."""
         return sum(len(corrupt.rows) for corrupt in self.corrupt.values())
 
     def train(self, step: int) -> DataLoader:
-        """Return this rank's training batches from optimizer step ``step`` on."""
-        return self.fetch(self.sets["train"],
-                          batch_sampler=list(steps.batches(self.config, self.number, step)))
+        """Return this rank's training batches, starting at optimizer step ``step``."""
+        numbers = list(steps.batches(self.config, self.number, step))
+        return self.fetch(self.sets["train"], batch_sampler=numbers)
 
     def announce(self) -> None:
-        """Print how many latents the caches hold."""
+        """Print how many of the pictures' latents the caches hold."""
         for use, cache in self.caches.items():
             found = latent_cache.numbers(self.used[use])
-            console.say(f"latents of {use} pairs: {cache.folder} holds {len(found) - cache.missing(found):,} "
-                        f"of {len(found):,}")
+            cached = len(found) - cache.missing(found)
+            console.say(f"latents of {use} pairs: {cache.folder} holds {cached:,} of {len(found):,}")
 
     def summary(self) -> None:
         """Print how many pairs were left out, if any."""
         for use, corrupt in self.corrupt.items():
             if corrupt.rows:
-                console.say(f"{len(corrupt.rows)} {use} pairs left out, whose pictures do not decode")
+                console.say(f"{len(corrupt.rows)} {use} pairs left out because a picture cannot be decoded")

@@ -1,4 +1,4 @@
-"""The LRM optimizer step: pairs of pictures in, metrics out."""
+"""Take LRM optimizer steps: from pairs of pictures to updated weights and metrics."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -22,15 +22,17 @@ STEP = ("loss", "accuracy", "grad_norm", "logit_scale")
 
 
 def parts(batch: dict, size: int) -> list[dict]:
-    """Return a step's batch in parts of ``size`` pairs."""
-    along = {"labels", "mean", "std"}  # [2, B, …]
-    return [{key: value[i:i + size] if key not in along else value[:, i:i + size]
-             for key, value in batch.items()} for i in range(0, len(batch["rows"]), size)]
+    """Split a step's batch into parts of at most ``size`` pairs."""
+    paired = {"labels", "mean", "std"}  # [2, B, …]; the others [B, …]
+    return [{key: value[:, i:i + size] if key in paired else value[i:i + size]
+             for key, value in batch.items()}
+            for i in range(0, len(batch["rows"]), size)]
 
 
 def encoded(encoder: Encoder, batch: dict, step: int, config: Noising, cache: Cache | None = None) -> dict:
-    """Return a batch (``dataset.collate``) on the device,
-    with its pictures' posterior mean and std instead of pixels.
+    """Return a batch (``dataset.collate``) on the device, with its pictures replaced by their posterior.
+
+    mean, std: fp32 [2, B, C, h, w], see ``Encoder.posterior``. corrupt remains on the host.
     """
     rows = batch["rows"].to(encoder.device, non_blocking=True)
     mean, std = encoder.posterior(
@@ -42,10 +44,11 @@ def encoded(encoder: Encoder, batch: dict, step: int, config: Noising, cache: Ca
 
 def train_step(lrm: LatentRewardModel, encoder: Encoder, batch: dict, step: int, update: OptimizerStep,
                config: LRM, cache: Cache | None = None) -> Tensor:
-    """Take one optimizer step, each rank with its share of the pairs; return the global metrics, STEP, [4].
+    """Take one optimizer step of all processes together; return its metrics, fp32 [len(STEP)] on the device.
 
-    Pairs that do not decode pass through the networks, but do not enter the loss. A single process reads
-    nothing back from the device. A step without a finite gradient changes nothing (see run/optimization.py).
+    batch: this process's pairs (``dataset.collate``). Pairs that cannot be decoded are evaluated, so that
+    shapes never change, but do not count in the loss. A single process reads nothing back from the device. A
+    step whose gradient is not finite changes nothing (run/optimization.py).
     """
     batch = encoded(encoder, batch, step, config, cache)
     good = (~batch["corrupt"]).to(encoder.device, non_blocking=True)
@@ -54,94 +57,102 @@ def train_step(lrm: LatentRewardModel, encoder: Encoder, batch: dict, step: int,
     def gradients(size: int) -> Tensor:
         made = []
         for part in parts(batch, size):
-            value, right = pair_loss(lrm, encoder, part, step, config, weight)
+            value, number_correct = pair_loss(lrm, encoder, part, step, config, weight)
             update.scaler.scale(value).backward()
-            made.append(torch.stack([value.detach(), right]))
+            made.append(torch.stack([value.detach(), number_correct]))
         return torch.stack(made).sum(0)
-    (value, right), norm = update(gradients)
+    (value, number_correct), norm = update(gradients)
     with torch.no_grad():
-        return torch.stack([value, right / count.clamp(min=1), norm, lrm.logit_scale.exp()])
+        return torch.stack([value, number_correct / count.clamp(min=1), norm, lrm.logit_scale.exp()])
 
 
 def pair_loss(lrm: LatentRewardModel, encoder: Encoder, batch: dict, step: int, config: LRM,
               weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a forward pass's share of the step's loss, and its number of correctly ranked pairs.
+    """Return one part's share of a step's loss, and its number of correct pairs.
 
-    weight: Σ_j 1/n_j over the step's pairs. Every rank computes the loss of all ranks' pairs,
-    and its gradient for its own.
+    batch: one of ``parts``. weight: Σ_j 1/n_j over all pairs j of the step, where n_j is the pair's count;
+    the part's share is its own sum divided by this. Every process computes the loss of all processes' pairs,
+    and the gradient with respect to its own.
     """
     rows = batch["rows"]
     t, labels = encoding.timesteps(config, step, rows, batch["compare"], batch["labels"])
     x = encoder.latents(batch["mean"], batch["std"], rows, step, t)
     with devices.autocast(encoder.precision):
         unit = encoder.train_features(lrm, *encoder.ids(batch["captions"]), x, t)
-    # found on the host, which need not wait
+    # Found on the host, so that it does not wait for the device.
     good = (~batch["corrupt"]).nonzero()[:, 0].to(encoder.device, non_blocking=True)
     text, image_0, image_1, label_0, label_1, counts, t = distributed.gather(
         *(feature[good] for feature in unit), *labels[:, good], batch["counts"][good], t[:, good].T)
-    scale = lrm.logit_scale.exp()  # its gradient is the same in every process, and counts once
+    scale = lrm.logit_scale.exp()  # its gradient is the same in every process and must count once
     share = ((1 / counts).sum() / weight).nan_to_num()
-    value = share * loss.preference(text, image_0, image_1, scale if distributed.rank() == 0 else
-                                    scale.detach(), label_0, label_1, counts, t, loss_type=config.loss_type,
-                                    batch_coeff=config.batch_coeff, aux_loss_coeff=config.aux_loss_coeff)
-    return (value,
-            correct(((image_0 - image_1) * text).sum(-1).detach(), torch.stack([label_0, label_1])).sum())
+    value = share * loss.preference(
+        text, image_0, image_1, scale if distributed.rank() == 0 else scale.detach(), label_0, label_1,
+        counts, t, loss_type=config.loss_type, batch_coeff=config.batch_coeff,
+        aux_loss_coeff=config.aux_loss_coeff)
+    margin = ((image_0 - image_1) * text).sum(-1).detach()
+    return value, correct(margin, torch.stack([label_0, label_1])).sum()
 
 
 def correct(margin: Tensor, labels: Tensor) -> Tensor:
-    """Return 1 where the preferred picture scores higher, 1/2 for a tie of scores or labels, else 0: [B].
+    """Return [B]: 1 if the preferred picture scores higher, ½ for a tie of scores or labels, else 0.
 
-    margin: S_0 − S_1 [B].
+    margin: S_0 − S_1 [B]. labels: [2, B].
     """
     return 0.5 + 0.5 * margin.sign() * (labels[0] - labels[1]).sign()
 
 
 def steps_per_epoch(config: LRM, pairs: int) -> int:
-    """Return the number of complete batches in a pass over the pairs; the rest is left out of that epoch."""
+    """Return the optimizer steps per epoch: full batches only; the epoch does not use the remaining pairs."""
     return pairs // (own_size(config, pairs) * distributed.world_size())
 
 
 def own_size(config: LRM, pairs: int) -> int:
-    """Return the pairs per step and rank."""
+    """Return the pairs per optimizer step of each process. pairs: the number of training pairs."""
     return min(config.batch_size, pairs) // distributed.world_size()
 
 
 def batches(config: LRM, pairs: int, step: int) -> Iterator[list[int]]:
-    """Yield this rank's pair numbers for every batch from ``step`` on.
+    """Yield this process's pair numbers of every batch, starting at optimizer step ``step``.
 
     Each epoch has a new order, a function of the seed and the epoch.
     """
-    own, world, each = own_size(config, pairs), distributed.world_size(), steps_per_epoch(config, pairs)
+    own = own_size(config, pairs)
+    world = distributed.world_size()
+    epoch = steps_per_epoch(config, pairs)
     for k in range(step, config.max_steps):
-        if k % each == 0 or k == step:
-            order = noise.permutation(config.seed, k // each, 0, pairs)
-        first = (k % each * world + distributed.rank()) * own
+        if k % epoch == 0 or k == step:
+            order = noise.permutation(config.seed, k // epoch, 0, pairs)
+        first = (k % epoch * world + distributed.rank()) * own
         yield order[first:first + own].tolist()
 
 
 class Learner:
-    """Trains an LRM: its optimizer, gradient scaler, and learning-rate schedule."""
+    """Train an LRM, with its optimizer, gradient scaler, and learning-rate schedule."""
 
     def __init__(self, lrm: LatentRewardModel, encoder: Encoder, config: LRM, pairs: int,
                  cache: Cache | None = None):
-        """Make the optimizer over the parameters that train. pairs: how many train; cache: of their latents.
+        """Make the optimizer of the trainable parameters.
+
+        pairs: the number of training pairs. cache: of their latents.
         """
-        self.lrm, self.encoder, self.config, self.cache, world = (
-            lrm, encoder, config, cache, distributed.world_size())
-        self.weights, self.own = states.Trained(lrm), own_size(config, pairs)
-        self.size, self.epoch = self.own * world, steps_per_epoch(config, pairs)
+        self.lrm, self.encoder, self.config, self.cache = lrm, encoder, config, cache
+        world = distributed.world_size()
+        self.weights = states.Trained(lrm)
+        self.own = own_size(config, pairs)  # pairs per step of this process
+        self.size = self.own * world  # pairs per step of all processes
+        self.epoch = steps_per_epoch(config, pairs)
         self.optimizer = optimization.optimizer(config.optimizer, lrm.parameters(), lr=config.learning_rate,
                                                 weight_decay=config.weight_decay)
         factor = optimization.learning_rate(config.warmup, config.warmup_steps, config.max_steps)
         self.decay = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        # Negatives from the batch are those of one pass,
-        # and with several ranks all make their passes together.
+        # A smaller forward pass would change in-batch negatives, and all ranks would have to halve together.
         self.update = OptimizerStep(self.optimizer, optimization.scaler(encoder.device, encoder.precision),
-                                    config.max_grad_norm, -(-self.own // config.accumulate), "use a larger "
-                                    "--accumulate", halves=config.loss_type == "pair" and world == 1)
+                                    config.max_grad_norm, -(-self.own // config.accumulate),
+                                    "use a larger --accumulate",
+                                    halves=config.loss_type == "pair" and world == 1)
 
     def parts(self) -> dict[str, Any]:
-        """Return what is saved. The scaler is left out unless in fp16: else its scale is always 1."""
+        """Return the parts that a state saves; the scaler is None except in fp16, since its scale is 1."""
         scaler = self.update.scaler if self.encoder.precision == "fp16" else None
         return {"weights": self.weights, "optimizer": self.optimizer, "decay": self.decay, "scaler": scaler}
 
@@ -151,20 +162,23 @@ class Learner:
         return float(self.decay.get_last_lr()[0])
 
     def step(self, batch: dict, step: int) -> Tensor:
-        """Take optimizer step number ``step``; return its metrics, STEP, on the device."""
+        """Take optimizer step number ``step``; return its metrics, fp32 [len(STEP)] on the device."""
         metrics = train_step(self.lrm, self.encoder, batch, step, self.update, self.config, self.cache)
         self.decay.step()
         return metrics
 
     def inputs(self, rows: Tensor) -> dict[str, Any]:
-        """Return what ``replay`` needs to run the step on these rows again; all ranks call it."""
+        """Return what ``replay`` needs to repeat the step on these rows; all ranks must call this."""
         rows = distributed.gather(rows.to(self.encoder.device))[0].cpu()
         return {"config": asdict(self.config), "rows": rows, "weights": self.weights.state_dict(),
                 "size": self.update.pairs}
 
 
 def load_reward(config: LRM, device: torch.device, weights: bool = True) -> LatentRewardModel:
-    """Load the LRM that is to be trained; without weights on the meta device."""
+    """Create the LRM to be trained, in train mode; weights=False leaves its networks on the meta device.
+
+    Raises InputError if files are missing or do not fit.
+    """
     lrm = checkpoint.new_lrm(
         locate.model(config), weights=weights, clip=locate.clip(config),
         generator=torch.Generator().manual_seed(config.seed), resolution=config.resolution,
@@ -180,9 +194,12 @@ def load_reward(config: LRM, device: torch.device, weights: bool = True) -> Late
 
 
 def load(config: LRM, device: torch.device) -> tuple[LatentRewardModel, Encoder]:
-    """Load the LRM that is to be trained, and what makes its inputs."""
+    """Create the LRM to be trained, and the encoder of its inputs.
+
+    Raises InputError if files are missing or do not fit.
+    """
     lrm = load_reward(config, device)
-    encoder = Encoder(locate.model(config), lrm, config.seed,
-                      devices.precision(config.mixed_precision, "bf16"), locate.vae(config),
+    precision = devices.precision(config.mixed_precision, "bf16")
+    encoder = Encoder(locate.model(config), lrm, config.seed, precision, locate.vae(config),
                       config.noise_offset, config.compile)
     return lrm, encoder

@@ -1,4 +1,4 @@
-"""Accuracy on held-out pairs."""
+"""Measure an LRM's accuracy on held-out pairs."""
 
 from typing import Any, cast
 
@@ -14,14 +14,17 @@ from lpo_fast.lrm.loaders import Loaders
 from lpo_fast.lrm.reward import LatentRewardModel
 from lpo_fast.system import devices, distributed
 
-VALIDATION_EPOCH = 0xFFFFFFFF  # validation noise is always the same
+VALIDATION_EPOCH = 0xFFFFFFFF  # keys the validation noise, which is always the same
 
 
 class Validator:
-    """Measures accuracy on the held-out pairs of a run."""
+    """Measure accuracy on the held-out pairs of a run."""
 
     def __init__(self, lrm: LatentRewardModel, encoder: Encoder, loaders: Loaders, config: LRM):
-        """Choose the timesteps: every 50th, the one of the headline number (t = 1) first."""
+        """Choose the timesteps: the one of the reported accuracy (default t = 1), then 1, 51, ….
+
+        It is --constant-timestep in runs that train at a single timestep.
+        """
         self.lrm, self.encoder, self.loaders = lrm, encoder, loaders
         first = 1 if config.variable_timestep else config.constant_timestep
         self.timesteps = list(dict.fromkeys([first, *range(1, config.largest_timestep + 1, 50)]))
@@ -35,32 +38,37 @@ class Validator:
 @torch.no_grad()
 def validate(lrm: LatentRewardModel, encoder: Encoder, loader: DataLoader, timesteps: list[int],
              corrupt: Corrupt | None = None) -> dict[str, Any]:
-    """Measure accuracy on held-out pairs at each timestep; ``accuracy`` is the one at the first, t = 1."""
+    """Return the accuracy on held-out pairs at each timestep; ``accuracy`` is that at the first timestep.
+
+    loader: this rank's batches; the result is of all ranks. corrupt: counts the pairs that cannot be decoded,
+    which are left out. ``n`` is the number of pairs. Raises InputError if no pair can be decoded.
+    """
     lrm.eval()
     device = encoder.device
-    right = torch.zeros(len(timesteps) + 1, dtype=torch.float64, device=device)  # and the number of pairs
+    totals = torch.zeros(len(timesteps) + 1, dtype=torch.float64, device=device)  # correct pairs; all pairs
     for batch in loader:
         if corrupt is not None:
             corrupt.count(batch)
         good = (~batch["corrupt"]).nonzero()[:, 0].to(device)
-        rows, posterior = (batch["rows"].to(device),
-                           encoder.posterior(batch, cast(PairDataset, loader.dataset).cache))
+        rows = batch["rows"].to(device)
+        posterior = encoder.posterior(batch, cast(PairDataset, loader.dataset).cache)
         with devices.autocast(encoder.precision):
-            words = lrm.encode(*encoder.ids(batch["captions"]))
-        right[-1] += len(good)
+            captions = lrm.encode(*encoder.ids(batch["captions"]))
+        totals[-1] += len(good)
         for k, timestep in enumerate(timesteps):
             t = torch.full_like(rows, timestep)
             with devices.autocast(encoder.precision):
                 x = encoder.latents(*posterior, rows, VALIDATION_EPOCH - timestep, t)
-                text, image_0, image_1 = reward.features(lrm, words, x, t)
-            right[k] += steps.correct(((image_0 - image_1) * text).sum(-1),
-                                      batch["labels"].to(device))[good].sum()
+                text, image_0, image_1 = reward.features(lrm, captions, x, t)
+            margin = ((image_0 - image_1) * text).sum(-1)
+            totals[k] += steps.correct(margin, batch["labels"].to(device))[good].sum()
     lrm.train()
     if corrupt is not None:
         corrupt.share()
-    *shares, count = [*(distributed.all_sum(right)[:-1] / right[-1]).tolist(), int(right[-1])]
+    totals = distributed.all_sum(totals)
+    count = int(totals[-1])
     if corrupt is not None and not count:
-        raise InputError(corrupt.pairs.source.path, "has no pair whose pictures decode",
-                         "fix them, or name other pairs", corrupt.pairs.source.flag)
-    accuracy = dict(zip(map(str, timesteps), shares, strict=True))
+        raise InputError(corrupt.pairs.source.path, "has no pair whose pictures can be decoded",
+                         "fix the pictures, or name other pairs", corrupt.pairs.source.flag)
+    accuracy = dict(zip(map(str, timesteps), (totals[:-1] / totals[-1]).tolist(), strict=True))
     return {"accuracy": accuracy[str(timesteps[0])], "accuracy_by_timestep": accuracy, "n": count}

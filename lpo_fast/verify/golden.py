@@ -85,7 +85,8 @@ class Golden:
         for name, tensor in weights.items():
             part, _, rest = name.partition(".")
             parts.setdefault(part, {})[rest] = tensor.clone()
-        configs = {"unet": f"unet_{family}", "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2"}
+        configs = {"unet": f"unet_{family}", "text_encoder": "text_encoder",
+                   "text_encoder_2": "text_encoder_2"}
         for part in configs.keys() & parts.keys():
             (folder / part).mkdir(parents=True, exist_ok=True)
             config = dict(self.configs[configs[part]])
@@ -129,7 +130,8 @@ def lrm_scores_sdxl(golden: Golden) -> Iterator[Check]:
     """Check SDXL scores: two text encoders, added conditions."""
     io = golden.tensors("lrm_sdxl_io")
     for name in sorted(n for n in io if n.startswith("score/")):
-        lrm = golden.lrm("sdxl", guidance_scale=float(name.rpartition("gs")[2]), multi_scale_cfg="mscfg1" in name)
+        lrm = golden.lrm("sdxl", guidance_scale=float(name.rpartition("gs")[2]),
+                         multi_scale_cfg="mscfg1" in name)
         sizes = mismatches(lrm.sizes[0, :2], io["height_width"])
         with torch.no_grad():
             text = lrm.encode([io["input_ids"], io["input_ids_2"]], [io["neg_prompt_ids"]] * 2)
@@ -152,12 +154,13 @@ def reward_loss(golden: Golden) -> Iterator[Check]:
     io, meta = golden.tensors("lrm_loss"), golden.metadata("lrm_loss")
     for setting in sorted({name.rpartition("/")[0] for name in io if "/" in name}):
         loss_type, _, auxiliary = setting.partition("/aux")
-        text, image_0, image_1 = (io[name].clone().requires_grad_() for name in ("text", "image_0", "image_1"))
+        text, image_0, image_1 = (io[name].clone().requires_grad_()
+                                  for name in ("text", "image_0", "image_1"))
         logit_scale = torch.tensor(2.6592, dtype=torch.float64, requires_grad=True)
         out = loss.preference(
-            *(F.normalize(f, dim=-1, eps=0) for f in (text, image_0, image_1)), logit_scale.exp(), io["label_0"],
-            io["label_1"], io["num_examples_per_prompt"], io["timesteps"].view(-1, 2), loss_type=loss_type,
-            batch_coeff=float(meta["batch_coeff"]), aux_loss_coeff=float(auxiliary))
+            *(F.normalize(f, dim=-1, eps=0) for f in (text, image_0, image_1)), logit_scale.exp(),
+            io["label_0"], io["label_1"], io["num_examples_per_prompt"], io["timesteps"].view(-1, 2),
+            loss_type=loss_type, batch_coeff=float(meta["batch_coeff"]), aux_loss_coeff=float(auxiliary))
         out.backward()
         names = ("loss", "grad_text", "grad_image_0", "grad_image_1", "grad_logit_scale")
         values = (out, text.grad, image_0.grad, image_1.grad, logit_scale.grad)
@@ -193,7 +196,8 @@ def ddim(golden: Golden) -> Iterator[Check]:
     for setting in sorted({name.rpartition("/")[0] for name in io if "/eta" in name}):
         kind, _, eta = setting.partition("/eta")
         x, out, t, z = (io[f"{kind}/{name}"] for name in ("sample", "model_output", "timesteps", "noise"))
-        sched = schedule.ddim(io[f"{kind}/alphas_cumprod"], t, int(meta["num_inference_steps"]), float(eta), kind)
+        sched = schedule.ddim(io[f"{kind}/alphas_cumprod"], t, int(meta["num_inference_steps"]), float(eta),
+                              kind)
         x_p = ddim_candidates(sched, x, torch.cat([out, out]), t, guidance=1.0, noise=z, candidates=len(z))
         other = schedule.mean(sched, x, out + 0.05 * out.roll(1, 0), t)
         pairs = [(x_p, io[f"{setting}/candidates"])]
@@ -212,7 +216,8 @@ def pairwise_loss(golden: Golden) -> Iterator[Check]:
         t, policy = got["timesteps"], torch.cat([got["noise_uncond"], got["noise_cond"]]).requires_grad_()
         sched = schedule.ddim(got["alphas_cumprod"], t, 20, float(meta["eta"]), kind)
         out = pair_loss(
-            sched, got["x_t"], got["x_win"], got["x_lose"], t, policy, torch.cat([got["ref_uncond"], got["ref_cond"]]),
+            sched, got["x_t"], got["x_win"], got["x_lose"], t,
+            policy, torch.cat([got["ref_uncond"], got["ref_cond"]]),
             torch.full((len(t),), 1 / len(t), dtype=torch.float64), guidance=float(meta["guidance_scale"]),
             beta=float(meta["beta"]), eps=float(eps))
         out.loss.backward()
@@ -261,7 +266,8 @@ def sampling_run(golden: Golden, family: str, lrm: LatentRewardModel, text: text
     """
     io, meta = golden.tensors(f"lpo_{family}_io"), golden.metadata(f"lpo_{family}_io")
     sched, draw = recorded_schedule(golden, meta), Recorded(io)
-    gap = select.gaps(sched, meta["dynamic_threshold"], float(meta["threshold_min"]), float(meta["threshold_max"]))
+    gap = select.gaps(sched, meta["dynamic_threshold"], float(meta["threshold_min"]),
+                      float(meta["threshold_max"]))
     policy = Policy(golden.unet(family), policy_text, io.get("time_ids"), full=False)
 
     def score(x: Tensor, t: Tensor, prompts: Tensor) -> Tensor:
@@ -289,7 +295,8 @@ def sampling_run(golden: Golden, family: str, lrm: LatentRewardModel, text: text
               **({"pooled_prompt_embeds": text.pooled[kept.prompt][:, None]} if family == "sdxl" else {})}
     times = io["valid/timesteps"][:, 0]
     same = len(times) == len(shown) and not mismatches(kept.t, times[shown])
-    apart = worst([(value, io[f"valid/{name}"][shown]) for name, value in values.items()]) if same else math.inf
+    apart = (worst([(value, io[f"valid/{name}"][shown]) for name, value in values.items()])
+             if same else math.inf)
     yield f"{family} sampling run, {len(times)} kept pairs", apart, TRAJECTORY
 
 
@@ -375,7 +382,8 @@ def adapted(golden: Golden, family: str) -> UNet2DConditionModel:
     io, meta = golden.tensors(f"lpo_{family}_io"), golden.metadata(f"lpo_{family}_io")
     unet, rank = golden.unet(family), int(meta["lora_rank"])
     loras.add_lora(unet, rank, rank, TARGETS, seed=0)
-    own = {name.removeprefix("train/lora/"): value for name, value in io.items() if name.startswith("train/lora/")}
+    own = {name.removeprefix("train/lora/"): value for name, value in io.items()
+           if name.startswith("train/lora/")}
     if own:
         for name, parameter in unet.named_parameters():
             if parameter.requires_grad:
@@ -449,7 +457,8 @@ CHECKS = {
 def check(root: Path) -> int:
     """Run every check whose files are present, print a line for each, and return how many failed."""
     if not (root / "configs.json").is_file():
-        raise InputError(str(root), "holds no golden vectors (configs.json is missing)", "name their directory", "--golden")
+        raise InputError(str(root), "holds no golden vectors (configs.json is missing)",
+                         "name their directory", "--golden")
     failed = passed = 0
     used = {"configs.json", "README.md"}
     with tempfile.TemporaryDirectory() as scratch:
@@ -462,7 +471,8 @@ def check(root: Path) -> int:
             for what, apart, tolerance in checks(golden):
                 ok = apart <= tolerance
                 failed, passed = failed + (not ok), passed + ok
-                print(f"{'ok  ' if ok else 'FAIL'}  {what}: {apart:.1e} (tolerance {tolerance:.0e})", flush=True)
+                print(f"{'ok  ' if ok else 'FAIL'}  {what}: {apart:.1e} (tolerance {tolerance:.0e})",
+                      flush=True)
     for name in sorted({file.name for file in root.iterdir()} - used):
         failed += 1
         print(f"FAIL  {name}: no check knows this file")

@@ -298,9 +298,9 @@ def test_a_resumed_run_is_not_beyond_what_is_asked_for(settings: config.LPO) -> 
     """
     train_lpo.train(replace(settings, epochs=2))
     with pytest.raises(InputError,
-                       match="--epochs 1: the run in .* is beyond: 2 epochs and 6 batches are done"):
+                       match="--epochs 1: is less than the run in .* has done, 2 epochs and 6 batches"):
         train_lpo.train(replace(settings, epochs=1, resume=True))
     with pytest.raises(InputError,
-                       match="--max-batches 4: the run in .* is beyond: 2 epochs and 6 batches are done"):
+                       match="--max-batches 4: is less than the run in .* has done, 2 epochs and 6 batches"):
         train_lpo.train(replace(settings, epochs=2, max_batches=4, resume=True))
     train_lpo.train(replace(settings, epochs=2, resume=True, checkpointing="selective"))

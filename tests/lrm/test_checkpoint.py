@@ -84,7 +84,7 @@ def test_new_lrm_starts_as_the_method_says(tiny_sd: Path, tmp_path: Path) -> Non
 
 def test_no_clip(tmp_path: Path) -> None:
     for clip in (tmp_path, tmp_path / "nowhere.bin"):
-        with pytest.raises(InputError, match="no CLIP checkpoint there"):
+        with pytest.raises(InputError, match="is not a CLIP checkpoint"):
             checkpoint.read_text_projection(str(clip))
     torch.save({"other": torch.zeros(1)}, tmp_path / "clip.bin")
     with pytest.raises(InputError, match="has no text_projection.weight"):

@@ -130,7 +130,7 @@ def test_corrupt_pairs_are_counted_and_may_stop_the_run(settings: LRM, tmp_path:
     out = train_lrm.train(broken)
     assert [row["corrupt"] for row in rows(out, "train")] == [3, 3, 3]
     assert {row["n"] for row in rows(out, "validation")} == {1}
-    assert "2 train pairs left out, whose pictures do not decode" in capsys.readouterr().out
+    assert "2 train pairs left out because a picture cannot be decoded" in capsys.readouterr().out
     with pytest.raises(InputError, match="pictures of 2 pairs cannot be decoded, the first: rows 1, 4"):
         train_lrm.train(replace(broken, max_corrupt=1, out=str(tmp_path / "strict")))
 
@@ -215,7 +215,7 @@ def test_no_validation_pair_decodes(settings: LRM, tmp_path: Path) -> None:
     # row 0 is not used
     held = table(tmp_path / "held.parquet", ["a", "b"], jpg_1=[BLUE, b"?"], has_label=[False, True])
     with pytest.raises(InputError,
-                       match="--validation-pairs .*held.parquet: has no pair whose pictures decode"):
+                       match="--validation-pairs .*held.parquet: has no pair whose pictures can be decoded"):
         train_lrm.train(replace(settings, validation_pairs=str(held)))
 
 

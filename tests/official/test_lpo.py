@@ -199,7 +199,7 @@ def test_checkpoints_are_found_and_limited(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "checkpoint_10" / "unet_lora.pt")
     assert checkpoints.find_checkpoint(tmp_path, full=False).name == "checkpoint_10"
     for nothing in (tmp_path / "nowhere", tmp_path / "checkpoint_2" / "checkpoint_"):
-        with pytest.raises(InputError, match="no checkpoint_{epoch} directory there"):
+        with pytest.raises(InputError, match="has no checkpoint_{epoch} directory"):
             checkpoints.find_checkpoint(nothing, full=False)
 
 

@@ -157,5 +157,5 @@ def test_score_table(bench: Bench, lrm: LRM) -> None:
 
 def test_clip(bench: Bench, lrm: LRM) -> None:
     refused(train_lrm.train, replace(lrm, clip=str(bench.tmp / "nowhere.bin")),
-            "--clip", "no CLIP checkpoint")
+            "--clip", "is not a CLIP checkpoint")
     refused(train_lrm.train, replace(lrm, clip=clip(bench, 17)), "--clip", "projects 17 features")

@@ -252,7 +252,7 @@ def test_resuming_from_an_older_checkpoint(settings, full, official, tmp_path, c
     for named in (runs_ / "checkpoint_1", runs_):
         if named == runs_:
             hurt(runs_ / "checkpoint_0" / checkpoints.OPTIMIZER, "cut")
-        with pytest.raises(InputError, match="no intact checkpoint there .checkpoint_1: ") as caught:
+        with pytest.raises(InputError, match="has no intact checkpoint .checkpoint_1: ") as caught:
             train_lpo.train(replace(settings, resume_from=str(named), out=str(tmp_path / "c")))
         assert caught.value.key == "--resume-from" and not (tmp_path / "c").exists()
 

@@ -104,7 +104,7 @@ def test_an_optimizer_runs_nothing(tiny_sd: Path, trace: Path, tmp_path: Path) -
         checkpoints.resume_from(folder, unet, optimizer)
     os.remove(folder / checkpoints.OPTIMIZER)
     (folder / checkpoints.STEP).write_text('{"global_step": "7"}')
-    with pytest.raises(InputError, match="global_step.json: has no global_step"):
+    with pytest.raises(InputError, match="global_step.json: has no valid global_step"):
         checkpoints.resume_from(folder, unet, optimizer)
 
 

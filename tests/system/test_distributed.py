@@ -113,7 +113,7 @@ def test_the_same_pairs_at_rate_0(count: int, tiny_sd: Path, tiny_lrm: Path, tmp
                          "--train-batch-size", str(batch), "--validation-prompts", "a red circle",
                          folder=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("parameters train") == 1 and done.stdout.count("weights: ") == 1
+        assert done.stdout.count("trainable parameters") == 1 and done.stdout.count("weights: ") == 1
         assert ((out / "pictures" / "validation_0.png").is_file()
                 and load_file(out / "pytorch_lora_weights.safetensors"))
         rows = list(map(json.loads, (out / "metrics.jsonl").read_text().splitlines()))
@@ -211,7 +211,8 @@ def test_the_reward_model_in_several_processes(count: int, tiny_sd: Path, tmp_pa
                          "--max-steps", "2", "--validate-steps", "1", "--num-workers", "0",
                          "--learning-rate", "1e-4", "--warmup-steps", "0", folder=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("parameters train") == 1 and done.stdout.count("latent reward model: ") == 1
+        assert done.stdout.count("trainable parameters") == 1
+        assert done.stdout.count("latent reward model: ") == 1
         assert (out / "checkpoint-final" / "state_dict.pt").is_file() and (out / "report.html").is_file()
         return list(map(json.loads, (out / "metrics.jsonl").read_text().splitlines()))
 

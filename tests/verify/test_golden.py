@@ -1,4 +1,5 @@
-"""The golden vectors of the official code: every check passes, none runs empty, and a wrong number is noticed."""
+"""The golden vectors of the official code: every check passes, none runs empty,
+and a wrong number is noticed."""
 
 import json
 import shutil
@@ -80,8 +81,8 @@ def add(file: Path, name: str, index: int, change: float) -> None:
     ("pairwise_loss", "epsilon/eps0.1/grad_cond", 7, 1e-3),
     ("ddim", "v_prediction/eta0.5/candidates", 11, 1e-6),
 ])
-def test_one_wrong_number_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture, file: str, name: str, index: int,
-                                     change: float) -> None:
+def test_one_wrong_number_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture, file: str, name: str,
+                                     index: int, change: float) -> None:
     root = subset(tmp_path / "g", f"{file}.safetensors")
     add(root / f"{file}.safetensors", name, index, change)
     assert verify_golden.check(root) == 1
@@ -172,7 +173,8 @@ def test_no_golden_vectors(tmp_path: Path) -> None:
 
 def test_error_is_infinite_for_what_cannot_be_compared() -> None:
     one = torch.ones(2)
-    assert verify_golden.error(one, torch.ones(3)) == verify_golden.error(one * torch.nan, one) == float("inf")
+    assert (verify_golden.error(one, torch.ones(3)) == verify_golden.error(one * torch.nan, one)
+            == float("inf"))
     assert verify_golden.error(one, torch.zeros(2)) == float("inf")
     assert verify_golden.error(torch.zeros(2), torch.zeros(2)) == 0
     assert verify_golden.error(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0])) == 0.25
@@ -182,7 +184,8 @@ def test_error_is_infinite_for_what_cannot_be_compared() -> None:
 def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert doctor.main([]) == 0
     shown = capsys.readouterr().out
-    assert all(word in shown for word in ("python", "torch", "diffusers", "peft", "device", "attention", "8-bit AdamW"))
+    assert all(word in shown for word in ("python", "torch", "diffusers", "peft", "device", "attention",
+                                          "8-bit AdamW"))
     root = subset(tmp_path / "g", "pseudo_preference.csv", "pseudo_preference_kept.json")
     assert doctor.main(["--golden", str(root)]) == 0
     (root / "extra").write_bytes(b"")
@@ -191,7 +194,8 @@ def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "configs.json is missing" in capsys.readouterr().err
 
 
-def test_doctor_says_what_does_not_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_doctor_says_what_does_not_run(monkeypatch: pytest.MonkeyPatch,
+                                       capsys: pytest.CaptureFixture) -> None:
     def refuse(*_, **__):
         raise InputError("adamw8bit", "bitsandbytes is not installed", "pip install bitsandbytes")
     monkeypatch.setattr(doctor.optimization, "optimizer", refuse)

@@ -26,7 +26,7 @@ lint: $(VENV)/.done ## check the style of the source
 types: $(VENV)/.done ## check the types of method/, system/, run/, lpo/, and lrm/
 	$(VENV)/bin/basedpyright --pythonpath $(RUN)
 
-fast: lint ## answer within a minute: lint, and the quick tests of every folder
+fast: lint ## answer within a minute: lint, and the quick tests of data, method, models, and settings
 	$(RUN) -m pytest -n 2 --dist worksteal $(FAST)
 
 test: $(VENV)/.done ## run all tests but the longest, with coverage, on two cores

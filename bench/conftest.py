@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def copy_rate() -> float:
-    """Bytes a second of a copy within the device, in this session."""
+    """Bytes per second of a copy within the device, in this session."""
     return copy_bytes_per_second(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 

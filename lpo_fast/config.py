@@ -2,14 +2,13 @@
 shapes(), sd15(), sd21(), sdxl().
 
 A stage's settings are the sum of small groups, so that a function can ask for the group that it needs. The
-names of the fields are the names of the flags. preflight/settings.py refuses values that cannot work.
+names of the fields are the names of the flags, and the string below a field is its --help text and its row in
+docs/settings.md (python docs/generate_settings.py). preflight/settings.py refuses values that cannot work.
 """
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
-
-from tyro.conf import arg
+from typing import Any, Literal, NamedTuple
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
 Compile = Literal["auto", "none", "default", "max"]
@@ -19,13 +18,13 @@ Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit", "adafactor"]
 # Groups of both stages
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """The Stable Diffusion model that is trained."""
 
     model: str = ""
-    """Stable Diffusion: a diffusers directory, a hub name (ORG/NAME), or a single-file .safetensors or .ckpt
-    checkpoint."""
+    """Stable Diffusion model: a diffusers directory, a hub name (ORG/NAME),
+    or a single-file .safetensors or .ckpt checkpoint."""
     revision: str = ""
     """Branch, tag, or commit of a hub name; default: its main branch."""
     vae: str = ""
@@ -35,7 +34,7 @@ class Model:
     """Height and width of the pictures in pixels; 0: the denoiser's own."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Seed:
     """The source of all randomness."""
 
@@ -44,7 +43,7 @@ class Seed:
     so results do not depend on batch sizes or world size."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunDirectory:
     """Where a run writes, and how it resumes."""
 
@@ -60,7 +59,7 @@ class RunDirectory:
     """Number of checkpoints to keep; 0: all."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Optimization:
     """The optimizer of both stages."""
 
@@ -76,7 +75,7 @@ class Optimization:
     """Clip the gradient norm to this value."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Numerics:
     """Precision and compilation."""
 
@@ -90,7 +89,7 @@ class Numerics:
     """Compile the steps: "default", "max" (searches longer), or "none"; auto: "default" on a GPU."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tracking:
     """An experiment tracker beside the run's own files."""
 
@@ -107,12 +106,12 @@ class Tracking:
 # Groups of LPO
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reward(Model):
     """The latent reward model that scores candidates."""
 
     lrm: str = ""
-    """Latent reward model: a directory written by `lrm` or by the official code, its single .pt file,
+    """Latent reward model: a directory written by `lrm` or by the official code, an official single .pt file,
     or a hub name."""
     lrm_base: str = ""
     """Diffusers directory with what the LRM's directory lacks: tokenizer, a frozen text encoder; default:
@@ -127,7 +126,7 @@ class Reward(Model):
     """Apply guidance to the LRM's down features too; default: as recorded in its directory, or off."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prompts(Seed):
     """The prompts, and how they are dealt into batches."""
 
@@ -148,7 +147,7 @@ class Prompts(Seed):
     """Drop an epoch's last prompt batch if it is smaller."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling(Seed):
     """Trajectories with K candidates per step, and which candidates make a pair."""
 
@@ -163,7 +162,7 @@ class Sampling(Seed):
     steps_used: str = ""
     """FIRST:END of the denoising steps, such as 0:5: candidates and pairs start at step FIRST, and the
     trajectory ends before END (official: divert_start_step, divert_end_step); default: all steps. An
-    approximation: the other steps teach nothing."""
+    approximation: no pairs come from the other steps."""
     threshold_shape: Literal["none", "linear", "sigma", "variance"] = "sigma"
     """How the smallest score gap of a valid pair grows with the timestep; none: the constant threshold_min.
     """
@@ -179,7 +178,7 @@ class Sampling(Seed):
         return int(first or 0), int(end or 0) or self.num_steps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Weights(Seed):
     """Which weights train: a LoRA, or all of them."""
 
@@ -194,10 +193,10 @@ class Weights(Seed):
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Modules that get a LoRA."""
     lora: str = ""
-    """Start from this LoRA (official or diffusers form)."""
+    """Start from this LoRA: official, diffusers, peft, or kohya form (not DoRA)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairLoss(Sampling):
     """Step-level DPO on pairs of latents (arXiv 2502.01051, equation 10)."""
 
@@ -214,7 +213,7 @@ class PairLoss(Sampling):
         return self.guidance_scale if self.train_cfg else 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Training(Optimization):
     """Batches and AdamW of LPO."""
 
@@ -231,7 +230,7 @@ class Training(Optimization):
     export the weights themselves."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Speed(Numerics):
     """Attention, recomputation, and profiling of LPO."""
 
@@ -245,11 +244,11 @@ class Speed(Numerics):
     tf32: bool = True
     """Use TensorFloat-32 for fp32 operations on CUDA."""
     profile: bool = False
-    """Profile the third prompt batch, or the last of a shorter run:
-    writes profile/table.md and a trace to the run directory."""
+    """Profile the third prompt batch, or the last of a shorter run;
+    write profile/table.md and a trace to the run directory."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Drawing:
     """Pictures for the report and for validation."""
 
@@ -263,7 +262,7 @@ class Drawing:
     """Epochs between drawings of the validation prompts."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Checkpoints(RunDirectory):
     """Checkpoints of LPO, and starting from one."""
 
@@ -285,7 +284,7 @@ class Checkpoints(RunDirectory):
         return bool(self.resume_from) and out in (source, source.parent)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LPO(Tracking, Drawing, Speed, Training, PairLoss, Weights, Prompts, Checkpoints, Reward):
     """Align a diffusion model with a latent reward model (arXiv 2502.01051, section 3.3)."""
 
@@ -302,7 +301,7 @@ class LPO(Tracking, Drawing, Speed, Training, PairLoss, Weights, Prompts, Checkp
 # Groups of the LRM
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Columns:
     """Names of the pairs' columns. A name may index a list: images[0]. An empty name: the column is not used.
     """
@@ -329,7 +328,7 @@ class Columns:
     """Key of the second picture."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairChoice:
     """Which rows of a table of pairs are used."""
 
@@ -352,7 +351,7 @@ class PairChoice:
     score table only marks ties."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairData(PairChoice):
     """Preference pairs of pictures."""
 
@@ -380,7 +379,7 @@ class PairData(PairChoice):
     both it and the pairs have them, else one row per training pair, in order; default: keep every pair."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Noising(Seed):
     """Timesteps and noise of the training pictures."""
 
@@ -399,7 +398,7 @@ class Noising(Seed):
     """The single timestep if variable_timestep is off."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RewardNetwork:
     """What the reward model is made of."""
 
@@ -418,7 +417,7 @@ class RewardNetwork:
     """Initial logarithm of the scale of scores."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RewardLoss:
     """The reward model's loss."""
 
@@ -430,7 +429,7 @@ class RewardLoss:
     """Weight of the loss of a --compare-between-timestep pair."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Selection(RunDirectory):
     """Which LRM a run keeps."""
 
@@ -450,12 +449,12 @@ class Selection(RunDirectory):
     keep_best: bool = True
     """Keep the best checkpoints by validation accuracy; otherwise the newest (and the best, if it becomes
     checkpoint-final)."""
-    final_checkpoint: Annotated[Literal["best", "last"], arg(aliases=["--handed-on"])] = "best"
+    final_checkpoint: Literal["best", "last"] = "best"
     """Which LRM becomes checkpoint-final: the best by validation accuracy (after step 0; of equals, the
     later), or the last, as in the official code."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Loading:
     """How pictures reach the GPU."""
 
@@ -467,7 +466,7 @@ class Loading:
     256), twice that in fp32; default: no cache."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LRM(Tracking, Loading, Selection, Numerics, RewardLoss, Optimization, Noising, RewardNetwork, PairData,
           Model):
     """Train a latent reward model from preference pairs (arXiv 2502.01051, section 3.2)."""
@@ -493,7 +492,7 @@ class LRM(Tracking, Loading, Selection, Numerics, RewardLoss, Optimization, Nois
     """Project in the tracker."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Demo:
     """Run both stages on the embedded world: train an LRM, align the tiny pipeline,
     count the correct pictures."""
@@ -504,6 +503,15 @@ class Demo:
     """Seed of all randomness."""
     pictures: int = 200
     """Pictures of held-out captions judged before and after."""
+
+
+RENAMED = {"final_checkpoint": "handed_on"}  # settings that earlier versions saved under another name
+
+
+def renamed(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return saved settings, possibly of an earlier version, under today's names."""
+    old = {name: saved[before] for name, before in RENAMED.items() if before in saved}
+    return {name: value for name, value in saved.items() if name not in RENAMED.values()} | old
 
 
 class Recipe(NamedTuple):

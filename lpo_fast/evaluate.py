@@ -43,7 +43,7 @@ class Evaluate:
     """Compare a tuned model with its base: same-seed pictures, scores, win rates, and a page of pictures."""
 
     model: str = ""
-    """The base: a Stable Diffusion directory in diffusers layout."""
+    """The base: a diffusers directory, a hub name, or a single-file checkpoint."""
     vae: str = ""
     """Another VAE: a directory or hub name; default: the base's."""
     resolution: int = 0

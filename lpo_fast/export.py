@@ -41,7 +41,8 @@ class Export:
     tuned: str = ""
     """For full fine-tuning instead: its run directory, checkpoint_{n}/ or unet/."""
     model: str = ""
-    """The model that was trained: a diffusers directory (optional with --form lora)."""
+    """The model that was trained: a diffusers directory, a hub name,
+    or a single file (optional with --form lora)."""
     out: str = ""
     """Directory to write; it must be empty or not exist."""
     form: Literal["merged", "lora"] = "merged"

@@ -71,7 +71,7 @@ def replay_lrm(kept: dict) -> tuple[str, list[str]]:
     from lpo_fast.preflight import runs
     from lpo_fast.run import states
     from lpo_fast.system import devices
-    settings = LRM(**kept["config"] | {"columns": config.Columns(**kept["config"]["columns"]),
+    settings = LRM(**config.renamed(kept["config"]) | {"columns": config.Columns(**kept["config"]["columns"]),
                                        "compile": "none"})
     lrm, encoder = lrm_steps.load(settings, devices.device())
     states.Trained(lrm).load_state_dict(kept["weights"])

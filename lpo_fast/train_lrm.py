@@ -78,6 +78,7 @@ def _train(config: LRM, used: dict[str, PairTable]) -> Path:
             validates = "validation" in used and (at.step % config.validate_steps == 0 or last)
             saves = at.step % config.save_steps == 0 or last or stop
             report(run, clock, learner.size, 0 if validates or saves else compilation.metric_lag())
+            run.check()
             if validates:
                 at.stage["metrics"] = {"accuracy": validated(run, validate)}
                 selection.keep(config, lrm, encoder.tokenizers, at)
@@ -116,7 +117,7 @@ def validated(run: Run, validate: validation.Validator) -> float:
 
 def report(run: Run, clock: Clock, size: int, lag: int) -> None:
     """Log and print all queued steps except the last ``lag``; size: pairs per step of all ranks together."""
-    rows = run.flush(lag)
+    rows = run.flush(lag, check=False)
     first = run.at.step - lag - len(rows) + 1
     seconds, waited = clock.lap() if rows else (0.0, 0.0)
     for step, row in enumerate(rows, first):

@@ -67,6 +67,18 @@ def test_no_circle_of_files_or_folders() -> None:
         raise AssertionError(f"these import each other: {' -> '.join(error.args[1])}") from None
 
 
+def test_folders_import_only_from_those_below() -> None:
+    """The order is the one that lpo_fast/__init__.py and docs/design.md list."""
+    text = ast.get_docstring(ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))) or ""
+    order = [words[0] for line in text.splitlines()
+             if (words := line.split()) and (PACKAGE / words[0]).is_dir()]
+    assert set(order) == {name.split(".")[0] for name in NAMES if "." in name}
+    graph = folders()
+    upward = [(own, other) for own in order for other in graph[own]
+              if other in order and order.index(other) < order.index(own)]
+    assert not upward, upward
+
+
 def test_the_package_lists_its_folders() -> None:
     """What pyproject.toml installs is what there is."""
     listed = (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8")

@@ -74,3 +74,9 @@ def test_demo_removes_nothing_but_a_demo(tmp_path, capsys):
     assert train.main(["demo", "--out", str(tmp_path)]) == 2
     assert ("is not an earlier demo" in capsys.readouterr().err
             and (tmp_path / "lpo" / "two days of work").is_file())
+
+
+@pytest.mark.parametrize("words",
+                         [["--handed-on", "last"], ["--handed_on=last"], ["--final-checkpoint", "last"]])
+def test_the_earlier_name_of_a_flag_still_works(words: list[str]) -> None:
+    assert train.parse(["lrm", "--pairs", "p.parquet", *words]).final_checkpoint == "last"

@@ -139,7 +139,7 @@ def sampling_and_step(work: Path) -> dict[str, np.ndarray]:
     """SDXL: a sampling run, its pairs, and loss and gradients of a LoRA step on all of them,
     from a checkpoint of ours.
 
-    The thresholds are such that about half of the pairs are kept; the official run is told them.
+    The thresholds are such that about half of the pairs are kept; the official run gets the same ones.
     """
     from lpo_fast.config import LPO
     from lpo_fast.lpo import judging, policies, sampling, steps
@@ -309,7 +309,7 @@ def official_program(work: Path) -> dict[str, np.ndarray]:
 
 
 def look_at(owner: object, name: str, see: Callable) -> None:
-    """Call see(result, *arguments) after a function, which goes on as before."""
+    """Call see(result, *arguments) after a function, which continues as before."""
     function = getattr(owner, name)
 
     def looked_at(*a, **k):

@@ -6,7 +6,7 @@ What it keeps of the official program, and lpo_fast does not do:
 
 - the text encoders of the policy run on every prompt batch, those of the LRM on the prompts *and as many
   copies of ""* at every step for every candidate;
-- the reference is a second denoiser; winner and loser of a pair are evaluated one after the other by policy
+- the reference is another denoiser; winner and loser of a pair are evaluated one after the other by policy
   and reference, although both have the same x_t, t and prompt;
 - pairs are picked by boolean indexing, so that the host waits for the device;
   text features travel with the pairs;
@@ -73,7 +73,7 @@ class Random:
         return torch.randn(self.candidates, *self.shape, **self.how)
 
     def choice(self, step: int) -> Tensor:
-        """The candidate that each trajectory goes on from, int64 [B]."""
+        """Return the candidate from which each trajectory continues, int64 [B]."""
         return torch.randint(self.candidates, self.shape[:1], device=self.how["device"])
 
 

@@ -4,7 +4,7 @@ for SD1.5 and SDXL.
 The baseline of bench_lrm.py. What it keeps of the official program, and lpo_fast does not do:
 
 - the text encoders run, with gradient, on the captions *and as many copies of ""*, of which one would do;
-- the VAE encodes both pictures of every pair anew each step, all in one batch;
+- the VAE encodes both pictures of every pair again in each step, all in one batch;
 - the denoiser's up blocks are held and, although they never run, have master weights, gradients (of 0)
   and AdamW's moments;
 - weights are bf16 on CUDA, the VAE's too, beside fp32 masters in one flat tensor, and gradients are bf16

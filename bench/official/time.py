@@ -149,7 +149,7 @@ class Beside:
 
 
 def both(work: Path, code: Path, rounds: int) -> None:
-    """The official program, and the statement beside it, into times.json."""
+    """Time the official program and then the statement; write times.json."""
     official_check.importable(code)
     from lpo.preference_models import PREFERENCE_MODEL_FUNC_BUILDERS
     beside = Beside(work)

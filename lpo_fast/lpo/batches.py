@@ -50,6 +50,7 @@ class Progress(session.Progress):
     def load(self, saved: dict[str, Any]) -> None:
         """Restore the fields from what ``state`` returned, with the pairs on the run's device."""
         super().load(saved)
+        self.start = saved.get("start", self.done)
         if self.pairs is not None:
             self.pairs = LatentPairs(*(x.to(devices.device()) for x in self.pairs))
 
@@ -76,9 +77,7 @@ class Sampler:
         score: the judge's score, possibly wrapped. prompts: the number of training prompts.
         """
         self.policy, self.judge, self.score, self.sched, self.config = policy, judge, score, sched, config
-        low = config.threshold_min
-        high = low if config.threshold_shape == "none" else config.threshold_max
-        self.gap = select.gaps(sched, config.threshold_shape, low, high)
+        self.gap = select.gaps(sched, config.threshold_shape, config.threshold_min, config.threshold_max)
         self.shape = policies.latent_shape(config, policy.unet)
         self.count = prompts
         self.slots = min(config.batch_size, -(-prompts // distributed.world_size()))

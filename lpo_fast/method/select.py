@@ -52,7 +52,7 @@ def gaps(schedule: Schedule, shape: str, low: float, high: float) -> Tensor:
 def pairs(scores: Tensor, gap: Tensor) -> Pair:
     """Return the best and the worst of scores [K, B]; a pair is valid if its margin exceeds gap [B].
 
-    Ties go to the first candidate.
+    Ties go to the first candidate. On CUDA kernels/pair_select.py computes the same: change both.
 
     >>> pair = pairs(torch.tensor([[1.0], [3.0], [2.0]]), gap=torch.tensor([1.5]))
     >>> pair.best, pair.worst, pair.valid

@@ -7,7 +7,6 @@ from functools import partial
 from importlib.util import find_spec
 
 import torch
-import torch._functorch.config
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts

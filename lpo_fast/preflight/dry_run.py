@@ -27,7 +27,7 @@ from lpo_fast.run import optimization
 from lpo_fast.run.optimization import optimizer_state
 from lpo_fast.system import devices, distributed
 
-DECODED = 4  # latents decoded at a time (policy.pictures)
+DECODED = 4  # latents decoded at a time (drawing.pictures)
 
 
 # Bytes
@@ -158,7 +158,7 @@ def lrm(config: LRM) -> list[str]:
     pixels = size * 2 ** (len(vae.config.block_out_channels) - 1)
     reward = meta.trained_lrm(config)
     parameters = trainable(reward)
-    own = min(config.batch_size, len(used["train"])) // world  # train_lrm.own_size
+    own = min(config.batch_size, len(used["train"])) // world  # as lrm.steps.own_size
     n = -(-own // config.accumulate)
     encoded_at_once = lrm_encoding.part_size(2 * own, pixels)
     ids = [meta.empty(n, e.config.max_position_embeddings, dtype=torch.int64) for e in reward.text_encoders]

@@ -7,7 +7,7 @@ from pathlib import Path
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from lpo_fast import cli
-from lpo_fast.config import LPO, LRM, RunDirectory
+from lpo_fast.config import LPO, LRM, RunDirectory, renamed
 from lpo_fast.data import dataset, latent_cache, mpcf, preferences
 from lpo_fast.data.preferences import PairTable
 from lpo_fast.data.prompts import read_prompts
@@ -28,8 +28,6 @@ MAY_CHANGE = {"out", "resume", "epochs", "max_batches", "save_epochs", "save_ste
               "preempt_exit_code", "pictures", "log_with", "tracker_project", "tracker_entity", "run_name",
               "num_workers", "cache_dir", "cache_latents", "max_corrupt", "shard", "dry_run", "checkpointing",
               "compile", "profile", "resume_from"}  # the saved state includes what came from a checkpoint
-
-RENAMED = {"final_checkpoint": "handed_on"}  # setting: its name in earlier versions
 
 
 def lpo(config: LPO) -> tuple[list[str], Path | None]:
@@ -161,8 +159,7 @@ def directory(config: LPO | LRM, source: Path | None = None) -> None:
                          "checkpoints", "--out")
     if not config.resume or not states:
         return
-    before = configs.read_config(out, "--out")
-    before |= {key: before[old] for key, old in RENAMED.items() if old in before}
+    before = renamed(configs.read_config(out, "--out"))
     for key, value in asdict(config).items():
         value = list(value) if isinstance(value, tuple) else value
         if key not in MAY_CHANGE and before.get(key) != value:

@@ -1,6 +1,7 @@
 """Write the files of a run directory: settings, environment, metrics, timings; and feed trackers.
 
-metrics.jsonl holds what the seed determines (two equal runs write equal bytes). timings.jsonl holds what
+metrics.jsonl holds what the seed determines: on a CPU, or with --deterministic, two equal runs write equal
+bytes. timings.jsonl holds what
 depends on the machine.
 """
 

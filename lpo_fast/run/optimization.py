@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
-import torch._functorch.config
 from torch import Tensor, nn
 
 from lpo_fast.errors import InputError

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lpo_fast.config import LPO, LRM
+from lpo_fast.errors import InputError
 from lpo_fast.run import clock, logs, states
 from lpo_fast.run.monitor import CollapseMonitor, SkippedSteps
 from lpo_fast.system import console, distributed
@@ -53,19 +54,21 @@ class Run:
         self.config, self.at, self.parts, self.columns = config, at, parts, columns
         self.skips, self.watch, self.exit_code, self.after_save = skips, watch, exit_code, after_save
         self.out = Path(config.out)
-        # False if the run was killed before it saved a state.
+        # False without --resume, and if the run was killed before it saved a state.
         self.resumed = config.resume and bool(states.saved_states(self.out))
         self.log = logs.RunLog(config, self.resumed or appends)
         self.queued: list[tuple[int, Tensor, Any, dict[str, Any]]] = []
         self.caught: list[int] = []
+        self.problem: InputError | None = None
+        self.saved: tuple[int, int] | None = None  # step and done of the saved state
         if config.resume and not self.resumed:
             console.say(f"warning: {self.out} holds no saved state: the run starts from the beginning")
 
     def restore(self, digest: str, path: str, flag: str) -> None:
         """Load the saved state into all parts.
 
-        digest: field of the progress with the data's digest. Raises InputError, which names ``path`` and
-        ``flag``, if the data changed since the run began.
+        digest: name of the Progress field that holds the data's digest. Raises InputError, which names
+        ``path`` and ``flag``, if the data changed since the run began.
         """
         known = getattr(self.at, digest)
         saved = states.load_state(self.out / states.STATE, self.parts)
@@ -74,6 +77,7 @@ class Run:
         if self.watch:
             self.watch.state = saved["watch"]
         self.at.load(saved)
+        self.saved = self.at.step, self.at.done
         logs.require_same(getattr(self.at, digest), known, path, flag)
 
     def save(self) -> None:
@@ -81,6 +85,7 @@ class Run:
         watched = {"watch": self.watch.state} if self.watch else {}
         here = {"metrics": self.log.size, "skips": self.skips.state} | watched
         states.save_state(self.out / states.STATE, self.at.state() | here, self.parts)
+        self.saved = self.at.step, self.at.done
         if self.after_save:
             self.after_save()
 
@@ -92,23 +97,31 @@ class Run:
         self.queued.append((self.at.step, values, fed, more))
         self.at.step += 1
 
-    def flush(self, keep: int = 0) -> list[dict[str, Any]]:
-        """Log and return the metrics of all queued steps but the last ``keep``, in one read from the device.
+    def flush(self, keep: int = 0, check: bool = True) -> list[dict[str, Any]]:
+        """Read, log, and return the metrics of all queued steps but the last ``keep``.
 
-        Raises InputError, with the state saved, if too many steps in a row had no finite gradient.
+        One read from the device. check: call ``check`` at the end.
         """
-        steps, self.queued = self.queued[:len(self.queued) - keep], self.queued[len(self.queued) - keep:]
+        steps = self.queued[:len(self.queued) - keep]
+        self.queued = self.queued[len(steps):]
         read = torch.stack([values for _, values, *_ in steps]).tolist() if steps else []
-        rows, problem = [], None
+        rows = []
         for (step, _, fed, more), values in zip(steps, read, strict=True):
             row = dict(zip(self.columns, values, strict=True)) | more
             self.log.log("train", step, **row)
-            problem = self.skips.look(step, self.at.step, row[self.columns[0]], row["grad_norm"], fed)
+            found = self.skips.look(step, self.at.step, row[self.columns[0]], row["grad_norm"], fed)
+            self.problem = self.problem or found
             rows.append(row)
-        if problem:
-            self.save()
-            raise problem
+        if check:
+            self.check()
         return rows
+
+    def check(self) -> None:
+        """Raise InputError, with the state saved, if a flushed step was one skipped step too many in a row.
+        """
+        if self.problem:
+            self.save()
+            raise self.problem
 
     @property
     def stopping(self) -> bool:
@@ -117,7 +130,7 @@ class Run:
 
     @contextmanager
     def going(self, name: str, unit: str, total: int) -> Iterator[tqdm]:
-        """Run the loop inside: SIGINT and SIGTERM only set ``stopping``, and the state is saved at the end.
+        """Run the loop inside: SIGINT and SIGTERM only set ``stopping``, and the state is saved when it ends.
 
         Yields the progress bar over ``total`` units. A loop that ended before ``total`` raises SystemExit.
         """
@@ -126,7 +139,8 @@ class Run:
         with clock.stoppable() as self.caught:
             yield bar
             self.flush()
-            self.save()
+            if self.saved != (self.at.step, self.at.done):
+                self.save()
         bar.close()
         if self.at.done < total:
             self.close()

@@ -1,4 +1,8 @@
-"""Save and load the state that --resume continues from, with checksums and the previous state in reserve."""
+"""Save and load the state that --resume continues from, with checksums and the previous state in reserve.
+
+What goes in: session.Run.save, Progress.state, Learner.parts. Checkpoints are lpo/checkpoints.py and
+lrm/selection.py.
+"""
 
 import os
 from pathlib import Path

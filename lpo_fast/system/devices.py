@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 import torch
-import torch._functorch.config
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -498,4 +498,11 @@ MUTATIONS: list[Mutation] = [
         ("prompts are markup", "<figcaption>{escape(row[\"prompt\"])}", "<figcaption>{row[\"prompt\"]}")),
     *of("run/environment.py", "robustness/test_hostile_text.py",
         ("tokens are recorded", "        if SECRET.search(name) and len(value) >= 8:", "        if False:")),
+    *of("run/session.py", "run/test_session.py",
+        ("a later good step hides the skipped ones", "self.problem = self.problem or found",
+         "self.problem = found"),
+        ("a run that did nothing saves again", "if self.saved != (self.at.step, self.at.done):", "if True:")),
+    *of("config.py", "run/test_session.py::test_settings_saved_under_an_earlier_name",
+        ("earlier names of settings are forgotten", "old = {name: saved[before]",
+         "old = {before: saved[before]")),
 ]

@@ -301,7 +301,7 @@ class LPO(Tracking, Drawing, Speed, Training, PairLoss, Weights, Prompts, Checkp
 # Groups of the LRM
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Columns:
     """Names of the pairs' columns. A name may index a list: images[0]. An empty name: the column is not used.
     """

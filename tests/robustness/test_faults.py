@@ -93,7 +93,7 @@ def test_a_full_disk(settings, what, tmp_path, monkeypatch, capsys) -> None:
     name = {"state": "state.pt", "checkpoint": "checkpoint_0", "weights": "pytorch_lora_weights.safetensors",
             "metrics": "metrics.jsonl"}[what]
     assert error.startswith(f"error: {out / name}: cannot be written (") and "o space left on device" in error
-    assert "free some space" in error and "--resume" in error
+    assert "free disk space" in error and "--resume" in error
     assert all((out / name).read_bytes() == data for name, data in before.items())
     assert len(before) == {"state": 2, "checkpoint": 2}.get(what, 0)
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
@@ -194,7 +194,7 @@ def test_room_is_checked_before_the_first_step(settings, stage, limit, tiny_sd, 
     monkeypatch.setattr(module, "train_step", None)
     with pytest.raises(InputError, match="has 0.00 GiB free, and the run will write up to") as caught:
         run(replace(settings, out=str(tmp_path / "other")))
-    assert (caught.value.key == "--out" and "free some space" in caught.value.remedy
+    assert (caught.value.key == "--out" and "free disk space" in caught.value.remedy
             and not (tmp_path / "other").exists())
 
 

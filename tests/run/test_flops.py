@@ -16,8 +16,9 @@ from bench.support import random_models
 from lpo_fast import config
 from lpo_fast.config import LPO
 from lpo_fast.models import denoisers, families
+from lpo_fast.models.families import without_weights
 from lpo_fast.preflight import dry_run, meta
-from lpo_fast.preflight.meta import META, built, empty, on_cuda
+from lpo_fast.preflight.meta import META, empty, on_cuda
 
 MOST = {"sd15": 0.72, "sdxl": 0.66}
 PROMPTS = 2  # a batch; half of its pairs are valid: one a step
@@ -32,7 +33,7 @@ def ours(settings: LPO) -> float:
 def statement(settings: LPO) -> Official:
     """The official run on the meta device."""
     model = Path(settings.model)
-    unet = built(UNet2DConditionModel, model / "unet")
+    unet = without_weights(UNet2DConditionModel, model / "unet").requires_grad_(False).eval()
     family = families.family_of(unet.config)
     scheduler = DDIMScheduler.from_pretrained(model / "scheduler")
     scheduler.set_timesteps(settings.num_steps)
@@ -42,7 +43,8 @@ def statement(settings: LPO) -> Official:
         unet.enable_gradient_checkpointing(partial(meta.checkpointed, "no", "full"))
     sizes = denoisers.size_conditions(model, family, unet)
     sizes = None if sizes is None else sizes.to(META)
-    return Official(settings, family, unet, [built(kind, model / name) for name, kind in family.encoders],
+    return Official(settings, family, unet, [without_weights(kind, model / name).requires_grad_(False).eval()
+                                             for name, kind in family.encoders],
                     meta.scorer(settings, 8 * unet.config.sample_size), scheduler, sizes, (ids, null),
                     (ids, null))
 

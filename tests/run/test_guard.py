@@ -183,7 +183,7 @@ def test_no_prompt_fits(lpo: LPO, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_, **__) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
     monkeypatch.setattr(batches, "sample_pairs", never)
-    with pytest.raises(InputError, match="--batch-size 2: prompts at a time do not fit"):
+    with pytest.raises(InputError, match="--batch-size 2: this number of prompts does not fit"):
         train_lpo.train(lpo)
 
 

@@ -92,7 +92,7 @@ def test_adafactor(problem) -> None:
 
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimization, "find_spec", lambda name: None if name == "bitsandbytes" else name)
+    monkeypatch.setattr(attention, "find_spec", lambda name: None if name == "bitsandbytes" else name)
     for name in ("adamw8bit", "paged_adamw8bit"):
         with pytest.raises(InputError, match="bitsandbytes is not installed") as caught:
             optimization.optimizer(name, [nn.Parameter(torch.zeros(1))], **SETTINGS)
@@ -140,7 +140,7 @@ def test_attention(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(InputError, match="needs a CUDA GPU") as caught:
             attention.attention(unet, "xformers")
         assert caught.value.key == "--attention" and "sdpa" in caught.value.remedy
-    monkeypatch.setattr(optimization, "find_spec", lambda _: None)
+    monkeypatch.setattr(attention, "find_spec", lambda _: None)
     with pytest.raises(InputError, match="is not installed"):
         attention.check_attention("xformers")
     attention.check_attention("sdpa")
@@ -152,7 +152,7 @@ def test_an_xformers_built_for_something_else(monkeypatch: pytest.MonkeyPatch) -
                                   "more")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))  # there is no such device
-    monkeypatch.setattr(optimization, "find_spec", lambda name: name)
+    monkeypatch.setattr(attention, "find_spec", lambda name: name)
     ops = ModuleType("xformers.ops")
     ops.memory_efficient_attention = broken
     monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))

@@ -28,7 +28,7 @@ PROMPTS = ["a red circle", "<b>a blue square</b> & more", "three cats", "a red c
 
 
 def brightness(pictures: list[Image.Image], prompts: list[str]) -> list[float]:
-    """A scorer, called as test_evaluate:brightness."""
+    """A scorer, called as tests.test_evaluate:brightness."""
     return [float(np.asarray(picture).mean()) for picture in pictures]
 
 
@@ -117,7 +117,7 @@ def test_another_size_and_vae(argv, tmp_path, tiny_sd, tiny_lrm, capsys):
 
 
 def test_the_whole_command(argv, tmp_path, tiny_sd, tiny_lrm, capsys):
-    scorers = ["--scorer", "test_evaluate:brightness", "--scorer", "test_evaluate:ties"]
+    scorers = ["--scorer", "tests.test_evaluate:brightness", "--scorer", "tests.test_evaluate:ties"]
     assert evaluate.main([*with_(argv, lrm=tiny_lrm), *scorers]) == 0
     shown, out = capsys.readouterr().out, tmp_path / "out"
     assert {p.name for p in out.iterdir()} == {"base", "tuned", "scores.csv", "summary.json", "settings.json",
@@ -176,7 +176,7 @@ def test_drawn_pictures_are_kept_and_missing_ones_come_back_the_same(argv, tmp_p
                if name != "00002.png")
     monkeypatch.setattr(policies, "load",
                         lambda *a: pytest.fail("a model was loaded though all pictures are there"))
-    assert evaluate.main([*argv, "--scorer", "test_evaluate:brightness"]) == 0
+    assert evaluate.main([*argv, "--scorer", "tests.test_evaluate:brightness"]) == 0
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"steps": 4}, {"guidance": 4.0}, {"eta": 0.5},
@@ -211,7 +211,7 @@ def test_a_tuned_directory(argv, tmp_path, tiny_sd, form):
 
 
 def test_a_model_alone(argv, tmp_path, capsys):
-    assert evaluate.main([*with_(argv, lora=None), "--scorer", "test_evaluate:brightness"]) == 0
+    assert evaluate.main([*with_(argv, lora=None), "--scorer", "tests.test_evaluate:brightness"]) == 0
     assert not (tmp_path / "out" / "tuned").exists()
     assert "| scorer | base |" in capsys.readouterr().out
 
@@ -225,7 +225,7 @@ def test_sdxl_scored_by_a_reward_model_of_another_family(argv, tmp_path, tiny_sd
 
 
 def test_two_ranks_give_what_one_gives(argv, tmp_path):
-    argv = [*argv, "--scorer", "test_evaluate:brightness"]
+    argv = [*argv, "--scorer", "tests.test_evaluate:brightness"]
     assert evaluate.main(argv) == 0
     two = [*with_(argv[:-2], out=tmp_path / "two"), *argv[-2:]]
     done = processes(2, "-m", "lpo_fast.evaluate", *two, folder=tmp_path)
@@ -318,7 +318,7 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, tmp_path, tiny_sd, tiny_sdx
 
 
 def test_a_scorer_that_returns_too_little(argv, tmp_path, capsys):
-    assert evaluate.main([*argv, "--scorer", "test_evaluate:short"]) == 2
+    assert evaluate.main([*argv, "--scorer", "tests.test_evaluate:short"]) == 2
     assert "--scorer short: gave 1 numbers for 2 pictures" in capsys.readouterr().err
     assert len(pixels(tmp_path / "out", "tuned")) == 5  # the pictures are kept
 

@@ -45,7 +45,7 @@ def statement(settings: LPO) -> Official:
     sizes = None if sizes is None else sizes.to(META)
     return Official(settings, family, unet, [without_weights(kind, model / name).requires_grad_(False).eval()
                                              for name, kind in family.encoders],
-                    meta.scorer(settings, 8 * unet.config.sample_size), scheduler, sizes, (ids, null),
+                    meta.scorer(settings), scheduler, sizes, (ids, null),
                     (ids, null))
 
 

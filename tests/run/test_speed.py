@@ -92,7 +92,7 @@ def test_adafactor(problem) -> None:
 
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "find_spec", lambda name: None if name == "bitsandbytes" else name)
+    monkeypatch.setattr(optimization, "find_spec", lambda name: None if name == "bitsandbytes" else name)
     for name in ("adamw8bit", "paged_adamw8bit"):
         with pytest.raises(InputError, match="bitsandbytes is not installed") as caught:
             optimization.optimizer(name, [nn.Parameter(torch.zeros(1))], **SETTINGS)

@@ -17,12 +17,14 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernels are defined
+from diffusers import UNet2DConditionModel
+
 from lpo_fast.evaluation import scorers
 from lpo_fast.lrm import checkpoint
 from lpo_fast.models import texts
 from lpo_fast.system import launch as system_launch
 from lpo_fast.verify.golden import Golden
-from tests.helpers.models import GOLDEN, make_clip, make_sd, make_sd21, make_sdxl
+from tests.helpers.models import GOLDEN, make_clip, make_sd, make_sd21, make_sdxl, two_stages
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 system_launch.INTERPRETED = False  # the references run, except in tests that ask for ``kernels``
@@ -92,3 +94,12 @@ def clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     yield tmp_path
     scorers.clip.cache_clear()
     scorers.head.cache_clear()
+
+
+@pytest.fixture
+def small(copied, tiny_sd: Path) -> Path:
+    """A model whose denoiser has two stages: tracing takes longer with more."""
+    folder = copied(tiny_sd)
+    torch.manual_seed(0)
+    UNet2DConditionModel(**two_stages("unet_sd15")).save_pretrained(folder / "unet")
+    return folder

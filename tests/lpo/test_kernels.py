@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +17,6 @@ from lpo_fast.lrm import checkpoint, selection
 from lpo_fast.models import texts
 from lpo_fast.shapes import evaluate, world
 from lpo_fast.system import launch
-from tests.helpers.models import two_stages
 from tests.helpers.runs import rows
 
 STEPS = 3
@@ -39,15 +37,6 @@ class Operators(TorchDispatchMode):
         if function.namespace == "lpo_fast":
             self.called.add(function._opname)
         return function(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def small(copied, tiny_sd: Path) -> Path:
-    """A model whose denoiser has two stages."""
-    folder = copied(tiny_sd)
-    torch.manual_seed(0)
-    UNet2DConditionModel(**two_stages("unet_sd15")).save_pretrained(folder / "unet")
-    return folder
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -21,18 +20,8 @@ from lpo_fast.method import schedule
 from lpo_fast.models import attention, denoisers, texts
 from lpo_fast.shapes import world
 from lpo_fast.system import compilation
-from tests.helpers.models import two_stages
 from tests.helpers.pairs import plain, table
 from tests.helpers.runs import rows
-
-
-@pytest.fixture
-def small(copied, tiny_sd: Path) -> Path:
-    """A model whose denoiser has two stages: tracing takes the longer the more there are."""
-    folder = copied(tiny_sd)
-    torch.manual_seed(0)
-    UNet2DConditionModel(**two_stages("unet_sd15")).save_pretrained(folder / "unet")
-    return folder
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lpo_fast import evaluate, export, score
+from lpo_fast import evaluate, export
 from lpo_fast.evaluation import compare
 from lpo_fast.lpo import drawing, policies
 from lpo_fast.lpo.sampling import CounterNoise
@@ -338,7 +338,7 @@ def test_scores_are_keyed_by_the_picture_s_number(tmp_path, tiny_sd, tiny_lrm, m
     def reward(files, texts, rows):
         asked.append((texts, rows))
         return torch.tensor([float(row) for row in rows])
-    monkeypatch.setattr(score, "Scorer", lambda *_, **__: reward)
+    monkeypatch.setattr(evaluate, "Scorer", lambda *_, **__: reward)
     settings = evaluate.Evaluate(model=str(tiny_sd), lrm=str(tiny_lrm), out=str(tmp_path),
                                  pictures_per_prompt=2)
     rows = evaluate.score(settings, ["a", "b"], [1, 2], {})

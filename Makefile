@@ -7,7 +7,6 @@ FAST = tests/test_architecture.py tests/test_cli.py tests/test_words.py tests/da
 	tests/method/test_loss.py tests/method/test_preference.py tests/method/test_schedule.py tests/method/test_select.py \
 	tests/models/test_loras.py tests/preflight/test_meta.py tests/robustness/test_mutations.py
 
-
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
@@ -29,11 +28,13 @@ types: $(VENV)/.done ## check the types of method/, system/, run/, lpo/, and lrm
 fast: lint ## answer within a minute: lint, and the quick tests of data, method, models, and settings
 	$(RUN) -m pytest -n 2 --dist worksteal $(FAST)
 
-test: $(VENV)/.done ## run all tests but the longest, with coverage, on two cores
+test: $(VENV)/.done ## run all tests, with coverage, on two cores
 	$(RUN) -m pytest -n 2 --dist worksteal --cov=lpo_fast --cov-report=term --cov-fail-under=90
 
-full: $(VENV)/.done ## run the longest tests, which `make test` leaves out
-	$(RUN) -m pytest -n 2 --dist worksteal -m full
+full: test mutations ## also what takes hours: all mutations, kills, long runs, other environments
+	$(RUN) tests/tools/kill.py
+	$(RUN) tests/tools/endurance.py
+	$(RUN) tests/tools/environments.py
 
 bench: $(VENV)/.done ## time every kernel and both loops on this machine, in small sizes without a GPU
 	$(RUN) -m pytest bench --benchmark-only

@@ -81,8 +81,6 @@ def rows(kind: type, field: Field, default: object, recipes: dict[str, object],
     hints = typing.get_type_hints(kind, include_extras=True)[field.name]
     positional = "Positional" in repr(hints)
     flag = f"`{name.upper()} …`" if positional else f"`--{name}`"
-    for marker in getattr(hints, "__metadata__", ()):
-        flag += "".join(f" (also `{alias}`)" for alias in getattr(marker, "aliases", None) or ())
     others = {recipe: getattr(settings, field.name) for recipe, settings in recipes.items()}
     shown = shorten(value) + "".join(f"<br>{recipe}: {shorten(v)}" for recipe, v in others.items()
                                      if v != value)

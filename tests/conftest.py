@@ -23,7 +23,7 @@ from lpo_fast.evaluation import scorers
 from lpo_fast.lrm import checkpoint
 from lpo_fast.models import texts
 from lpo_fast.system import launch as system_launch
-from lpo_fast.verify.golden import Golden
+from lpo_fast.verify.vectors import Golden
 from tests.helpers.models import GOLDEN, make_clip, make_sd, make_sd21, make_sdxl, two_stages
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)

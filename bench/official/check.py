@@ -145,7 +145,7 @@ def sampling_and_step(work: Path) -> dict[str, np.ndarray]:
     from lpo_fast.lpo import judging, policies, sampling, steps
     from lpo_fast.method import select
     from lpo_fast.models import loras
-    from lpo_fast.verify.golden import Recorded
+    from lpo_fast.verify.recordings import Recorded
     start = work / "lora_sdxl_6" / "checkpoint_0" / loras.LORA_OFFICIAL
     config = LPO(model=str(work / "sdxl"), lrm=str(work / "lrm_sdxl" / "checkpoint-final"), rank=4,
                  lora=str(start))

@@ -237,7 +237,6 @@ def is_multi_scale(lrm: Path) -> bool:
     """
     from lpo_fast.lrm import checkpoint
     from lpo_fast.models import configs
-    from lpo_fast.system import reading
     if not lrm.is_file():
         channels = configs.denoiser(lrm, "--lrm")["block_out_channels"]
         return checkpoint.read_heads(lrm, channels)["visual_projection"]["weight"].shape[1] > channels[-1]

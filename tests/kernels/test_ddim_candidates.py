@@ -16,7 +16,7 @@ from lpo_fast.method import noise, schedule
 from lpo_fast.method.noise import Counter
 from lpo_fast.method.schedule import Schedule
 from lpo_fast.system import launch
-from lpo_fast.verify.golden import Golden
+from lpo_fast.verify.vectors import Golden
 from tests.helpers.models import CONFIGS, DEVICE
 from tests.helpers.philox import ONES, apart, philox_python
 from tests.helpers.tolerance import assert_close

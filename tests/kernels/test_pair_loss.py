@@ -15,7 +15,7 @@ from lpo_fast.method import schedule
 from lpo_fast.method.loss import StepDPO
 from lpo_fast.method.schedule import Schedule
 from lpo_fast.system import launch
-from lpo_fast.verify.golden import Golden
+from lpo_fast.verify.vectors import Golden
 from tests.helpers.models import DEVICE
 from tests.helpers.pair_loss import SETTINGS, Batch, batch, schedules
 from tests.helpers.tolerance import EPS, allowed, assert_close

@@ -13,7 +13,7 @@ from lpo_fast.kernels.pair_select import BLOCK, Selection, _op, pair_select, pai
 from lpo_fast.method import noise, schedule, select
 from lpo_fast.method.noise import Counter
 from lpo_fast.system import launch
-from lpo_fast.verify.golden import Golden
+from lpo_fast.verify.vectors import Golden
 from tests.helpers.models import CONFIGS, DEVICE
 from tests.helpers.philox import ONES, philox_python
 

@@ -23,8 +23,8 @@ from lpo_fast.lpo.policies import Policy
 from lpo_fast.method import loss
 from lpo_fast.method.schedule import SIGMA, Schedule
 from lpo_fast.models import texts
-from lpo_fast.verify import golden as verify_golden
-from lpo_fast.verify.golden import Golden
+from lpo_fast.verify import recordings, vectors
+from lpo_fast.verify.vectors import Golden
 
 CASE = "noclip"
 NUDGE, ITERATIONS = 1e-5, 3  # of forward differences; of Gauss-Newton steps
@@ -42,15 +42,15 @@ def own_inputs(golden: Golden, family: str) -> tuple[dict[str, Tensor], dict[str
         null = texts.Text(null.context * 0, null.pooled * 0)
     context = io["valid/prompt_embeds"][:count, 0].double()
     pooled = io["valid/pooled_prompt_embeds"][:count, 0].double() if family == "sdxl" else context[:, 0]
-    sched = verify_golden.recorded_schedule(golden, meta)
+    sched = recordings.recorded_schedule(golden, meta)
     return io, meta, texts.Text(context, pooled, null), sched.to(torch.float64)
 
 
 def null_text(golden: Golden) -> Tensor:
     """Return the null text [1, L, D] of the recorded SD1.5 steps, float32."""
     io, meta, text, sched = own_inputs(golden, "sd15")
-    unet, times = verify_golden.adapted(golden, "sd15"), io["valid/timesteps"][:len(text), 0].unique()
-    truth = verify_golden.step_of(io, f"train64/{CASE}")
+    unet, times = recordings.adapted(golden, "sd15"), io["valid/timesteps"][:len(text), 0].unique()
+    truth = recordings.step_of(io, f"train64/{CASE}")
     names = sorted(name for name in truth if name.startswith("grad/"))
     shape = text.null.context.shape
 
@@ -59,7 +59,7 @@ def null_text(golden: Golden) -> Tensor:
         table[times, SIGMA] *= 1 + x[:len(times)]
         null = replace(text.null, context=x[len(times):].view(shape))
         nudged_text, nudged_sched = replace(text, null=null), replace(sched, table=table)
-        step = verify_golden.lora_step(io, meta, CASE, unet, nudged_text, nudged_sched)
+        step = recordings.lora_step(io, meta, CASE, unet, nudged_text, nudged_sched)
         return torch.cat([(step[name] / truth[name].abs().max()).flatten() for name in names])
 
     target = torch.cat([(truth[name] / truth[name].abs().max()).flatten() for name in names])
@@ -102,7 +102,7 @@ def coefficients(golden: Golden, family: str, case: str, null: Tensor | None) ->
     io, meta, text, sched = own_inputs(golden, family)
     if null is not None:
         text = replace(text, null=replace(text.null, context=null.double()))
-    policy = Policy(verify_golden.adapted(golden, family).double(), text, io.get("time_ids"), full=False)
+    policy = Policy(recordings.adapted(golden, family).double(), text, io.get("time_ids"), full=False)
     x, x_p = (io[f"valid/{name}"][:len(text)].double() for name in ("current_latents", "next_latents"))
     t, index = io["valid/timesteps"][:len(text), 0], torch.arange(len(text))
     outputs = [run(x[:, 0], t, index) for run in (policy.predict, policy.reference)]
@@ -111,7 +111,7 @@ def coefficients(golden: Golden, family: str, case: str, null: Tensor | None) ->
         at, tried = t == time, []
         for candidate in roundings(sched, time, int(meta["num_inference_steps"])):
             table = sched.table.clone()
-            table[time] = verify_golden.rows(candidate[None])[0]
+            table[time] = recordings.rows(candidate[None])[0]
             ours = loss.step_dpo(
                 replace(sched, table=table), x[at, 0], x_p[at, 0], x_p[at, 1], t[at],
                 *([half[at] for half in out.chunk(2)] for out in outputs), beta=1.0, eps=10.0,
@@ -136,7 +136,7 @@ def main(source: Path) -> None:
             if not torch.equal(found.setdefault(time, other), other):
                 raise SystemExit(f"t = {time}: SD1.5 and SDXL were recorded with different coefficients")
     recorded = {"timesteps": torch.tensor(list(found)), "coefficients": torch.stack(list(found.values()))}
-    save_file({"null_text": null, **recorded}, verify_golden.RECORDED)
+    save_file({"null_text": null, **recorded}, vectors.RECORDED)
 
 
 if __name__ == "__main__":

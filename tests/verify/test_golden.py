@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from lpo_fast import doctor
 from lpo_fast.errors import InputError
 from lpo_fast.verify import golden as verify_golden
-from lpo_fast.verify.golden import Golden
+from lpo_fast.verify import recordings, vectors
+from lpo_fast.verify.vectors import Golden
 from tests.helpers.models import GOLDEN
 from tests.tools import golden_inputs
 
@@ -106,7 +107,7 @@ def test_another_chosen_candidate_is_noticed(tmp_path: Path, family: str, step: 
     assert len(chosen) == 6
     index = step * chosen.shape[1] + 1
     add(root / f"lpo_{family}_io.safetensors", "chosen_candidate", index, -1 if chosen.view(-1)[index] else 1)
-    what, apart, tolerance = next(verify_golden.recorded_run(Golden(root, tmp_path), family))
+    what, apart, tolerance = next(recordings.recorded_run(Golden(root, tmp_path), family))
     assert what == f"{family} sampling run, scores" and tolerance == 1e-4 and apart > 1e-3
 
 
@@ -132,18 +133,18 @@ def test_a_recording_without_its_float64_step_is_noticed(tmp_path: Path) -> None
 
 def test_a_slightly_wrong_step_is_noticed_in_float64(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     """A factor that float32 hides: beta is off by one part in 10⁷."""
-    evaluate = verify_golden.evaluate
-    monkeypatch.setattr(verify_golden, "evaluate",
+    evaluate = recordings.evaluate
+    monkeypatch.setattr(recordings, "evaluate",
                         lambda *args, beta, **settings: evaluate(*args, beta=beta * (1 + 1e-7), **settings))
-    lines = verify_golden.recorded_run(golden, "sdxl")
+    lines = recordings.recorded_run(golden, "sdxl")
     failed = [what for what, apart, tolerance in lines if not apart <= tolerance]
     assert failed == ["sdxl LoRA step, clip0.1, float64"]
 
 
 def test_recovered_coefficients_are_float32_roundings_of_the_official_formulas(golden: Golden) -> None:
     """Each square root is at most one unit in the last place off the correctly rounded one."""
-    sched = verify_golden.recorded_schedule(golden, golden.metadata("lpo_sd15_io"))
-    recorded = load_file(verify_golden.RECORDED)
+    sched = recordings.recorded_schedule(golden, golden.metadata("lpo_sd15_io"))
+    recorded = load_file(vectors.RECORDED)
     assert sorted(recorded["timesteps"].tolist()) == [801, 851, 901, 951]
     for t, row in zip(recorded["timesteps"].tolist(), recorded["coefficients"], strict=True):
         assert any(torch.equal(row, candidate) for candidate in golden_inputs.roundings(sched, t, 20))
@@ -173,12 +174,12 @@ def test_no_golden_vectors(tmp_path: Path) -> None:
 
 def test_error_is_infinite_for_what_cannot_be_compared() -> None:
     one = torch.ones(2)
-    assert (verify_golden.error(one, torch.ones(3)) == verify_golden.error(one * torch.nan, one)
+    assert (vectors.error(one, torch.ones(3)) == vectors.error(one * torch.nan, one)
             == float("inf"))
-    assert verify_golden.error(one, torch.zeros(2)) == float("inf")
-    assert verify_golden.error(torch.zeros(2), torch.zeros(2)) == 0
-    assert verify_golden.error(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0])) == 0.25
-    assert verify_golden.mismatches(one, torch.ones(3)) == float("inf")
+    assert vectors.error(one, torch.zeros(2)) == float("inf")
+    assert vectors.error(torch.zeros(2), torch.zeros(2)) == 0
+    assert vectors.error(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0])) == 0.25
+    assert vectors.mismatches(one, torch.ones(3)) == float("inf")
 
 
 def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -55,7 +55,7 @@ def _train(config: LPO, prompts: list[str], source: Path | None,
     learner.average()
 
     # 3) Open the run directory; a resumed run continues exactly where it stopped.
-    epoch_batches = len(batches.order(config, 0, len(prompts)))
+    epoch_batches = batches.per_epoch(config, len(prompts))
     checkpoints.require_disk_space(out, policy.unet, config, epoch_batches, sampler.shape)
     skips = monitor.SkippedSteps(out, None if config.shard else learner.inputs)
     watch = monitor.CollapseMonitor(config.clip_eps)

@@ -179,6 +179,12 @@ def order(config: Prompts, epoch: int, prompts: int, done: int = 0) -> list[Tens
     return list(numbers[done:][:used].split(size))
 
 
+def per_epoch(config: Prompts, prompts: int) -> int:
+    """Return how many prompt batches an epoch has, the length of ``order``."""
+    size = config.batch_size * distributed.world_size()
+    return max(prompts // size, 1) if config.drop_last else -(-prompts // size)
+
+
 def batches_left(config: Prompts, prompts: int, at: Progress) -> int:
     """Return the number of prompt batches that remain, also if the epoch began with another world size.
 
@@ -188,7 +194,7 @@ def batches_left(config: Prompts, prompts: int, at: Progress) -> int:
         return 0
     size = config.batch_size * distributed.world_size()
     here = (prompts - at.prompts + (0 if config.drop_last else size - 1)) // size + (at.pairs is not None)
-    return max(here, 1) + (config.epochs - at.epoch - 1) * len(order(config, 0, prompts))
+    return max(here, 1) + (config.epochs - at.epoch - 1) * per_epoch(config, prompts)
 
 
 def total(config: LPO, prompts: int, at: Progress) -> int:

@@ -90,7 +90,7 @@ def start_from(folder: Path, unet: UNet2DConditionModel, optimizer: torch.optim.
     """
     found = resume_from(folder, unet, optimizer)
     at.epoch, at.step = found["epoch"], found["step"]
-    at.done = at.start = at.epoch * len(batches.order(config, 0, prompts))
+    at.done = at.start = at.epoch * batches.per_epoch(config, prompts)
 
 
 def resume_from(folder: Path, unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """LPO runs that are stopped, resumed and kept: inside a prompt batch, by steps, with every optimizer;
 and what they draw."""
 
+import itertools
 import json
 import os
 import signal
@@ -147,6 +148,9 @@ def test_order_of_the_prompts() -> None:
             == [4, 4])
     # never none
     assert [len(part) for part in lpo_batches.order(config.LPO(batch_size=40, drop_last=True), 0, 10)] == [10]
+    for size, prompts, drop_last in itertools.product((1, 3, 4, 40), (1, 3, 8, 10), (False, True)):
+        settings = config.LPO(batch_size=size, drop_last=drop_last)
+        assert lpo_batches.per_epoch(settings, prompts) == len(lpo_batches.order(settings, 0, prompts))
     whole = torch.cat(lpo_batches.order(config.LPO(batch_size=4), 1, 10))
     assert torch.equal(whole, noise.permutation(42, 1, 0, 10))
 

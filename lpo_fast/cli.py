@@ -25,7 +25,7 @@ def parse(kind: Any, argv: list[str] | None, name: str, **more: Any) -> Any:
     box = io.StringIO()
     try:
         with redirect_stderr(box):
-            return tyro.cli(kind, args=sys.argv[1:] if argv is None else argv,
+            return tyro.cli(kind, args=list(map(_current, sys.argv[1:] if argv is None else argv)),
                             prog=f"python -m lpo_fast.{name}", **more)
     except SystemExit as end:
         if end.code:  # tyro prints a box, in Unicode or ASCII: paragraphs between rulers
@@ -35,6 +35,13 @@ def parse(kind: Any, argv: list[str] | None, name: str, **more: Any) -> Any:
                 text = f"{unknown[1]}: {_unknown(unknown[1], name)}"
             print(f"error: {re.sub('[.]? (─|-){4,} ', '; ', text)}", file=sys.stderr)
         raise
+
+
+def _current(word: str) -> str:
+    """Return a word of a command line, with the earlier name of a flag (``config.RENAMED``) replaced."""
+    name, sign, value = word.partition("=")
+    flags = {flag(old): flag(new) for new, old in config.RENAMED.items()}
+    return flags.get(name.replace("_", "-"), name) + sign + value
 
 
 def _unknown(option: str, name: str) -> str:

@@ -10,7 +10,6 @@ lpo                 align a Stable Diffusion model with a latent reward model
 """
 
 import os
-import re
 import sys
 from dataclasses import replace
 from typing import Annotated
@@ -77,7 +76,6 @@ def parse(argv: list[str]) -> Demo | LRM | LPO:
     Exits with an error message if the command line is not valid. Raises InputError for official settings that
     are not supported.
     """
-    argv = [re.sub("^--handed[-_]on(?=$|=)", "--final-checkpoint", a) for a in argv]  # its name before
     if lpo.is_launch(argv):
         settings, notes = lpo.parse(argv)
         if os.environ.get("RANK", "0") == "0":  # one of the processes

@@ -32,7 +32,7 @@ for old, new in (
     ("distributed.barrier()", """with torch.no_grad():
     outputs = {"policy": policy.predict(pairs.x_t, pairs.t, pairs.prompt),
                "reference": policy.reference(pairs.x_t, pairs.t, pairs.prompt)}
-state = sharding.whole(states.Trained(unet).state_dict()) | outputs
+state = sharding.gathered(states.Trained(unet).state_dict()) | outputs
 held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for network in (unet, policy.frozen)
            for p in network.parameters())
 row["held"] = held / 2 / sum(p.numel() for p in unet.parameters())"""),
